@@ -1,0 +1,69 @@
+"""Every collective of the head, and the one place that knows what this torch version calls them.
+
+A step has three, whatever the number of ranks: the batch is gathered, two numbers per sample are summed, the
+embeddings' gradients are summed and scattered. With one rank there is nothing to exchange and nothing is called.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+# torch 2.13 renamed both, and warns when the old names are called; before 2.13 the new names do not exist.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Exchange:
+    """The ranks that share the centers: a process group, or this process alone where torch.distributed is not set up.
+
+    Args:
+        group: the ranks; the default group when None.
+    """
+
+    def __init__(self, group: ProcessGroup | None = None) -> None:
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        self.group = group
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.world_size = dist.get_world_size(group) if group is not None else 1
+
+    def gather_batch(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The global batch in rank order: embeddings [b, D] → [B, D] and labels [b] int64 → [B], in one collective."""
+        if self.world_size == 1:
+            return embeddings, labels
+        rows, dim = embeddings.shape
+        width = dim * embeddings.element_size()  # bytes
+        payload = torch.cat([embeddings.contiguous().view(torch.uint8), labels.view(torch.uint8).view(rows, 8)], dim=1)
+        gathered = payload.new_empty(self.world_size * rows, width + 8)
+        _all_gather(gathered, payload, group=self.group)
+        return (
+            gathered[:, :width].contiguous().view(embeddings.dtype),
+            gathered[:, width:].contiguous().view(torch.int64).view(-1),
+        )
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """The sum over the ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(numbers, group=self.group)
+        return numbers
+
+    def sum_and_scatter(self, gradients: Tensor, flag: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over the ranks, and gives each its own slice, in one collective.
+
+        Args:
+            gradients: this rank's part of every sample's gradient, [B, D].
+            flag: one number [], 0 or 1.
+
+        Returns:
+            The summed gradients of this rank's own samples [b, D], and the sum of all ranks' flags [].
+        """
+        if self.world_size == 1:
+            return gradients, flag
+        size = gradients.numel() // self.world_size
+        payload = gradients.new_empty(self.world_size, size + 1)
+        payload[:, :size] = gradients.view(self.world_size, size)
+        payload[:, size] = flag.to(gradients.dtype)
+        own = payload.new_empty(size + 1)
+        _reduce_scatter(own, payload.view(-1), group=self.group)
+        return own[:size].view(-1, gradients.shape[1]), own[size]

@@ -1,0 +1,283 @@
+"""PartialFC: the sharded classification head, from embeddings and labels to the loss and the gradients."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+
+from .centers import ClassShard, as_dtensor, initial_rows, write_rows
+from .exchange import Exchange
+from .kernels import dense
+from .objectives import LogSumExpObjective, Objective
+from .sampling import ClassSample, sample_batch, sample_classes
+
+
+@dataclass(frozen=True)
+class LastSample:
+    """What the last step used on this rank.
+
+    Attributes:
+        classes: global class ids, int64 [K], ascending.
+        batch: places in the global batch that met the negatives, int64, ascending.
+    """
+
+    classes: Tensor
+    batch: Tensor
+
+
+@dataclass(frozen=True)
+class RowGradient:
+    """The gradient of one forward pass by the rows that it used; all other rows have none.
+
+    Attributes:
+        rows: places in this rank's shard, int64 [K], ascending, each once; None for all rows.
+        values: ∂loss/∂rows, [K, D].
+    """
+
+    rows: Tensor | None
+    values: Tensor
+
+
+class PartialFC(nn.Module):
+    """Classification head whose class centers are sharded over the ranks, and sampled (Partial FC, An et al. 2022).
+
+    Every rank calls it with its own part of the batch, equally many samples each, in the same order of calls. The loss
+    is the mean over the global batch and is the same on every rank. In evaluation mode (``head.eval()``) nothing is
+    sampled: the loss is that of all classes.
+
+    ``loss.backward()`` leaves
+
+    * in ``embeddings.grad`` W times the gradient of that mean by this rank's samples, W the number of ranks: after
+      DistributedDataParallel has averaged over the ranks, the backbone's gradient is exactly that of the mean;
+    * in ``head.row_gradients`` the gradient by the centers used, rows and values, which a row optimizer
+      (``pfc.partial_fc.RowSGD``) applies. There is no dense gradient. Several backward passes add up, as everywhere in
+      torch: for the average of n micro-batches divide each loss by n.
+
+    Args:
+        num_classes: C, over all ranks.
+        embedding_dim: D.
+        objective: see ``pfc.partial_fc.objectives``.
+        sample_rate: share of the classes used each step, in (0, 1]. The classes of the batch are always used.
+        batch_rate: share of the batch that meets the negatives, in (0, 1].
+        seed: of the initial centers and of all samples.
+        device: of the centers; the current default device when None.
+        center_dtype: float32 or float64, how the centers are stored.
+        compute_dtype: of the matrix products; ``center_dtype`` when None. Sums are float32 or better in any case.
+        process_group: the ranks that share the centers; the default group when None; one process alone where
+            torch.distributed is not initialised.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_dim: int,
+        *,
+        objective: Objective,
+        sample_rate: float = 1.0,
+        batch_rate: float = 1.0,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        center_dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("num_classes", num_classes), ("embedding_dim", embedding_dim)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, found {value}")
+        for name, value in (("sample_rate", sample_rate), ("batch_rate", batch_rate)):
+            if not 0.0 < value <= 1.0:
+                raise ValueError(f"{name} must lie in (0, 1], found {value}")
+        if center_dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"center_dtype must be float32 or float64, found {center_dtype}")
+        self.num_classes = num_classes
+        self.embedding_dim = embedding_dim
+        self.objective = objective
+        self.sample_rate = sample_rate
+        self.batch_rate = batch_rate
+        self.seed = seed
+        self.compute_dtype = compute_dtype or center_dtype
+        self.exchange = Exchange(process_group)
+        self.shard = ClassShard.of(num_classes, self.exchange.rank, self.exchange.world_size)
+        rows = initial_rows(self.shard, embedding_dim, seed, center_dtype)
+        self.weight = nn.Parameter(rows.to(device or torch.get_default_device()))
+        """This rank's centers [rows, D]. Its ``grad`` stays None: see ``row_gradients``."""
+        self.gradient_scale = nn.Parameter(torch.ones((), device=self.weight.device))
+        """Its ``grad`` is the sum of what the losses were multiplied with before backward, NaN on every rank where a
+        gradient of any rank is not finite. Row optimizers divide by what GradScaler makes of it."""
+        self.steps = 0
+        """Forward passes in training mode so far; the next sample is that of (seed, steps)."""
+        self.row_gradients: list[RowGradient] = []
+        self.accumulated_scale: Tensor | None = None
+        self.last_sample: LastSample | None = None
+
+    @property
+    def centers(self) -> DTensor:
+        """All centers, DTensor [C, D] with Shard(0); its local part is this rank's memory."""
+        return as_dtensor(self.weight.detach(), self.num_classes, self.exchange)
+
+    @torch.no_grad()
+    def load_centers(self, source: Tensor | Callable[[int, int], Tensor]) -> None:
+        """Sets all centers.
+
+        Args:
+            source: [C, D], the same on every rank; or a function (start, stop) → [stop − start, D] of global class
+                ids, asked for a block of rows at a time.
+        """
+        write_rows(self.weight, self.shard, source)
+
+    def clear_gradients(self) -> None:
+        """Forgets the gradients gathered so far; the row optimizer's ``zero_grad`` calls it."""
+        self.row_gradients.clear()
+        self.accumulated_scale = None
+        self.gradient_scale.grad = None
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss over the global batch, a float32 scalar (float64 where the centers are).
+
+        Args:
+            embeddings: this rank's samples [b, D], not normalised, float16, bfloat16, float32 or float64. An embedding
+                of zeros has cosine 0 with every center, and gradient 0.
+            labels: their classes, int64 [b], in [0, C), of any rank's shard.
+
+        Raises:
+            ValueError: shapes or types do not fit; or, on a CPU, a label outside the range, on every rank.
+        """
+        if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_dim or len(embeddings) == 0:
+            raise ValueError(f"embeddings must be [b, {self.embedding_dim}] with b ≥ 1, found {list(embeddings.shape)}")
+        if labels.shape != embeddings.shape[:1] or labels.dtype != torch.int64:
+            raise ValueError(
+                f"labels must be int64 [{len(embeddings)}], found {labels.dtype} {list(labels.shape)}".replace(
+                    "torch.", ""
+                )
+            )
+        return _HeadLoss.apply(embeddings, self.weight, labels, self)  # type: ignore[return-value]
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_classes} classes, {self.embedding_dim} dimensions, {self.objective}, sample_rate="
+            f"{self.sample_rate}, batch_rate={self.batch_rate}, rows {self.shard.start}–{self.shard.stop} here"
+        )
+
+    def _sample(self, labels: Tensor) -> tuple[ClassSample, Tensor | None]:
+        """The classes and the part of the batch [B'] (None for all) of this step."""
+        class_rate, batch_rate = (self.sample_rate, self.batch_rate) if self.training else (1.0, 1.0)
+        classes = sample_classes(labels, self.shard, rate=class_rate, seed=self.seed, step=self.steps)
+        batch = sample_batch(len(labels), rate=batch_rate, seed=self.seed, step=self.steps, device=labels.device)
+        everyone = torch.arange(len(labels), device=labels.device)
+        self.last_sample = LastSample(classes.classes, everyone if batch is None else batch)
+        return classes, batch
+
+    def _check_labels(self, labels: Tensor) -> None:
+        """Every rank sees all labels, so that all of them refuse a wrong one together and none is left waiting."""
+        wrong = (labels < 0) | (labels >= self.num_classes)
+        if labels.device.type != "cpu":
+            message = f"a label lies outside [0, {self.num_classes})"
+            torch._assert_async(~wrong.any(), message)
+        elif wrong.any():
+            place = int(wrong.nonzero()[0])
+            rank, position = divmod(place, len(labels) // self.exchange.world_size)
+            raise ValueError(
+                f"label {int(labels[place])} (sample {position} of rank {rank}) lies outside [0, {self.num_classes})"
+            )
+
+
+class _HeadLoss(torch.autograd.Function):
+    """One step of the head. The names in circles are those of docs/how-it-works.md."""
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, weight: Tensor, labels: Tensor, head: PartialFC) -> Tensor:
+        objective = head.objective
+        # ① the global batch
+        batch, labels = head.exchange.gather_batch(embeddings.detach(), labels)
+        head._check_labels(labels)
+        unit, inverse = dense.normalize(batch.to(weight.dtype))  # [B, D], [B, 1]
+        # ② the sample
+        sample, part = head._sample(labels)
+        rows = weight if sample.rows is None else weight[sample.rows]
+        unit_rows, inverse_rows = dense.normalize(rows)  # [K, D], [K, 1]
+        # ③ two numbers per sample
+        columns = sample.columns if part is None else sample.columns[part]
+        compute_unit, compute_rows = unit.to(head.compute_dtype), unit_rows.to(head.compute_dtype)
+        cosines = ((compute_unit if part is None else compute_unit[part]) @ compute_rows.T).to(weight.dtype)  # [B', K]
+        own = (sample.columns >= 0).nonzero()[:, 0]  # samples whose class is here
+        own_columns = sample.columns[own]
+        numbers = torch.zeros(2, len(labels), dtype=torch.float64, device=weight.device)
+        numbers[0, own] = (unit[own].double() * unit_rows[own_columns].double()).sum(dim=1)
+        everyone = slice(None) if part is None else part
+        if isinstance(objective, LogSumExpObjective):
+            numbers[1, everyone] = dense.log_sum_exp(cosines, columns, objective.scale).exp()
+        else:
+            numbers[1, everyone] = dense.sum_squares(cosines, columns)
+        # ④ … of all ranks
+        target, negatives = head.exchange.sum(numbers)
+        negatives = negatives[everyone]
+        if isinstance(objective, LogSumExpObjective):
+            negatives = negatives.log()
+        # ⑤ the loss, and its slopes by the two numbers
+        with torch.enable_grad():
+            target.requires_grad_()
+            negatives.requires_grad_()
+            loss = objective.intra(target).mean() + objective.inter(target[everyone], negatives).mean()
+            target_slope, negatives_slope = torch.autograd.grad(loss, (target, negatives), materialize_grads=True)
+        if head.training:
+            head.steps += 1
+        ctx.head, ctx.sample, ctx.part, ctx.embedding_dtype = head, sample, part, embeddings.dtype
+        ctx.save_for_backward(
+            cosines, unit, inverse, unit_rows, inverse_rows, own, own_columns, negatives, target_slope, negatives_slope
+        )
+        return loss.detach().to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        head: PartialFC = ctx.head
+        (
+            cosines,
+            unit,
+            inverse,
+            unit_rows,
+            inverse_rows,
+            own,
+            own_columns,
+            negatives,
+            target_slope,
+            negatives_slope,
+        ) = ctx.saved_tensors
+        everyone = slice(None) if ctx.part is None else ctx.part
+        negatives_slope = negatives_slope * grad.double()
+        if isinstance(head.objective, LogSumExpObjective):
+            slopes = dense.log_sum_exp_backward(cosines, negatives, negatives_slope, head.objective.scale)
+        else:
+            slopes = dense.sum_squares_backward(cosines, negatives_slope)
+        own_slope = (target_slope[own] * grad.double()).to(unit.dtype)[:, None]  # [own, 1]
+        slopes = slopes.to(head.compute_dtype)
+        # ⑥ ∂loss/∂embeddings, of all ranks' classes, to each rank its own samples
+        unit_grad = torch.zeros_like(unit)  # [B, D]
+        unit_grad[everyone] = (slopes @ unit_rows.to(head.compute_dtype)).to(unit.dtype)
+        unit_grad.index_add_(0, own, own_slope * unit_rows[own_columns])
+        broken = 1.0 - (torch.isfinite(unit_grad).all() & torch.isfinite(grad)).to(unit.dtype)
+        mine_grad, broken = head.exchange.sum_and_scatter(unit_grad, broken)
+        size = len(mine_grad)
+        mine = slice(head.exchange.rank * size, (head.exchange.rank + 1) * size)
+        embedding_grad = dense.normalize_backward(mine_grad, unit[mine], inverse[mine]) * head.exchange.world_size
+        # ⑦ ∂loss/∂rows
+        rows_grad = (slopes.T @ unit[everyone].to(head.compute_dtype)).to(unit.dtype)  # [K, D]
+        rows_grad.index_add_(0, own_columns, own_slope * unit[own])
+        rows_grad = dense.normalize_backward(rows_grad, unit_rows, inverse_rows)
+        _accumulate(head, RowGradient(ctx.sample.rows, rows_grad), torch.where(broken > 0, torch.nan, grad))
+        return embedding_grad.to(ctx.embedding_dtype), None, None, None
+
+
+def _accumulate(head: PartialFC, gradient: RowGradient, scale: Tensor) -> None:
+    head.row_gradients.append(gradient)
+    probe = head.gradient_scale
+    scale = scale.to(probe.dtype)
+    probe.grad = scale.clone() if probe.grad is None else probe.grad + scale
+    head.accumulated_scale = scale if head.accumulated_scale is None else head.accumulated_scale + scale

@@ -1,0 +1,272 @@
+"""The objectives: each a small differentiable function of two numbers per sample.
+
+With the cosine z_k between a normalised embedding and the normalised center of class k, and the label y, the head
+computes for every sample
+
+* ``target``    = z_y, and
+* ``negatives`` = ℓ = log Σ_{k≠y} exp(s·z_k) for a LogSumExpObjective, q = Σ_{k≠y} z_k² for a SquaresObjective,
+
+the sums taken over the classes of the step's sample. An objective never sees the class axis. Its loss is the sum of
+
+* ``intra(target)``: what pulls the sample to its own center, a mean over the whole batch, and
+* ``inter(target, negatives)``: what pushes it from the others, a mean over the part of the batch that meets the
+  negatives (all of it unless ``batch_rate`` < 1, D-Softmax-B).
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+_MAX_SCALE = 256.0  # exp(±2·scale) stays inside float64, in which the ranks add their sums
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Base of all objectives. ``target`` and ``negatives`` are float tensors [B]; so is what both methods return."""
+
+    def intra(self, target: Tensor) -> Tensor:
+        return torch.zeros_like(target)
+
+    def inter(self, target: Tensor, negatives: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def __call__(self, target: Tensor, negatives: Tensor) -> Tensor:
+        """Loss of each sample [B]."""
+        return self.intra(target) + self.inter(target, negatives)
+
+
+@dataclass(frozen=True)
+class LogSumExpObjective(Objective):
+    """An objective whose ``negatives`` are ℓ = log Σ_{k≠y} exp(scale·z_k)."""
+
+    scale: float = 64.0
+
+    def __post_init__(self) -> None:
+        _check(self, "scale", above=0, at_most=_MAX_SCALE)
+
+
+@dataclass(frozen=True)
+class SquaresObjective(Objective):
+    """An objective whose ``negatives`` are q = Σ_{k≠y} z_k²."""
+
+
+@dataclass(frozen=True)
+class Combined(LogSumExpObjective):
+    """All three margins: softplus(ℓ − s·(ψ(m1·θ_y + m2) − m3)), with θ_y = arccos z_y.
+
+    The combined margin of ArcFace (Deng et al. 2019, equation 4), with ψ in place of the cosine so that the target's
+    logit falls monotonically beyond π too.
+
+    Args:
+        scale: s, in (0, 256].
+        m1: SphereFace's multiplicative margin, ≥ 1.
+        m2: ArcFace's additive angular margin in radians, in [0, π].
+        m3: CosFace's additive cosine margin, in [0, 2].
+    """
+
+    m1: float = 1.0
+    m2: float = 0.0
+    m3: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "m1", at_least=1, at_most=16)
+        _check(self, "m2", at_least=0, at_most=math.pi)
+        _check(self, "m3", at_least=0, at_most=2)
+
+    def inter(self, target: Tensor, negatives: Tensor) -> Tensor:
+        return softplus(negatives - self.scale * (psi(self.m1 * angle(target) + self.m2) - self.m3))
+
+
+@dataclass(frozen=True)
+class Softmax(LogSumExpObjective):
+    """Normalised softmax: −log(e^{s·z_y} / Σ_k e^{s·z_k}) = softplus(ℓ − s·z_y) (NormFace, Wang et al. 2017).
+
+    Args:
+        scale: s, in (0, 256].
+    """
+
+    def inter(self, target: Tensor, negatives: Tensor) -> Tensor:
+        return softplus(negatives - self.scale * target)
+
+
+@dataclass(frozen=True)
+class CosFace(LogSumExpObjective):
+    """Additive cosine margin: softplus(ℓ − s·(z_y − m)) (Wang et al. 2018, equation 4).
+
+    Args:
+        scale: s, in (0, 256].
+        margin: m, in [0, 2]; 0.35 in the paper, 0.4 in most large runs.
+    """
+
+    margin: float = 0.35
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "margin", at_least=0, at_most=2)
+
+    def inter(self, target: Tensor, negatives: Tensor) -> Tensor:
+        return softplus(negatives - self.scale * (target - self.margin))
+
+
+@dataclass(frozen=True)
+class ArcFace(LogSumExpObjective):
+    """Additive angular margin: softplus(ℓ − s·ψ(θ_y + m)) (Deng et al. 2019, equation 3).
+
+    Its slope by z_y carries the factor sin(θ_y + m)/sin θ_y, bounded as |z_y| → 1 (see ``angle``).
+
+    Args:
+        scale: s, in (0, 256].
+        margin: m in radians, in [0, π].
+    """
+
+    margin: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "margin", at_least=0, at_most=math.pi)
+
+    def inter(self, target: Tensor, negatives: Tensor) -> Tensor:
+        return softplus(negatives - self.scale * psi(angle(target) + self.margin))
+
+
+@dataclass(frozen=True)
+class SphereFace(LogSumExpObjective):
+    """Multiplicative angular margin: softplus(ℓ − s·ψ(m·θ_y)) (Liu et al. 2017, equation 7).
+
+    Args:
+        scale: s, in (0, 256].
+        margin: m, in [1, 16]; need not be an integer.
+    """
+
+    margin: float = 1.35
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "margin", at_least=1, at_most=16)
+
+    def inter(self, target: Tensor, negatives: Tensor) -> Tensor:
+        return softplus(negatives - self.scale * psi(self.margin * angle(target)))
+
+
+@dataclass(frozen=True)
+class DSoftmax(LogSumExpObjective):
+    """Dissected softmax: softplus(s·(d − z_y)) + softplus(ℓ) (He et al. 2020, "Softmax Dissection", equation 8).
+
+    In the paper's words log(1 + ε/e^{s·z_y}) + log(1 + Σ_{k≠y} e^{s·z_k}) with ε = e^{s·d}: d is the cosine at which
+    the pull ends. The two terms are independent, so the second may use a sample of the classes (D-Softmax-K,
+    ``sample_rate``) or of the batch (D-Softmax-B, ``batch_rate``).
+
+    Args:
+        scale: s, in (0, 256].
+        stop: d, in [−1, 1].
+    """
+
+    scale: float = 32.0
+    stop: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "stop", at_least=-1, at_most=1)
+
+    def intra(self, target: Tensor) -> Tensor:
+        return softplus(self.scale * (self.stop - target))
+
+    def inter(self, target: Tensor, negatives: Tensor) -> Tensor:
+        return softplus(negatives)
+
+
+@dataclass(frozen=True)
+class P2SGrad(SquaresObjective):
+    """½ Σ_k (z_k − [k = y])² = ½ (1 − z_y)² + ½ q (Zhang et al. 2019, whose gradient, equation 11, this integrates).
+
+    It has no hyper-parameter.
+    """
+
+    def intra(self, target: Tensor) -> Tensor:
+        return 0.5 * (1.0 - target).square()
+
+    def inter(self, target: Tensor, negatives: Tensor) -> Tensor:
+        return 0.5 * negatives
+
+
+_BY_NAME: dict[str, type[Objective]] = {
+    "softmax": Softmax,
+    "cosface": CosFace,
+    "arcface": ArcFace,
+    "sphereface": SphereFace,
+    "combined": Combined,
+    "d_softmax": DSoftmax,
+    "p2sgrad": P2SGrad,
+}
+
+
+def build(name: str, **parameters: Any) -> Objective:
+    """The objective of that name, as configurations write it.
+
+    Raises:
+        ValueError: unknown name, unknown parameter, or a value outside its range; the text says what is allowed.
+    """
+    if name not in _BY_NAME:
+        raise ValueError(f"unknown objective {name!r}; allowed: {', '.join(_BY_NAME)}")
+    kind = _BY_NAME[name]
+    allowed = [field.name for field in dataclasses.fields(kind) if field.init]
+    for key, value in parameters.items():
+        if key not in allowed:
+            raise ValueError(f"{name} has no parameter {key!r}; allowed: {', '.join(allowed) or 'none'}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{key} must be a number, found {value!r}")
+    return kind(**parameters)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + eˣ), exact everywhere; torch's own cuts off above 20, an error of 2·10⁻⁹."""
+    return -logsigmoid(-x)
+
+
+def psi(theta: Tensor) -> Tensor:
+    """ψ(t) = (−1)^j·cos t − 2j with j = ⌊t/π⌋: the cosine on [0, π], continued so that it keeps falling beyond π."""
+    turns = torch.floor(theta.detach() / math.pi)
+    sign = 1.0 - 2.0 * torch.remainder(turns, 2.0)
+    return sign * torch.cos(theta) - 2.0 * turns
+
+
+def angle(cosine: Tensor) -> Tensor:
+    """arccos with a bounded slope.
+
+    The true slope −1/sin θ is infinite at θ = 0 and π, where the gradient that it multiplies, the part of the center
+    at right angles to the embedding, is zero. Below sin θ = 10⁻⁴ the slope stays at −10⁴, and the product is zero.
+    """
+    return _Angle.apply(cosine)  # type: ignore[return-value]
+
+
+class _Angle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, cosine: Tensor) -> Tensor:
+        theta = torch.acos(cosine.clamp(-1.0, 1.0))
+        ctx.save_for_backward(theta)
+        return theta
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (theta,) = ctx.saved_tensors
+        return -grad / torch.sin(theta).clamp_min(1e-4)
+
+
+def _check(
+    objective: Objective,
+    name: str,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+) -> None:
+    value = getattr(objective, name)
+    if not (value > above and at_least <= value <= at_most):
+        lower = f"({above:g}" if above > -math.inf else f"[{at_least:g}"
+        raise ValueError(f"{name} must lie in {lower}, {at_most:g}], found {value!r}")

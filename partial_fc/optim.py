@@ -1,0 +1,261 @@
+"""Row optimizers: they change the centers that a step used, and nothing else.
+
+Each does what torch's optimizer of that name would do if every center were a parameter of its own, stepped only when a
+batch touched it: rows that were not sampled keep their values and their state to the last bit, through momentum and
+weight decay too. They are ``torch.optim.Optimizer``s: LR schedulers, ``param_groups``, ``state_dict`` and GradScaler
+work on them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .centers import as_dtensor
+from .head import PartialFC, RowGradient
+
+_BLOCK = 8192  # rows updated at a time: bounds the temporaries
+
+
+class RowOptimizer(torch.optim.Optimizer):
+    """Base of the row optimizers: gathers the gradients of all backward passes, skips broken steps, walks the rows.
+
+    A subclass names its state in ``_state_shapes`` and computes in ``_update``.
+
+    A step whose gradient is not finite on some rank, or whose GradScaler found an infinity, changes nothing on any
+    rank and is counted in ``skipped_steps`` (an int64 tensor [] on the head's device).
+
+    Args:
+        head: whose centers are optimised.
+        defaults: the hyper-parameters.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf and asks nothing of the host
+
+    def __init__(self, head: PartialFC, defaults: dict[str, Any]) -> None:
+        super().__init__([head.weight, head.gradient_scale], defaults)
+        self.head = head
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=head.weight.device)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.head.clear_gradients()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gradients = self.head.row_gradients
+        if not gradients:
+            return loss
+        factor, broken = self._scaling()
+        self.skipped_steps += broken
+        if broken.device.type == "cpu" and broken:
+            return loss
+        self._apply(_merged(gradients), factor, broken)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """``state``: name → DTensor [C, ...] with Shard(0); ``param_groups``: the hyper-parameters.
+
+        Every state is there from the start, so that a checkpoint can be read into a fresh optimizer.
+        """
+        state = {name: self._as_dtensor(local) for name, local in self._row_state().items()}
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        return {"state": state, "param_groups": groups}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Takes what ``state_dict`` gave, its states as DTensors of this layout or as full tensors [C, ...]."""
+        local_state, shard = self._row_state(), self.head.shard
+        if state_dict["state"].keys() != local_state.keys():
+            raise ValueError(f"state has {sorted(state_dict['state'])}, this optimizer needs {sorted(local_state)}")
+        for name, value in state_dict["state"].items():
+            rows = value.to_local() if isinstance(value, DTensor) else value[shard.start : shard.stop]
+            local_state[name].copy_(rows)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update(saved)
+
+    def _state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape of the state of one row."""
+        raise NotImplementedError
+
+    def _update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """New rows and new state, from the old ones [n, D], [n, ...] and the gradient [n, D] (may be overwritten)."""
+        raise NotImplementedError
+
+    def _scaling(self) -> tuple[Tensor, Tensor]:
+        """What the gradients are to be multiplied with, and whether the step is to be skipped (bool)."""
+        head = self.head
+        assert head.accumulated_scale is not None
+        assert head.gradient_scale.grad is not None
+        factor = head.gradient_scale.grad / head.accumulated_scale  # 1, or what GradScaler.unscale_ divided by
+        factor = torch.where(head.accumulated_scale == 0, 1.0, factor)  # a loss times zero
+        broken = ~torch.isfinite(head.gradient_scale.grad)
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # GradScaler's
+        if grad_scale is not None:
+            factor = factor / grad_scale
+        if found_inf is not None:
+            broken = broken | (torch.as_tensor(found_inf, device=broken.device) > 0)
+        return factor, broken
+
+    def _apply(self, gradient: RowGradient, factor: Tensor, broken: Tensor) -> None:
+        tensors = [self.head.weight.data, *self._row_state().values()]
+        for start in range(0, len(gradient.values), _BLOCK):
+            place: slice | Tensor = slice(start, start + _BLOCK)
+            values = gradient.values[place] * factor
+            if gradient.rows is not None:
+                place = gradient.rows[place]
+            weight, *state = old = [tensor[place] for tensor in tensors]
+            weight, state = self._update(weight, values, state)
+            for tensor, before, after in zip(tensors, old, [weight, *state], strict=True):
+                tensor[place] = after if broken.device.type == "cpu" else torch.where(broken, before, after)
+
+    def _row_state(self) -> dict[str, Tensor]:
+        weight = self.head.weight
+        state = self.state[weight]
+        for name, shape in self._state_shapes().items():
+            if name not in state:
+                state[name] = torch.zeros(self.head.shard.rows, *shape, dtype=weight.dtype, device=weight.device)
+        return state
+
+    def _as_dtensor(self, local: Tensor) -> DTensor:
+        return as_dtensor(local, self.head.num_classes, self.head.exchange)
+
+
+class RowSGD(RowOptimizer):
+    """SGD on rows: g ← g + λw, v ← μv + g, w ← w − η·v (with Nesterov: w ← w − η·(g + μv)), as torch.optim.SGD.
+
+    Args:
+        head: whose centers are optimised.
+        lr: η.
+        momentum: μ in [0, 1).
+        weight_decay: λ ≥ 0.
+        nesterov: Nesterov's form; needs momentum.
+    """
+
+    def __init__(
+        self, head: PartialFC, lr: float, momentum: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False
+    ) -> None:
+        _check(lr=lr, weight_decay=weight_decay)
+        _check_shares(momentum=momentum)
+        if nesterov and momentum == 0:
+            raise ValueError("nesterov needs momentum > 0")
+        super().__init__(head, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
+
+    def _state_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"momentum": (self.head.embedding_dim,)} if self.param_groups[0]["momentum"] else {}
+
+    def _update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        group = self.param_groups[0]
+        momentum = group["momentum"]
+        if group["weight_decay"]:
+            gradient.add_(weight, alpha=group["weight_decay"])
+        if momentum:
+            state = [state[0].mul(momentum).add_(gradient)]
+            gradient = gradient.add_(state[0], alpha=momentum) if group["nesterov"] else state[0]
+        return weight.sub(gradient, alpha=group["lr"]), state
+
+
+class RowAdamW(RowOptimizer):
+    """AdamW on rows (Loshchilov & Hutter 2019, algorithm 2), as torch.optim.AdamW; each row counts its own steps.
+
+    Args:
+        head: whose centers are optimised.
+        lr: η.
+        betas: decay of the two moments, each in [0, 1).
+        eps: added to the root of the second moment.
+        weight_decay: λ ≥ 0, decoupled: w ← w·(1 − ηλ).
+    """
+
+    def __init__(
+        self,
+        head: PartialFC,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        _check(lr=lr, eps=eps, weight_decay=weight_decay)
+        _check_shares(**{"betas[0]": betas[0], "betas[1]": betas[1]})
+        super().__init__(head, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+
+    def _state_shapes(self) -> dict[str, tuple[int, ...]]:
+        dim = self.head.embedding_dim
+        return {"first_moment": (dim,), "second_moment": (dim,), "steps": (1,)}
+
+    def _update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        group = self.param_groups[0]
+        first, second, steps = state
+        beta1, beta2 = group["betas"]
+        first = first.lerp(gradient, 1 - beta1)
+        second = (second * beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        steps = steps + 1
+        size = group["lr"] / (1 - beta1 ** steps.double())
+        root = (1 - beta2 ** steps.double()).sqrt().to(weight.dtype)
+        denominator = second.sqrt().div_(root).add_(group["eps"])
+        decayed = weight * (1 - group["lr"] * group["weight_decay"])
+        return decayed.sub_(first / denominator * size.to(weight.dtype)), [first, second, steps]
+
+
+class RowAdagrad(RowOptimizer):
+    """Adagrad with one number of state a row: G ← G + mean(g²), w ← w − η·g/(√G + ε), with g ← g + λw before.
+
+    The row-wise form that embedding tables use: 1/512 of the memory of momentum at D = 512, and a step
+    that adapts to how often a class is seen.
+
+    Args:
+        head: whose centers are optimised.
+        lr: η.
+        eps: ε, added to the root.
+        weight_decay: λ ≥ 0.
+    """
+
+    def __init__(self, head: PartialFC, lr: float = 1e-2, eps: float = 1e-10, weight_decay: float = 0.0) -> None:
+        _check(lr=lr, eps=eps, weight_decay=weight_decay)
+        super().__init__(head, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
+
+    def _state_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"sum": (1,)}
+
+    def _update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        group = self.param_groups[0]
+        if group["weight_decay"]:
+            gradient.add_(weight, alpha=group["weight_decay"])
+        total = state[0] + gradient.square().mean(dim=1, keepdim=True)
+        step = gradient.div_(total.sqrt().add_(group["eps"]))
+        return weight.sub(step, alpha=group["lr"]), [total]
+
+
+def _merged(gradients: list[RowGradient]) -> RowGradient:
+    """The sum of several backward passes, each row once."""
+    if len(gradients) == 1:
+        return gradients[0]
+    if any(gradient.rows is None for gradient in gradients):
+        total = torch.zeros_like(next(gradient.values for gradient in gradients if gradient.rows is None))
+        for gradient in gradients:
+            if gradient.rows is None:
+                total += gradient.values
+            else:
+                total.index_add_(0, gradient.rows, gradient.values)
+        return RowGradient(None, total)
+    all_rows = torch.cat([gradient.rows for gradient in gradients if gradient.rows is not None])
+    rows, place = torch.unique(all_rows, return_inverse=True)
+    values = gradients[0].values.new_zeros(len(rows), gradients[0].values.shape[1])
+    values.index_add_(0, place, torch.cat([gradient.values for gradient in gradients]))
+    return RowGradient(rows, values)
+
+
+def _check(**values: float) -> None:
+    for name, value in values.items():
+        if not value >= 0:
+            raise ValueError(f"{name} must be at least 0, found {value}")
+
+
+def _check_shares(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must lie in [0, 1), found {value}")

@@ -1,0 +1,134 @@
+"""One step of the head on real ranks, compared with the oracle."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pfc.partial_fc import PartialFC, objectives
+from tests.partial_fc.oracle import dense_loss
+from tests.ranks import run_ranks
+
+OBJECTIVES: dict[str, dict[str, float]] = {
+    "softmax": {"scale": 30.0},
+    "cosface": {"scale": 64.0, "margin": 0.35},
+    "arcface": {"scale": 64.0, "margin": 0.5},
+    "sphereface": {"scale": 32.0, "margin": 1.7},
+    "combined": {"scale": 48.0, "m1": 1.2, "m2": 0.3, "m3": 0.15},
+    "d_softmax": {"scale": 32.0, "stop": 0.9},
+    "p2sgrad": {},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    objective: str
+    parameters: dict[str, float] = field(default_factory=dict)
+    num_classes: int = 103
+    dim: int = 24
+    batch: int = 5
+    """Samples per rank."""
+    labels: str = "random"
+    """"random", "same" (all of one class), "low" (all on the first rank's shard)."""
+    sample_rate: float = 1.0
+    batch_rate: float = 1.0
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+
+@dataclass
+class StepResult:
+    """What one rank made of a step."""
+
+    loss: Tensor
+    embedding_grad: Tensor
+    row_grad: Tensor
+    classes: Tensor
+    sampled_batch: Tensor
+
+
+def tensors(case: Case, world_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings [B, D], labels [B] and centers [C, D] of the whole world, float64, of values that float32 can hold."""
+    generator = torch.Generator().manual_seed(case.seed)
+    size = world_size * case.batch
+    embeddings = torch.randn(size, case.dim, generator=generator).mul(3.0).double()
+    centers = torch.randn(case.num_classes, case.dim, generator=generator).mul(0.05).double()
+    labels = torch.randint(0, case.num_classes, (size,), generator=generator)
+    if case.labels == "same":
+        labels = labels[:1].expand(size).clone()
+    if case.labels == "low":
+        labels %= -(-case.num_classes // world_size)
+    return embeddings, labels, centers
+
+
+def step_on_rank(case: Case) -> StepResult:
+    """Runs on every rank: one forward and backward pass on its own part of the tensors."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    embeddings, labels, centers = tensors(case, world_size)
+    head = PartialFC(
+        case.num_classes,
+        case.dim,
+        objective=objectives.build(case.objective, **case.parameters),
+        sample_rate=case.sample_rate,
+        batch_rate=case.batch_rate,
+        seed=case.seed,
+        center_dtype=case.dtype,
+    )
+    head.load_centers(centers.to(case.dtype))
+    mine = slice(rank * case.batch, (rank + 1) * case.batch)
+    own = embeddings[mine].to(case.dtype).requires_grad_()
+    loss = head(own, labels[mine])
+    loss.backward()
+    assert own.grad is not None
+    assert head.last_sample is not None
+    return StepResult(
+        loss.detach(), own.grad, dense_row_gradient(head), head.last_sample.classes, head.last_sample.batch
+    )
+
+
+def dense_row_gradient(head: PartialFC) -> Tensor:
+    """The gathered row gradients as one dense [rows, D], zero where no gradient is."""
+    total = torch.zeros_like(head.weight)
+    for gradient in head.row_gradients:
+        total[slice(None) if gradient.rows is None else gradient.rows] += gradient.values
+    return total.detach()
+
+
+def check(case: Case, world_size: int, tolerance: float | None = None) -> None:
+    """The head on ``world_size`` ranks against the oracle: the loss and both gradients."""
+    results: list[StepResult] = [step_on_rank(case)] if world_size == 1 else run_ranks(world_size, step_on_rank, case)
+    classes = torch.cat([result.classes for result in results])
+    assert torch.equal(classes, classes.unique()), "the ranks' classes, one after the other, ascend, each once"
+    for result in results[1:]:
+        assert torch.equal(result.sampled_batch, results[0].sampled_batch)
+        assert torch.equal(result.loss, results[0].loss)
+    expected = oracle(case, world_size, classes, results[0].sampled_batch)
+    if tolerance is None:
+        tolerance = 1e-12 if case.dtype == torch.float64 else 1e-5
+    assert relative_error(results[0].loss, expected[0]) <= tolerance
+    # W times the gradient: DDP's average over the ranks takes the W away again.
+    embedding_grad = torch.cat([result.embedding_grad for result in results]) / world_size
+    assert relative_error(embedding_grad, expected[1]) <= tolerance
+    assert relative_error(torch.cat([result.row_grad for result in results]), expected[2]) <= tolerance
+
+
+def oracle(case: Case, world_size: int, classes: Tensor, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, gradient by the embeddings [B, D] and by the centers [C, D], float64."""
+    embeddings, labels, centers = tensors(case, world_size)
+    embeddings.requires_grad_()
+    centers.requires_grad_()
+    parameters: dict[str, Any] = case.parameters
+    loss = dense_loss(case.objective, parameters, embeddings, labels, centers, classes=classes, batch=batch)
+    loss.backward()
+    assert embeddings.grad is not None
+    assert centers.grad is not None
+    return loss.detach(), embeddings.grad, centers.grad
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """‖value − expected‖ / ‖expected‖; the plain distance where nothing is expected."""
+    distance = float((value.double() - expected).norm())
+    size = float(expected.norm())
+    return distance / size if size > 1e-30 else distance

@@ -1,0 +1,232 @@
+"""The row optimizers against torch's own, row by row."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pfc.partial_fc import PartialFC, RowAdagrad, RowAdamW, RowOptimizer, RowSGD, objectives
+from tests.partial_fc.cases import dense_row_gradient
+from tests.ranks import run_ranks
+
+CLASSES, DIM = 60, 6
+
+# name → (ours, torch's for one row)
+TWINS: dict[str, tuple[Callable[[PartialFC], RowOptimizer], Callable[[list[Tensor]], torch.optim.Optimizer]]] = {
+    "sgd": (lambda head: RowSGD(head, 0.3), lambda row: torch.optim.SGD(row, 0.3)),
+    "momentum": (
+        lambda head: RowSGD(head, 0.3, momentum=0.9, weight_decay=0.01),
+        lambda row: torch.optim.SGD(row, 0.3, momentum=0.9, weight_decay=0.01),
+    ),
+    "nesterov": (
+        lambda head: RowSGD(head, 0.3, momentum=0.9, weight_decay=0.01, nesterov=True),
+        lambda row: torch.optim.SGD(row, 0.3, momentum=0.9, weight_decay=0.01, nesterov=True),
+    ),
+    "adamw": (
+        lambda head: RowAdamW(head, 0.05, weight_decay=0.1),
+        lambda row: torch.optim.AdamW(row, 0.05, weight_decay=0.1),
+    ),
+}
+ROW_OPTIMIZERS: dict[str, Callable[[PartialFC], RowOptimizer]] = {name: ours for name, (ours, _) in TWINS.items()} | {
+    "adagrad": lambda head: RowAdagrad(head, 0.1, weight_decay=0.01)
+}
+
+
+def make_head(sample_rate: float = 0.2, dtype: torch.dtype = torch.float64) -> PartialFC:
+    return PartialFC(CLASSES, DIM, objective=objectives.DSoftmax(), sample_rate=sample_rate, center_dtype=dtype)
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(5, DIM, generator=generator), torch.randint(0, CLASSES, (5,), generator=generator)
+
+
+@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("sample_rate", [0.2, 1.0])
+def test_each_row_is_stepped_as_torch_steps_a_parameter_that_is_touched(name: str, sample_rate: float) -> None:
+    head = make_head(sample_rate)
+    ours, twin = TWINS[name]
+    optimizer = ours(head)
+    rows = [torch.nn.Parameter(row.clone()) for row in head.weight.detach()]
+    twins = [twin([row]) for row in rows]
+    for step in range(12):
+        head(*batch(step)).backward()
+        gradient = dense_row_gradient(head)
+        for row in head.last_sample.classes.tolist():
+            rows[row].grad = gradient[row]
+            twins[row].step()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = torch.stack([row.detach() for row in rows])
+    assert torch.allclose(head.weight, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_rowwise_adagrad_by_its_formula() -> None:
+    head = make_head(1.0)
+    optimizer = RowAdagrad(head, lr=0.1, eps=1e-10, weight_decay=0.01)
+    weight, total = head.weight.detach().clone(), torch.zeros(CLASSES, 1, dtype=torch.float64)
+    for step in range(5):
+        head(*batch(step)).backward()
+        gradient = dense_row_gradient(head) + 0.01 * weight
+        total += gradient.square().mean(dim=1, keepdim=True)
+        weight -= 0.1 * gradient / (total.sqrt() + 1e-10)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.allclose(head.weight, weight, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ROW_OPTIMIZERS)
+def test_rows_not_sampled_keep_every_bit(name: str) -> None:
+    head = make_head(dtype=torch.float32)
+    optimizer = ROW_OPTIMIZERS[name](head)
+    for step in range(6):
+        before = head.weight.detach().clone()
+        state_before = {key: value.to_local().clone() for key, value in optimizer.state_dict()["state"].items()}
+        head(*batch(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        untouched = torch.ones(CLASSES, dtype=torch.bool)
+        untouched[head.last_sample.classes] = False
+        assert untouched.any()
+        assert torch.equal(head.weight[untouched], before[untouched])
+        assert not torch.equal(head.weight[~untouched], before[~untouched])
+        for key, value in optimizer.state_dict()["state"].items():
+            assert torch.equal(value.to_local()[untouched], state_before[key][untouched])
+
+
+@pytest.mark.parametrize("name", ROW_OPTIMIZERS)
+def test_micro_batches_are_averaged(name: str) -> None:
+    """Two halves with different samples, each loss divided by two: one step along the average."""
+    head, again = make_head(), make_head()
+    optimizer, other = ROW_OPTIMIZERS[name](head), ROW_OPTIMIZERS[name](again)
+    gradients = []
+    for step in range(2):
+        again.steps = step
+        again(*batch(step)).backward()
+        gradients.append((dense_row_gradient(again), again.last_sample.classes))
+        again.clear_gradients()
+        (head(*batch(step)) / 2).backward()
+    optimizer.step()
+    average = (gradients[0][0] + gradients[1][0]) / 2
+    touched = torch.cat([classes for _, classes in gradients]).unique()
+    # The same step from a single pass: its values replaced by the average, on the union of the rows.
+    again.steps = 0
+    again(*batch(0)).backward()
+    again.row_gradients[:] = [type(again.row_gradients[0])(touched, average[touched])]
+    other.step()
+    assert torch.allclose(head.weight, again.weight, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ROW_OPTIMIZERS)
+def test_state_dict_goes_on_where_it_was(name: str) -> None:
+    head, resumed = make_head(), make_head()
+    optimizer = ROW_OPTIMIZERS[name](head)
+    for step in range(3):
+        _step(head, optimizer, step)
+    restored = ROW_OPTIMIZERS[name](resumed)
+    resumed.load_centers(head.centers.full_tensor())
+    resumed.steps = head.steps
+    restored.load_state_dict(optimizer.state_dict())
+    for step in range(3, 6):
+        _step(head, optimizer, step)
+        _step(resumed, restored, step)
+    assert torch.equal(head.weight, resumed.weight)
+
+
+def _step(head: PartialFC, optimizer: RowOptimizer, step: int) -> None:
+    head(*batch(step)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_state_of_another_optimizer_is_refused() -> None:
+    head = make_head()
+    with pytest.raises(ValueError, match="needs"):
+        RowAdamW(head).load_state_dict(RowSGD(head, 0.1, momentum=0.9).state_dict())
+
+
+def test_learning_rate_schedulers_work() -> None:
+    head = make_head()
+    optimizer = RowSGD(head, lr=0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.0)
+    _step(head, optimizer, 0)
+    scheduler.step()
+    before = head.weight.detach().clone()
+    _step(head, optimizer, 1)
+    assert optimizer.param_groups[0]["lr"] == 0
+    assert torch.equal(head.weight, before)
+
+
+@pytest.mark.parametrize("unscale_first", [False, True])
+def test_grad_scaler_changes_nothing_but_the_scale(unscale_first: bool) -> None:
+    head, plain = make_head(), make_head()
+    optimizer, other = RowSGD(head, 0.1, momentum=0.9), RowSGD(plain, 0.1, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(3):
+        scaler.scale(head(*batch(step))).backward()
+        if unscale_first:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        _step(plain, other, step)
+    assert torch.allclose(head.weight, plain.weight, rtol=1e-12)
+    assert scaler.get_scale() == 1024.0
+
+
+def test_grad_scaler_skips_an_overflow_and_lowers_its_scale() -> None:
+    head = make_head(dtype=torch.float32)
+    optimizer = RowSGD(head, 0.1, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    before = head.weight.detach().clone()
+    scaler.scale(head(*batch(0))).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(head.weight, before)
+    assert scaler.get_scale() == 2.0**126
+
+
+@pytest.mark.parametrize("where", ["embedding", "loss", "center"])
+def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(where: str) -> None:
+    for changed, skipped in run_ranks(3, _broken_step, where):
+        assert not changed
+        assert skipped == 1
+
+
+def _broken_step(where: str) -> tuple[bool, int]:
+    head = PartialFC(CLASSES, DIM, objective=objectives.CosFace(), sample_rate=0.5)
+    optimizer = RowSGD(head, 0.1, momentum=0.9, weight_decay=0.1)
+    embeddings, labels = batch(dist.get_rank())
+    here = dist.get_rank() == 1
+    if here and where == "embedding":
+        embeddings[2, 3] = torch.inf
+    if here and where == "center":
+        head.weight.data[:] = torch.nan
+    before = head.weight.detach().clone()
+    loss = head(embeddings, labels)
+    (loss * torch.nan if here and where == "loss" else loss).backward()
+    optimizer.step()
+    state = optimizer.state_dict()["state"]["momentum"].to_local()
+    changed = not torch.equal(head.weight.nan_to_num(), before.nan_to_num()) or bool(state.any())
+    optimizer.zero_grad()
+    if where != "center":  # and the next good step counts again
+        _step(head, optimizer, 9)
+        assert not torch.equal(head.weight, before)
+    return changed, int(optimizer.skipped_steps)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda head: RowSGD(head, lr=-1), "lr must be at least 0, found -1"),
+        (lambda head: RowSGD(head, lr=1, momentum=1.0), r"momentum must lie in \[0, 1\), found 1.0"),
+        (lambda head: RowSGD(head, lr=1, nesterov=True), "nesterov needs momentum > 0"),
+        (lambda head: RowAdamW(head, betas=(0.9, 1.0)), r"betas\[1\] must lie in"),
+        (lambda head: RowAdagrad(head, eps=-1), "eps must be at least 0"),
+    ],
+)
+def test_impossible_hyper_parameters_are_named(make: Callable[[PartialFC], RowOptimizer], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(make_head())

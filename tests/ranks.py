@@ -1,0 +1,85 @@
+"""Real gloo ranks for tests: a pool of processes per world size, started once and used by all tests."""
+
+import atexit
+import multiprocessing
+import multiprocessing.connection
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_pools: dict[int, "RankPool"] = {}
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Calls ``function(*args)`` on every rank of a gloo world, and returns what each rank returned, in rank order.
+
+    ``function`` must be importable (module level), and it, its arguments and its results must pickle. An exception on
+    any rank is raised here with that rank's traceback, and the pool is started afresh for the next call.
+    """
+    if world_size not in _pools:
+        _pools[world_size] = RankPool(world_size)
+    try:
+        return _pools[world_size].call(function, *args)
+    except BaseException:
+        _pools.pop(world_size).close()
+        raise
+
+
+class RankPool:
+    """``world_size`` processes with an initialised gloo group, fed through pipes."""
+
+    def __init__(self, world_size: int) -> None:
+        self.directory = tempfile.TemporaryDirectory()
+        context = multiprocessing.get_context("spawn")
+        pipes = [context.Pipe() for _ in range(world_size)]
+        self.pipes = [parent for parent, _ in pipes]
+        store = os.path.join(self.directory.name, "store")
+        self.processes = [
+            context.Process(target=_serve, args=(rank, world_size, store, child), daemon=True)
+            for rank, (_, child) in enumerate(pipes)
+        ]
+        for process in self.processes:
+            process.start()
+        atexit.register(self.close)
+
+    def call(self, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        results: list[Any] = [None] * len(self.pipes)
+        waiting = dict(enumerate(self.pipes))
+        while waiting:
+            ready = multiprocessing.connection.wait(list(waiting.values()), timeout)
+            if not ready:
+                raise TimeoutError(f"ranks {sorted(waiting)} did not answer within {timeout:.0f} s")
+            for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
+                kind, value = waiting.pop(rank).recv()
+                if kind == "error":
+                    raise RuntimeError(f"rank {rank}:\n{value}")
+                results[rank] = value
+        return results
+
+    def close(self) -> None:
+        atexit.unregister(self.close)
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.directory.cleanup()
+
+
+def _serve(rank: int, world_size: int, store: str, pipe: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(("result", function(*args)))
+        except BaseException:
+            pipe.send(("error", traceback.format_exc()))
