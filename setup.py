@@ -46,7 +46,7 @@ setup(
     extras_require={
         "demo": [*FONTS, "japanize-matplotlib", "fonttools"],
         "export": ["onnx", "onnxruntime", "onnxscript"],
-        "dev": ["pytest", "hypothesis", "ruff", "pyright", "build", "setuptools>=77", "wheel"],
+        "dev": ["pytest", "hypothesis", "ruff", "pyright[nodejs]", "build", "setuptools>=77", "wheel"],
     },
     entry_points={"console_scripts": ["pfc = pfc.launch.cli:main"]},
 )

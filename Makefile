@@ -1,0 +1,52 @@
+# make demo    pack a small real data set, train on two CPU ranks, evaluate, write the report
+# make test    run the tests
+# make lint    ruff and pyright
+# make bench   time the head on this machine
+#
+# Everything is installed into .venv; VENV=/path uses another virtual environment, PYTHON=... another Python (>= 3.11).
+
+VENV   ?= .venv
+PYTHON ?= python3
+PIP     = $(VENV)/bin/python -m pip --disable-pip-version-check -qq
+# What was installed, and from which setup.py: a changed setup.py installs again.
+STAMP   = $(VENV)/.pfc-installed-with
+
+GLYPHS  = work/glyphs
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)-demo $(GLYPHS)/heldout.bin
+	$(VENV)/bin/pfc train configs/glyphs.yaml --nproc 2
+
+$(GLYPHS)/heldout.bin: | $(STAMP)-demo
+	$(VENV)/bin/pfc pack glyphs $(GLYPHS) --identities 2000 --images-per-identity 20 --size 40
+
+test: $(STAMP)-dev
+	$(VENV)/bin/python -m pytest
+
+lint: $(STAMP)-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+bench: $(STAMP)-demo
+	$(VENV)/bin/pfc bench head
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pfc needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP)-demo: setup.py | $(VENV)/bin/python
+	@echo "Installing pfc and the demo's fonts into $(VENV) (PyTorch and DALI are large: a few minutes the first time)"
+	@$(PIP) install --editable '.[demo]'
+	@touch $@
+
+$(STAMP)-dev: setup.py | $(VENV)/bin/python
+	@echo "Installing pfc and the tools for its tests into $(VENV) (PyTorch and DALI are large: a few minutes the first time)"
+	@$(PIP) install --editable '.[demo,export,dev]'
+	@touch $@ $(STAMP)-demo

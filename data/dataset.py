@@ -1,0 +1,208 @@
+"""A data set of encoded images and labels in RecordIO shards."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from .errors import UsageError
+from .index import Shard, open_shard
+from .labels import FLOAT32_EXACT, LabelEncoding, decode_label
+from .manifest import LABEL_NAMES_NAME, Manifest, read_manifest
+from .recordio import MAGIC, ImageRecord
+
+
+class RecordDataset:
+    """Images and labels of one or many ``.rec`` files; ``open`` makes one.
+
+    Image i counts from 0 over all shards, in the order of their names and of the keys in each; header and
+    identity records are no images. Reading is thread-safe.
+
+    Attributes: ``path``; ``name``; ``image_size`` (height, width), None where the data set does not say;
+    ``manifest``, what ``dataset.json`` says, None where there is none; ``told_classes``, how many identities
+    the data set says it has, None where only the labels can tell; ``label_encoding``; ``shards``.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        shards: list[Shard],
+        *,
+        name: str,
+        num_classes: int | None = None,
+        image_size: tuple[int, int] | None = None,
+        label_encoding: LabelEncoding = "float32",
+        manifest: Manifest | None = None,
+    ) -> None:
+        self.path = path
+        self.shards = shards
+        self.name = name
+        self.image_size = image_size
+        self.label_encoding: LabelEncoding = label_encoding
+        self.manifest = manifest
+        self.told_classes = num_classes
+        self._starts = [0, *accumulate(shard.images for shard in shards)]
+
+    @staticmethod
+    def open(path: str | Path) -> RecordDataset:
+        """Open a directory of shards, by pfc or by the tools of MXNet or InsightFace, or one ``.rec``.
+
+        Cheap: the ``.rec`` files are mapped into memory, only the ``.idx`` files are read. UsageError where
+        something is missing, or the files do not belong together.
+        """
+        path = Path(path)
+        if path.is_dir():
+            folder, recs = path, sorted(path.glob("*.rec"))
+        elif path.suffix == ".rec" and path.is_file():
+            folder, recs = path.parent, [path]
+        elif path.exists():
+            raise UsageError(f"{path} is neither a directory nor a .rec file: give the directory that holds the shards")
+        else:
+            raise UsageError(f"{path}: no such data set; check the path")
+
+        manifest = read_manifest(folder)
+        entries = {} if manifest is None else {folder / entry.rec: entry for entry in manifest.shards}
+        if path.is_dir() and entries:
+            recs = list(entries)
+        if not recs:
+            raise UsageError(f"{path} holds no .rec file: pack images with 'pfc pack', or give the shards' directory")
+
+        if manifest is None or not entries.keys() >= set(recs):
+            shards = [open_shard(rec, rec.with_suffix(".idx")) for rec in recs]
+            classes, image_size = _read_property(folder)
+            identities = max((_header_identities(shard) for shard in shards), default=0)
+            return RecordDataset(
+                path,
+                shards,
+                name=folder.resolve().name if path.is_dir() else path.stem,
+                num_classes=classes or identities or None,
+                image_size=image_size,
+            )
+
+        shards = []
+        for rec in recs:
+            entry = entries[rec]
+            shard = open_shard(rec, folder / entry.idx)
+            if shard.file.size != entry.bytes:
+                raise UsageError(
+                    f"{rec} has {shard.file.size} bytes, {entry.bytes} by its dataset.json: "
+                    "cut short or changed; copy or pack it again"
+                )
+            if len(shard.keys) != entry.images:
+                raise UsageError(
+                    f"{folder / entry.idx} lists {len(shard.keys)} records, {entry.images} by its dataset.json; "
+                    f"bring the .idx that was written with {rec.name}"
+                )
+            shards.append(shard)
+        return RecordDataset(
+            path,
+            shards,
+            name=manifest.name,
+            num_classes=manifest.identities,
+            image_size=manifest.image_size,
+            label_encoding=manifest.label_encoding,
+            manifest=manifest,
+        )
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @cached_property
+    def num_classes(self) -> int:
+        """How many identities there are: labels are 0 … num_classes − 1.
+
+        By dataset.json, the ``property`` file or the header record, whichever comes first; else the largest
+        label plus one, for which every image's label is read once.
+        """
+        return self.told_classes if self.told_classes is not None else int(self.labels().max()) + 1
+
+    def read(self, index: int) -> tuple[int, np.ndarray]:
+        """Label and encoded image (uint8 [bytes], read-only) of image ``index``.
+
+        RecordError (a UsageError) with file, key and offset where the record is damaged or its label is none
+        of 0 … num_classes − 1. IndexError where index is not in [0, len).
+        """
+        shard, position = self.locate(index)
+        record = shard.read_record(position)
+        return self._label(record, shard, position), record.image
+
+    def label(self, index: int) -> int:
+        """The label of image ``index``; errors as ``read``."""
+        return self.read(index)[0]
+
+    def labels(self) -> np.ndarray:
+        """All labels, int64 [len]. Reads the first bytes of every record; errors as ``read``."""
+        labels = np.empty(len(self), dtype=np.int64)
+        for shard, start in zip(self.shards, self._starts, strict=False):
+            labels[start : start + shard.images] = self._shard_labels(shard)
+        return labels
+
+    def locate(self, index: int) -> tuple[Shard, int]:
+        """The shard that holds image ``index``, and its record's position there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        at = bisect_right(self._starts, index) - 1
+        shard = self.shards[at]
+        return shard, shard.first + index - self._starts[at]
+
+    def identity_names(self) -> list[str] | None:
+        """The name of each label's identity, as ``pfc pack`` saved them; None where it did not."""
+        path = (self.path if self.path.is_dir() else self.path.parent) / LABEL_NAMES_NAME
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def _label(self, record: ImageRecord, shard: Shard, position: int) -> int:
+        try:
+            label = decode_label(record.labels, self.label_encoding)
+        except ValueError as error:
+            raise shard.error(position, str(error)) from None
+        if self.told_classes is not None and label >= self.told_classes:
+            raise shard.error(
+                position,
+                f"label {label} is not in 0 … {self.told_classes - 1}, the labels of the data set",
+            )
+        return label
+
+    def _shard_labels(self, shard: Shard) -> np.ndarray:
+        """Labels of one shard, int64 [images]: plain records in one sweep, the few others one by one."""
+        offsets = shard.offsets[shard.first : shard.first + shard.images]
+        labels = np.zeros(shard.images, dtype=np.int64)
+        known = np.zeros(shard.images, dtype=bool)
+        if self.label_encoding == "float32":
+            # A record in one piece (cflag 0) with one label (flag 0) keeps it in its fourth 32-bit word.
+            words = shard.file.bytes[: shard.file.size // 4 * 4].view("<u4")
+            fits = np.flatnonzero((offsets % 4 == 0) & (offsets + 32 <= shard.file.size))
+            at = offsets[fits] // 4
+            stored = words[at + 3].view("<f4")
+            whole = (words[at] == MAGIC) & (words[at + 1] >> 29 == 0) & (words[at + 1] >= 24) & (words[at + 2] == 0)
+            below = FLOAT32_EXACT if self.told_classes is None else min(self.told_classes, FLOAT32_EXACT)
+            plain = whole & (stored >= 0) & (stored == np.floor(stored)) & (stored < below)
+            labels[fits[plain]] = stored[plain]
+            known[fits[plain]] = True
+        for image in np.flatnonzero(~known):
+            position = shard.first + int(image)
+            labels[image] = self._label(shard.read_record(position), shard, position)
+        return labels
+
+
+def _header_identities(shard: Shard) -> int:
+    """Identities that a header record counts: from the first identity record's key to one past the last's."""
+    if shard.header is None or shard.header.flag < 2:
+        return 0
+    return max(0, int(shard.header.labels[1] - shard.header.labels[0]))
+
+
+def _read_property(folder: Path) -> tuple[int | None, tuple[int, int] | None]:
+    """Identities and (height, width) by InsightFace's ``property`` file."""
+    path = folder / "property"
+    if not path.is_file():
+        return None, None
+    try:
+        classes, height, width = map(int, path.read_text(encoding="utf-8").strip().split(","))
+    except ValueError:
+        raise UsageError(f"{path} should be one line 'num_classes,height,width': mend or remove it") from None
+    return classes, (height, width)

@@ -1,0 +1,75 @@
+"""One photograph of a character: drawn in a font, then turned, sheared, scaled, shifted, blurred and lit at random."""
+
+import io
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+_OVERSAMPLING = 2  # drawn larger and reduced at the end, which keeps thin strokes from breaking up
+_EM = 0.78  # of the image's side, before the random scale
+
+
+class Photograph(NamedTuple):
+    """A task of ``draw_glyph``; ``key`` seeds its random numbers."""
+
+    label: int
+    character: str
+    font_path: str
+    key: tuple[int, ...]
+
+
+def draw_glyph(photograph: Photograph, *, size: int, quality: int) -> tuple[int, bytes]:
+    """The label and the JPEG file, ``size`` × ``size`` pixels, of a photograph; a function of the arguments alone."""
+    generator = np.random.default_rng(photograph.key)
+    side = size * _OVERSAMPLING
+    font = _font(photograph.font_path, round(side * _EM))
+    stroke = max(0.0, generator.uniform(-1.5, 1.0)) * side / 80  # most images keep the font's own weight
+    mask = Image.new("L", (side, side))
+    left, top, right, bottom = font.getbbox(photograph.character)
+    corner = ((side - left - right) / 2, (side - top - bottom) / 2)
+    ImageDraw.Draw(mask).text(corner, photograph.character, fill=255, font=font, stroke_width=stroke)
+    mask = mask.transform(mask.size, Image.Transform.AFFINE, _affine(generator, side), Image.Resampling.BILINEAR)
+    mask = mask.filter(ImageFilter.GaussianBlur(generator.uniform(0.0, 0.015) * side)).reduce(_OVERSAMPLING)
+    picture = _light(np.asarray(mask, dtype=np.float32)[..., None] / np.float32(255), generator)
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", quality=quality)
+    return photograph.label, file.getvalue()
+
+
+@lru_cache(maxsize=64)
+def _font(path: str, pixels: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(path, pixels)
+
+
+def _affine(generator: np.random.Generator, side: int) -> tuple[float, float, float, float, float, float]:
+    """Coefficients that take a point of the result to one of the drawing: rotation, shear, scale, shift."""
+    angle = math.radians(generator.uniform(-8, 8))
+    shear = generator.uniform(-0.12, 0.12)
+    scale = generator.uniform(0.85, 1.12)
+    stretch = generator.uniform(0.93, 1.07)
+    forward = (
+        np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        @ np.array([[1.0, shear], [0.0, 1.0]])
+        @ np.diag([scale * stretch, scale / stretch])
+    )
+    inverse = np.linalg.inv(forward)
+    centre = np.full(2, side / 2)
+    offset = centre - inverse @ (centre + generator.uniform(-0.05, 0.05, 2) * side)
+    (a, b), (d, e) = inverse.tolist()
+    return a, b, float(offset[0]), d, e, float(offset[1])
+
+
+def _light(mask: NDArray[np.float32], generator: np.random.Generator) -> NDArray[np.uint8]:
+    """Ink on paper under uneven light: mask [S, S, 1] in [0, 1] → RGB uint8 [S, S, 3]."""
+    size = mask.shape[0]
+    paper = generator.uniform(0.6, 1.0) + generator.uniform(-0.08, 0.08, 3)
+    ink = paper - generator.uniform(0.4, 0.9) + generator.uniform(-0.08, 0.08, 3)
+    patches = Image.fromarray(generator.uniform(-1, 1, (3, 3)).astype(np.float32))
+    shade = np.asarray(patches.resize((size, size), Image.Resampling.BICUBIC))[..., None]
+    grain = generator.standard_normal((size, size, 1), dtype=np.float32)
+    picture = paper + (ink - paper) * mask + generator.uniform(0, 0.12) * shade + generator.uniform(0, 0.06) * grain
+    return (picture.clip(0, 1) * 255).astype(np.uint8)

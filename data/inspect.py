@@ -1,0 +1,219 @@
+"""Walks every record of a data set and says what is in it, and what is wrong with it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+from uuid import uuid4
+
+import numpy as np
+from PIL import Image
+
+from .dataset import RecordDataset
+from .images import why_unreadable
+from .recordio import RecordError
+from .workers import Progress, parallel_map
+
+_CHUNK = 512  # images that a worker checks in one go
+
+
+class Damage(NamedTuple):
+    """One thing that is wrong. ``key`` and ``offset`` (bytes) are None where it concerns the whole file."""
+
+    file: str
+    key: int | None
+    offset: int | None
+    what: str
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """What ``inspect_dataset`` found; ``to_dict`` and ``to_json`` give it all."""
+
+    path: str
+    name: str
+    images: int  # good ones
+    identities: int
+    shards: int
+    bytes: int  # of all .rec files
+    skipped: int  # records that give no image: the next three together
+    header_records: int
+    identity_records: int
+    damaged: int
+    label_encoding: str
+    image_size: tuple[int, int] | None  # (height, width) that the data set promises
+    image_sizes: dict[str, int]  # "heightxwidth" → good images, the most frequent ten
+    images_per_identity: dict[str, float]  # min, median, max over the identities that have a good image
+    identities_without_images: int
+    decoded: bool
+    checksums: str  # "ok", "wrong", "skipped", "none"
+    errors: list[Damage] = field(default_factory=list)  # in the order of the files; the first max_errors
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.errors
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self) | {"errors": [error._asdict() for error in self.errors], "ok": self.ok}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        spread = self.images_per_identity
+        lines = [
+            f"{self.name}: {self.images:,} images of {self.identities:,} identities "
+            f"in {self.shards} shard(s), {self.bytes / 1e6:,.1f} MB: {self.path}",
+            f"images per identity: {spread['min']:g} to {spread['max']:g}, median {spread['median']:g}; "
+            f"{self.identities_without_images:,} identities without images",
+            "image sizes: " + (", ".join(f"{size} ({n:,})" for size, n in self.image_sizes.items()) or "none"),
+            f"labels: {self.label_encoding}; checksums: {self.checksums}; "
+            f"images {'decoded in full' if self.decoded else 'not decoded, only their headers read'}",
+            f"skipped {self.skipped:,} records: {self.header_records} header, "
+            f"{self.identity_records:,} identity, {self.damaged:,} damaged",
+        ]
+        for error in self.errors[:20]:
+            place = "" if error.offset is None else f" key {error.key} at byte {error.offset}:"
+            lines.append(f"  {error.file}:{place} {error.what}")
+        if len(self.errors) > 20:
+            lines.append(f"  and {len(self.errors) - 20:,} more")
+        lines.append("all good" if self.ok else "damaged")
+        return "\n".join(lines)
+
+
+def inspect_dataset(
+    path: str | Path,
+    *,
+    decode: bool = True,
+    checksums: bool = True,
+    workers: int | None = None,
+    max_errors: int = 1000,
+    progress: Progress | None = None,
+) -> InspectReport:
+    """Check every record of the data set at ``path``: framing, labels, images; and the shards' checksums.
+
+    decode: decode every image in full; otherwise only its own header is read. checksums: compare the ``.rec``
+    files with the sha256 in dataset.json. At most ``max_errors`` errors are listed, all are counted. progress
+    counts images. UsageError where the data set cannot be opened at all: a file is missing, or an index
+    belongs to another file.
+    """
+    dataset = RecordDataset.open(path)
+    total = len(dataset)
+    starts = range(0, total, _CHUNK)
+    run = uuid4().hex
+    tasks = ((run, str(path), start, min(start + _CHUNK, total), decode) for start in starts)
+    errors: list[Damage] = []
+    damaged = 0
+    sizes: Counter[str] = Counter()
+    labels: list[np.ndarray] = []
+    # A small set is not worth starting processes for.
+    results = parallel_map(_check, tasks, workers=1 if total < 20 * _CHUNK else workers, chunk=1)
+    for start, result in zip(starts, results, strict=True):
+        damaged += len(result.errors)
+        errors += result.errors[: max_errors - len(errors)]
+        sizes.update(result.sizes)
+        labels.append(result.labels)
+        if progress is not None:
+            progress(min(start + _CHUNK, total), total)
+
+    wrong_sums = list(_wrong_checksums(dataset)) if checksums else []
+    verdict = "wrong" if wrong_sums else "ok"
+    if not checksums or dataset.manifest is None:
+        verdict = "skipped" if dataset.manifest else "none"
+    good = np.concatenate(labels)
+    present, counts = np.unique(good, return_counts=True)
+    counts = counts if len(counts) else np.zeros(1, dtype=np.int64)
+    told = dataset.told_classes
+    identities = told if told is not None else int(present.max(initial=-1)) + 1
+    headers = sum(shard.header is not None for shard in dataset.shards)
+    identity_records = sum(shard.identity_records for shard in dataset.shards)
+    return InspectReport(
+        path=str(path),
+        name=dataset.name,
+        images=len(good),
+        identities=identities,
+        shards=len(dataset.shards),
+        bytes=sum(shard.file.size for shard in dataset.shards),
+        skipped=headers + identity_records + damaged,
+        header_records=headers,
+        identity_records=identity_records,
+        damaged=damaged,
+        label_encoding=dataset.label_encoding,
+        image_size=dataset.image_size,
+        image_sizes=dict(sizes.most_common(10)),
+        images_per_identity={
+            "min": int(counts.min()),
+            "median": float(np.median(counts)),
+            "max": int(counts.max()),
+        },
+        identities_without_images=identities - len(present),
+        decoded=decode,
+        checksums=verdict,
+        errors=wrong_sums + errors,
+    )
+
+
+class _Checked(NamedTuple):
+    errors: list[Damage]
+    sizes: Counter[str]
+    labels: np.ndarray  # int64, of the good images
+
+
+@lru_cache(maxsize=1)
+def _open(run: str, path: str) -> RecordDataset:
+    """Once in each worker process; ``run``, new each time, keeps a later call from seeing old files."""
+    return RecordDataset.open(path)
+
+
+def _check(task: tuple[str, str, int, int, bool]) -> _Checked:
+    run, path, start, stop, decode = task
+    dataset = _open(run, path)
+    errors: list[Damage] = []
+    sizes: Counter[str] = Counter()
+    labels: list[int] = []
+    for index in range(start, stop):
+        try:
+            label, image = dataset.read(index)
+            sizes[_check_image(dataset, index, image, decode)] += 1
+            labels.append(label)
+        except RecordError as error:
+            errors.append(Damage(str(error.path), error.key, error.offset, error.what))
+    return _Checked(errors, sizes, np.array(labels, dtype=np.int64))
+
+
+def _check_image(dataset: RecordDataset, index: int, image: np.ndarray, decode: bool) -> str:
+    """The image's size, "heightxwidth"; RecordError where it cannot be decoded or is of another size."""
+    shard, position = dataset.locate(index)
+    if len(image) == 0:
+        raise shard.error(position, "its image is empty")
+    try:
+        with Image.open(io.BytesIO(image.tobytes())) as picture:
+            width, height = picture.size
+            if decode:
+                picture.load()
+    except Exception as error:  # Pillow's decoders raise nearly anything about a damaged image
+        raise shard.error(position, f"its image cannot be decoded: {why_unreadable(error)}") from None
+    if dataset.image_size not in (None, (height, width)) and dataset.manifest is not None:
+        raise shard.error(position, f"its image is {height}x{width}, the data set's are {dataset.image_size}")
+    return f"{height}x{width}"
+
+
+def _wrong_checksums(dataset: RecordDataset) -> Iterator[Damage]:
+    if dataset.manifest is None:
+        return
+    told = {entry.rec: entry.sha256 for entry in dataset.manifest.shards}
+    for shard in dataset.shards:
+        with shard.file.path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != told[shard.file.path.name]:
+            expected = told[shard.file.path.name]
+            what = f"sha256 is {found[:12]}…, {expected[:12]}… by dataset.json: the file was changed"
+            yield Damage(str(shard.file.path), None, None, what)

@@ -1,0 +1,156 @@
+"""Writes a packed data set: shards, ``dataset.json``, and nothing at all where something goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from uuid import uuid4
+
+from .errors import UsageError
+from .labels import LabelEncoding, encode_label, encoding_for
+from .manifest import LABEL_NAMES_NAME, MANIFEST_NAME, Manifest, ShardEntry, printable
+from .recordio import RecordWriter, pack_image
+
+
+class ShardedWriter:
+    """Writes images into ``shards`` pairs of ``.rec`` and ``.idx`` under ``out``, with ``dataset.json``.
+
+    Use as a context manager. Everything goes to a temporary directory beside ``out``, which takes its place
+    when the block ends well; when it ends with an exception, nothing is left. Image j goes to shard j %
+    shards under key j, so shards differ by one image at most and a key names one image of the whole set. The
+    images come in the order in which they shall lie on disk: shuffle before.
+
+        with ShardedWriter(out, identities=2, image_size=(112, 112), source="...") as writer:
+            writer.write(label, jpeg_bytes)
+
+    identities: how many classes there are, labels are 0 … identities − 1; or their names, which are saved too.
+    image_size: (height, width) of every image, None where they differ.
+    creation: parameters to keep in dataset.json.
+    overwrite: replace a packed data set at ``out``; anything else there is refused (UsageError).
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        *,
+        identities: int | Sequence[str],
+        image_size: tuple[int, int] | None,
+        source: str,
+        name: str | None = None,
+        creation: Mapping[str, Any] | None = None,
+        shards: int = 1,
+        overwrite: bool = False,
+    ) -> None:
+        if shards < 1:
+            raise UsageError(f"{shards} shards: it takes at least 1")
+        self.out = Path(out)
+        self.overwrite = overwrite
+        self.identities = identities if isinstance(identities, int) else len(identities)
+        self.images = 0
+        self.bytes = 0  # of all .rec files; known when the writer is closed
+        self._names = None if isinstance(identities, int) else list(identities)
+        self._image_size = image_size
+        self._about = {
+            "source": source,
+            "name": printable(name or self.out.resolve().name),
+            "creation": dict(creation or {}),
+        }
+        self._encoding: LabelEncoding = encoding_for(self.identities)
+        check_output(self.out, overwrite=overwrite)
+        self._place = self.out.resolve()
+        self.folder = self._place.parent / f".{self._place.name}.{uuid4().hex[:8]}.partial"
+        # One shard has the names that InsightFace's own tools look for.
+        stems = ["train"] if shards == 1 else [f"train-{shard:05d}" for shard in range(shards)]
+        self._writers: list[RecordWriter] = []
+        try:
+            self.folder.mkdir(parents=True)
+            for stem in stems:
+                self._writers.append(RecordWriter(self.folder / f"{stem}.rec"))
+        except OSError as error:
+            self._discard()
+            raise UsageError(f"{self.out} with {shards} shard(s) cannot be written: {error}") from None
+
+    def write(self, label: int, image: bytes) -> None:
+        """Append one encoded image (JPEG, PNG, ...)."""
+        if not 0 <= label < self.identities:
+            raise UsageError(f"label {label} is not in 0 … {self.identities - 1}, the labels of the data set")
+        key = self.images
+        payload = pack_image(encode_label(label, self._encoding), image, id=key)
+        self._writers[key % len(self._writers)].write(key, payload)
+        self.images += 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                for writer in self._writers:
+                    writer.close()
+                self._finish()
+        finally:
+            self._discard()
+
+    def _discard(self) -> None:
+        for writer in self._writers:
+            writer.close()
+        shutil.rmtree(self.folder, ignore_errors=True)  # after a good end it has moved away already
+
+    def _finish(self) -> None:
+        shards = len(self._writers)
+        if self.images == 0:
+            raise UsageError(f"not one image to pack into {self.out}")
+        if self.images < shards:
+            raise UsageError(f"{shards} shards for {self.images} images: ask for {self.images} shards or fewer")
+        self.bytes = sum(writer.size for writer in self._writers)
+        Manifest(
+            images=self.images,
+            identities=self.identities,
+            image_size=self._image_size,
+            label_encoding=self._encoding,
+            shards=tuple(
+                ShardEntry(
+                    rec=writer.path.name,
+                    idx=writer.path.with_suffix(".idx").name,
+                    images=writer.records,
+                    bytes=writer.size,
+                    sha256=writer.sha256,
+                )
+                for writer in self._writers
+            ),
+            pfc=version("pfc"),
+            **self._about,
+        ).write(self.folder)
+        if self._names is not None:
+            names = json.dumps(self._names, ensure_ascii=True, indent=0)
+            (self.folder / LABEL_NAMES_NAME).write_text(names + "\n", encoding="ascii")
+        if self._image_size is not None:
+            height, width = self._image_size
+            (self.folder / "property").write_text(f"{self.identities},{height},{width}\n", encoding="ascii")
+        if self.overwrite and self._place.exists():
+            shutil.rmtree(self._place)
+        os.replace(self.folder, self._place)
+
+
+def check_output(out: Path, *, overwrite: bool) -> None:
+    """UsageError unless ``out`` is new or empty, or a packed data set to overwrite."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UsageError(f"{out} is a file; give a directory that does not exist yet")
+    if next(out.iterdir(), None) is None:
+        return
+    if not overwrite:
+        raise UsageError(
+            f"{out} is not empty: give another directory, or overwrite the data set that is there (--overwrite)"
+        )
+    if not (out / MANIFEST_NAME).is_file():
+        raise UsageError(f"{out} is not empty and no packed data set (no {MANIFEST_NAME}): it is not overwritten")

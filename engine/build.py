@@ -1,0 +1,80 @@
+"""From the sections of a configuration to the objects of a run."""
+
+import torch
+from torch import nn
+
+from ..data import RecordDataset
+from ..data.errors import UsageError
+from ..partial_fc import PartialFC, RowAdagrad, RowAdamW, RowOptimizer, RowSGD
+from .backbones import build_backbone
+from .config import Adagrad, AdamW, Config
+from .distributed import World
+
+
+def input_size(config: Config, dataset: RecordDataset) -> tuple[int, int]:
+    if config.data.image_size is not None:
+        height, width = config.data.image_size
+        return height, width
+    if dataset.image_size is None:
+        raise UsageError(f"{config.data.train} does not say how large its images are: give data.image_size")
+    return dataset.image_size
+
+
+def build_network(config: Config, image_size: tuple[int, int], world: World) -> nn.Module:
+    section = config.backbone
+    network = build_backbone(
+        section.name, embedding_dim=section.embedding_dim, image_size=image_size, **section.options
+    ).to(world.device)
+    if section.sync_bn:
+        if world.device.type == "cpu":
+            raise UsageError("backbone.sync_bn: torch has it on GPUs only; on a CPU take a backbone with norm: group")
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    if section.channels_last:
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
+
+
+def build_head(config: Config, dataset: RecordDataset, world: World) -> PartialFC:
+    section = config.head
+    if section.num_classes is not None and section.num_classes != dataset.num_classes:
+        raise UsageError(
+            f"head.num_classes is {section.num_classes}, but {config.data.train} has {dataset.num_classes} identities: "
+            "leave it out, or give the right data set"
+        )
+    return PartialFC(
+        dataset.num_classes,
+        config.backbone.embedding_dim,
+        objective=section.objective.build(),
+        sample_rate=section.sample_rate,
+        batch_rate=section.batch_rate,
+        seed=config.run.seed,
+        device=world.device,
+        compute_dtype=torch.bfloat16 if config.precision == "bf16" else None,
+    )
+
+
+def build_backbone_optimizer(config: Config, network: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    section = config.optimizer.backbone
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    fused = device.type == "cuda"
+    if isinstance(section, AdamW):
+        return torch.optim.AdamW(
+            parameters, section.lr, (section.betas[0], section.betas[1]), section.eps, section.weight_decay, fused=fused
+        )
+    return torch.optim.SGD(
+        parameters,
+        section.lr,
+        momentum=section.momentum,
+        weight_decay=section.weight_decay,
+        nesterov=section.nesterov,
+        fused=fused,
+    )
+
+
+def build_head_optimizer(config: Config, head: PartialFC) -> RowOptimizer:
+    section = config.optimizer.head
+    if isinstance(section, AdamW):
+        return RowAdamW(head, section.lr, (section.betas[0], section.betas[1]), section.eps, section.weight_decay)
+    if isinstance(section, Adagrad):
+        return RowAdagrad(head, section.lr, section.eps, section.weight_decay)
+    return RowSGD(head, section.lr, section.momentum, section.weight_decay, section.nesterov)

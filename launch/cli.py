@@ -1,0 +1,58 @@
+"""The command line, ``pfc``: its verbs, and what their endings look like.
+
+Exit codes: 0 done, 2 wrong use (one clear line), 130 after Ctrl-C, 1 anything else. The verbs are functions of
+``verbs/``; each imports what it needs when it is called, so that ``pfc --help`` is quick.
+"""
+
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from ..data.errors import UsageError
+from .verbs import doctor, embed, evaluate, export, inspect, pack, train
+
+app = typer.Typer(
+    name="pfc",
+    help="Trains embedding networks over millions of identities: class centers cut over all ranks, classes sampled.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(train.train)
+app.add_typer(pack.app, name="pack")
+app.command()(inspect.inspect)
+app.command()(evaluate.evaluate)
+app.command()(embed.embed)
+app.command()(export.export)
+app.command()(doctor.doctor)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line (the process's own by default); returns the exit code."""
+    try:
+        return app(arguments, prog_name="pfc", standalone_mode=False) or 0
+    except UsageError as error:
+        print(f"pfc: {error}", file=sys.stderr)
+    except typer.TyperException as error:  # an unknown option, a missing argument, a value of the wrong type
+        command = context.command_path if (context := getattr(error, "ctx", None)) else "pfc"
+        print(f"pfc: {error.format_message()}\nTry '{command} --help'.", file=sys.stderr)
+    return 2
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pfc {importlib.metadata.version('pfc')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of ``pfc`` itself."""

@@ -1,0 +1,54 @@
+"""What several verbs show or ask for: a progress bar, sizes, devices."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ..data.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields a function of (done, total) that moves a bar on stderr; no bar where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(description, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def parse_size(text: str) -> tuple[int, int] | None:
+    """``112`` or ``112x96`` (height x width) in pixels; None for ``keep``."""
+    if text == "keep":
+        return None
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise UsageError(f"--size {text}: write pixels as 112, or height and width as 112x96")
+    return int(sides[0]), int(sides[-1])
+
+
+def find_device(name: str) -> "torch.device":
+    """The device that ``--device`` names; ``auto`` is the first GPU, or the CPU where there is none."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: write auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: PyTorch finds {torch.cuda.device_count()} GPUs here (see pfc doctor)")
+    return device
+
+
+def warn(line: str) -> None:
+    """One line on stderr about something that the person should know."""
+    print(f"pfc: {line}", file=sys.stderr)

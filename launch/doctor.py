@@ -1,0 +1,191 @@
+"""``pfc doctor``: what this machine has, what works, and what to do about what does not."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from .spawn import usable_cores
+
+GIB = 2**30
+
+
+@dataclass
+class Check:
+    """One line of the doctor's table."""
+
+    name: str
+    status: Literal["ok", "warning", "missing"]
+    found: str
+    advice: str = ""
+    essential: bool = False
+    """Whether nothing can be trained here while the status is ``missing``."""
+
+
+def examine() -> list[Check]:
+    """Looks at everything; takes some seconds, for the trials really run."""
+    with ThreadPoolExecutor() as trials:  # each trial is a process of its own
+        running = [trials.submit(trial) for trial in (_dali, _triton, _gloo)]
+        checks = [*_versions(), *_devices(), _nccl(), *_machine()]
+        return checks + [trial.result() for trial in running]
+
+
+def is_fit(checks: list[Check]) -> bool:
+    """Whether nothing essential is missing."""
+    return not any(check.essential and check.status == "missing" for check in checks)
+
+
+def as_json(checks: list[Check]) -> dict[str, object]:
+    return {"ok": is_fit(checks), "checks": [asdict(check) for check in checks]}
+
+
+def _versions() -> list[Check]:
+    import torch
+
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    return [
+        Check("pfc", "ok", importlib.metadata.version("pfc")),
+        Check("Python", "ok", f"{platform.python_version()} ({sys.prefix})"),
+        Check("PyTorch", "ok", f"{torch.__version__}, {cuda}"),
+    ]
+
+
+def _devices() -> list[Check]:
+    import torch
+
+    driver = _driver()
+    if torch.cuda.is_available():
+        checks = [Check("driver", "ok", driver or "found (nvidia-smi is not installed)")]
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            found = f"{device.name}, {device.total_memory / GIB:.0f} GiB, compute {device.major}.{device.minor}"
+            if device.major < 8:
+                checks.append(Check(f"GPU {index}", "warning", found, "no fast bf16 here: train with precision=fp16"))
+            else:
+                checks.append(Check(f"GPU {index}", "ok", found))
+        return checks
+    if driver is None:
+        return [Check("GPU", "warning", "none: training runs on the CPU", "fine for trying out and for small sets")]
+    advice = (
+        "install a PyTorch whose CUDA this driver serves (nvidia-smi shows the newest it can), or update the driver"
+    )
+    return [Check("GPU", "missing", f"driver {driver} is there, but PyTorch finds no GPU", advice)]
+
+
+def _driver() -> str | None:
+    """The NVIDIA driver's version; None without a driver."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except subprocess.TimeoutExpired:
+        return "that does not answer"
+    return done.stdout.split("\n")[0].strip() if done.returncode == 0 else None
+
+
+def _nccl() -> Check:
+    import torch
+    import torch.distributed as dist
+    from torch.cuda import nccl
+
+    if dist.is_nccl_available():
+        return Check("NCCL", "ok", ".".join(map(str, nccl.version())))
+    if torch.cuda.is_available():
+        return Check("NCCL", "missing", "not in this PyTorch", "several GPUs need it: install PyTorch's own CUDA build")
+    return Check("NCCL", "ok", "not in this PyTorch; not needed without a GPU")
+
+
+def _machine() -> list[Check]:
+    cores = usable_cores()
+    memory = _memory()
+    checks = [
+        Check("cores", "ok", f"{cores} of {os.cpu_count()} usable"),
+        Check("memory", "ok", f"{memory / GIB:.0f} GiB")
+        if memory >= 4 * GIB
+        else Check("memory", "warning", f"{memory / GIB:.1f} GiB", "a rank needs 1 to 2 GiB: use --nproc 1"),
+        _bf16_on_cpu(),
+    ]
+    disk = shutil.disk_usage(Path.cwd()).free
+    advice = "" if disk >= 10 * GIB else "a run keeps several checkpoints: set run.dir to a larger disk"
+    checks.append(Check("disk here", "warning" if advice else "ok", f"{disk / GIB:.0f} GiB free", advice))
+    shared = Path("/dev/shm")
+    if shared.exists():
+        size = shutil.disk_usage(shared).total
+        advice = (
+            "" if size >= GIB else "ranks on one machine exchange through it: docker run --shm-size=8g, or --ipc=host"
+        )
+        checks.append(
+            Check("shared memory", "warning" if advice else "ok", f"{size / GIB:.1f} GiB in /dev/shm", advice)
+        )
+    return checks
+
+
+def _memory() -> int:
+    """Bytes that this process may use: the machine's, or the container's where that is less."""
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    group = Path("/sys/fs/cgroup/memory.max")
+    if group.exists() and (text := group.read_text().strip()).isdigit():
+        limit = min(limit, int(text))
+    return limit
+
+
+def _bf16_on_cpu() -> Check:
+    flags = set()
+    if (info := Path("/proc/cpuinfo")).exists():
+        flags = set(info.read_text().split())
+    for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512_BF16"), ("bf16", "Arm BF16")):
+        if flag in flags:
+            return Check("bf16 on CPU", "ok", f"fast ({name})")
+    return Check("bf16 on CPU", "ok", "no fast path: precision=float32 is the faster one on this CPU")
+
+
+def _dali() -> Check:
+    package = "nvidia-dali-cuda130"
+    version = _package_version(package)
+    advice = f"training reads its images through it: pip install {package}"
+    if version is None:
+        return Check("DALI", "missing", "not installed", advice, essential=True)
+    return _trial("DALI", "dali", version, f"reinstall it: pip install --force-reinstall {package}", essential=True)
+
+
+def _triton() -> Check:
+    version = _package_version("triton")
+    if version is None:
+        return Check(
+            "Triton", "warning", "not installed", "pfc runs without it; GPU kernels want it: pip install triton"
+        )
+    advice = "GPU kernels need it, and a C compiler: apt-get install gcc, or pip install --force-reinstall triton"
+    return _trial("Triton", "triton", version, advice, essential=False)
+
+
+def _gloo() -> Check:
+    advice = "several ranks on the CPU need the loopback interface: check that 127.0.0.1 answers and is not firewalled"
+    return _trial("gloo", "gloo", "", advice, essential=True)
+
+
+def _trial(name: str, probe: str, version: str, advice: str, *, essential: bool) -> Check:
+    seconds = 120
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pfc.launch.probes", probe], capture_output=True, text=True, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        return Check(name, "missing", f"{version} did not answer within {seconds} s".strip(), advice, essential)
+    if done.returncode == 0:
+        return Check(name, "ok", ", ".join(filter(None, [version, done.stdout.strip().split("\n")[-1]])))
+    last = (done.stderr.strip() or f"exit code {done.returncode}").split("\n")[-1]
+    return Check(name, "missing", f"{version} fails: {last}".strip(), advice, essential)
+
+
+def _package_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,55 @@
+"""A trained backbone, opened for use."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+
+from ..data.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+Source = Annotated[
+    Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder (its latest checkpoint) or one checkpoint.")
+]
+Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images in one forward pass.")]
+
+
+class Trained(NamedTuple):
+    """A backbone in eval mode: images [b, 3, H, W] float32 in [-1, 1] → embeddings [b, D] float32."""
+
+    model: "torch.nn.Module"
+    image_size: tuple[int, int]
+    embedding_dim: int
+
+
+def open_backbone(source: Path, device: "torch.device") -> Trained:
+    """The backbone of a run or checkpoint, on ``device``."""
+    from ..engine import checkpoint
+
+    found = checkpoint.find(source)
+    model, config = checkpoint.load_backbone(found.path)
+    height, width = found.state()["image_size"]
+    return Trained(model.to(device).eval(), (height, width), config.backbone.embedding_dim)
+
+
+def check_new_file(path: Path, *suffixes: str) -> None:
+    """UsageError where ``path`` cannot be written as a new file of one of these kinds."""
+    if path.suffix not in suffixes:
+        raise UsageError(f"{path}: the name must end in {' or '.join(suffixes)}")
+    if path.exists():
+        raise UsageError(f"{path} exists already: name another file, or remove it first")
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls ``write`` with a temporary name beside ``path`` and renames the file when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

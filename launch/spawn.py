@@ -1,0 +1,241 @@
+"""Starts the ranks of one machine and brings them down together: what ``pfc train`` uses instead of torchrun.
+
+No restarts and no second machine: that is torchrun's work. In exchange a failure is told once, at the end and by the
+rank that caused it; every address is the loopback's; and a rank never outlives the command.
+"""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from .train import PARENT
+
+STOP_GRACE = 300.0
+"""Seconds that a stopped run has to finish its step and save; a second Ctrl-C ends it at once."""
+FAILURE_GRACE = 5.0
+"""Seconds that the other ranks have to end after one has failed: they cannot save without it."""
+SIGNAL_LEAD = 0.02
+"""A killed rank is seen dead a moment after its peers see their connections close: its death counts as earlier."""
+WRONG_USE = "UsageError: "
+"""What the recorded message of a UsageError begins with."""
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""Exit codes of a rank that was sent the signal itself, and has saved."""
+
+
+@dataclass
+class Failure:
+    """How one rank ended, when it did not end well."""
+
+    rank: int
+    exit_code: int
+    """As subprocess has it: below zero, the signal that killed the process."""
+    message: str
+    """``Type: text`` of the exception; empty when the rank left none."""
+    trace: str
+    """The traceback; empty when the rank left none."""
+    time: float
+    """Seconds since the epoch: when the exception was recorded, or when the process was seen dead."""
+
+    @property
+    def is_wrong_use(self) -> bool:
+        """By its exception: the exit code is another one where the others' end came in between."""
+        return self.message.startswith(WRONG_USE)
+
+    @property
+    def summary(self) -> str:
+        if self.message:
+            return " ".join(self.message.split())
+        if self.exit_code < 0:
+            return f"was killed by {signal.Signals(-self.exit_code).name}"
+        return f"ended with exit code {self.exit_code}"
+
+    def show(self, world_size: int) -> int:
+        """Prints the failure to stderr; returns the exit code of the whole command."""
+        if self.is_wrong_use:
+            print(f"pfc: {self.message.removeprefix(WRONG_USE)}", file=sys.stderr)
+            return 2
+        if self.trace:
+            print(f"pfc: rank {self.rank} of {world_size} failed:\n{self.trace.rstrip()}", file=sys.stderr)
+        else:
+            memory = "; the machine may have run out of memory" if self.exit_code == -signal.SIGKILL else ""
+            print(f"pfc: rank {self.rank} of {world_size} {self.summary}{memory}", file=sys.stderr)
+        return 1
+
+
+def default_ranks() -> int:
+    """One rank for each GPU; without a GPU two, so that the sharded path is what runs (one on a single core)."""
+    import torch
+
+    return torch.cuda.device_count() or min(2, usable_cores())
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, which in a container or a job can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def run_ranks(arguments: Sequence[str], world_size: int) -> int:
+    """Runs ``python ARGUMENTS...`` on ``world_size`` ranks of this machine, and returns the exit code for the command.
+
+    Each rank finds the usual variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, ...) in its environment, so
+    ``torch.distributed.init_process_group()`` needs no argument. The first rank to fail takes the others down; its
+    error is printed last. SIGINT, SIGTERM and SIGHUP reach every rank as SIGTERM.
+
+    Returns:
+        0 when every rank returned 0; 2 when the failing rank's exception was a UsageError; 128 + n when signal n
+        stopped the run; 1 for anything else.
+    """
+    from torch.distributed import TCPStore
+
+    # The ranks meet in a store that lives here, on a port that is taken already: no other process can get it first.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory(prefix="pfc-") as folder, _stop_signals() as signals:
+        ranks = RankGroup(arguments, world_size, store.port, Path(folder))
+        try:
+            stopped_by = _wait(ranks, signals)
+        finally:
+            ranks.kill()
+        failures = ranks.failures()
+    del store  # its server ends here, after the last rank
+
+    if stopped_by and all(not failure.message for failure in failures):
+        return 128 + stopped_by
+    if not failures:
+        return 0
+    cause, *others = failures
+    if cause.exit_code in STOPPED and not cause.message:
+        return cause.exit_code
+    for other in others:
+        if other.message and not cause.is_wrong_use:
+            print(f"pfc: after that, rank {other.rank}: {other.summary}", file=sys.stderr)
+    return cause.show(world_size)
+
+
+class RankGroup:
+    """The processes of all ranks, each in a session of its own together with whatever it starts."""
+
+    def __init__(self, arguments: Sequence[str], world_size: int, port: int, folder: Path) -> None:
+        self.folder = folder
+        self.ended: queue.Queue[int] = queue.Queue()
+        """Ranks, in the order in which they end."""
+        self.deaths: dict[int, float] = {}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, *arguments],
+                env=os.environ | self._environment(rank, world_size, port),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            for rank in range(world_size)
+        ]
+        for rank in range(world_size):
+            threading.Thread(target=self._watch, args=(rank,), daemon=True).start()
+
+    def terminate(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Ends every rank and everything that it started."""
+        for process in self.processes:
+            with suppress(ProcessLookupError):  # the whole session has ended already
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def failures(self) -> list[Failure]:
+        """The ended ranks that did not end well, the cause first."""
+        ended = [self._failure(rank, process.returncode) for rank, process in enumerate(self.processes)]
+        return sorted((failure for failure in ended if failure.exit_code), key=lambda failure: failure.time)
+
+    def _failure(self, rank: int, exit_code: int) -> Failure:
+        report = self._report(rank)
+        try:
+            recorded = json.loads(report.read_text(encoding="utf-8"))["message"]
+        except (FileNotFoundError, ValueError):  # none, or cut off by a kill
+            moment = self.deaths.get(rank, time.time()) - (SIGNAL_LEAD if exit_code < 0 else 0)
+            return Failure(rank, exit_code, "", "", moment)
+        return Failure(
+            rank, exit_code, recorded["message"], recorded["extraInfo"]["py_callstack"], report.stat().st_mtime
+        )
+
+    def _watch(self, rank: int) -> None:
+        self.processes[rank].wait()
+        self.deaths[rank] = time.time()
+        self.ended.put(rank)
+
+    def _report(self, rank: int) -> Path:
+        return self.folder / f"error-{rank}.json"
+
+    def _environment(self, rank: int, world_size: int, port: int) -> dict[str, str]:
+        cores = max(1, usable_cores() // world_size)
+        defaults = {"OMP_NUM_THREADS": str(cores)}
+        if sys.platform == "linux":
+            defaults |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+        return {name: os.environ.get(name, value) for name, value in defaults.items()} | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "GROUP_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # no rank opens a store at that address: it is ours
+            "TORCHELASTIC_ERROR_FILE": str(self._report(rank)),
+            PARENT: str(os.getpid()),
+        }
+
+
+def _wait(ranks: RankGroup, signals: list[int]) -> int:
+    """Until every rank has ended, or has had the time to; returns the signal that stopped the run, or 0."""
+    running, stopped_by, deadline = len(ranks.processes), 0, float("inf")
+    while running and time.monotonic() < deadline:
+        with suppress(queue.Empty):
+            # The handler of a signal runs in this thread, so it is noticed within a tenth of a second.
+            rank = ranks.ended.get(timeout=0.1)
+            running -= 1
+            exit_code = ranks.processes[rank].returncode
+            if exit_code < 0 or (exit_code > 0 and not stopped_by):
+                ranks.terminate()
+                deadline = min(deadline, time.monotonic() + FAILURE_GRACE)
+        while signals:
+            number = signals.pop(0)
+            if stopped_by and number == signal.SIGINT:
+                return stopped_by
+            if not stopped_by:
+                if number == signal.SIGINT:
+                    print("\npfc: finishing the step and saving; Ctrl-C again ends it at once", file=sys.stderr)
+                stopped_by = number
+                ranks.terminate()
+                deadline = min(deadline, time.monotonic() + STOP_GRACE)
+    return stopped_by
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects SIGINT, SIGTERM and SIGHUP instead of letting them end this process."""
+    received: list[int] = []
+
+    def collect(number: int, _: FrameType | None) -> None:
+        received.append(number)
+
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup, for one, ignores SIGHUP on purpose
+            previous[number] = signal.signal(number, collect)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

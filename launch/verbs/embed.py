@@ -1,0 +1,111 @@
+"""``pfc embed``: embeddings of a packed data set, or of a folder of images."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ...data.errors import UsageError
+from ..console import find_device, progress_bar, warn
+from ..models import BatchSize, Device, Source, check_new_file, open_backbone, write_whole
+
+
+def embed(
+    source: Source,
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A packed data set, or a folder of image files.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.npz|OUT.npy", help="File to write; it must not exist.")],
+    device: Device = "auto",
+    batch_size: BatchSize = 128,
+    flip: Annotated[bool, typer.Option(help="Add the embedding of the mirror image, as evaluation does.")] = True,
+) -> None:
+    """Compute embeddings, float32 [N, D], each of length 1.
+
+    OUT.npz holds `embeddings` and, of a packed data set, `labels` (int64 [N]), or of a folder, `names` (the files'
+    paths in it). OUT.npy holds the embeddings alone. Unreadable files in a folder are named, counted and left out.
+    """
+    check_new_file(out, ".npz", ".npy")
+    import numpy as np
+    from torch.nn.functional import normalize
+
+    from ...engine.evaluation import embed_images
+    from ..spawn import usable_cores
+
+    where = find_device(device)
+    trained = open_backbone(source, where)
+    encoded, beside = _open_images(images)
+    embeddings = embed_images(
+        trained.model,
+        encoded,
+        image_size=trained.image_size,
+        device=where,
+        batch_size=batch_size,
+        flip=flip,
+        threads=usable_cores(),
+    )
+    unit = normalize(embeddings).numpy()
+    if out.suffix == ".npy":
+        write_whole(out, lambda path: np.save(path, unit))
+    else:
+        write_whole(out, lambda path: np.savez(path, embeddings=unit, **beside))
+    print(f"wrote {len(unit):,} embeddings of {unit.shape[1]} numbers: {out}")
+
+
+class _Lazy(Sequence[Any]):
+    """Encoded images that are read when they are asked for."""
+
+    def __init__(self, read: Callable[[int], Any], places: range) -> None:
+        self.read, self.places = read, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, at: Any) -> Any:
+        return _Lazy(self.read, self.places[at]) if isinstance(at, slice) else self.read(self.places[at])
+
+
+def _open_images(path: Path) -> tuple[Sequence[Any], dict[str, Any]]:
+    """The encoded images of a packed data set or of a folder, and the array that says which is which."""
+    import numpy as np
+
+    from ...data import RecordDataset
+    from ...data.images import SUFFIXES
+
+    packed = path.suffix == ".rec" or any(path.glob("*.rec"))
+    if packed or not path.is_dir():
+        dataset = RecordDataset.open(path)
+        return _Lazy(lambda i: dataset.read(i)[1], range(len(dataset))), {"labels": dataset.labels()}
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    files = _readable(files)
+    if not files:
+        raise UsageError(f"{path} holds no readable image ({', '.join(sorted(SUFFIXES))}) and no .rec file")
+    names = np.array([file.relative_to(path).as_posix() for file in files])
+    return _Lazy(lambda i: files[i].read_bytes(), range(len(files))), {"names": names}
+
+
+def _readable(files: list[Path]) -> list[Path]:
+    """The files that Pillow can decode; the others are named on stderr."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    good: list[Path] = []
+    with ThreadPoolExecutor() as pool, progress_bar("checking") as progress:
+        for done, (file, problem) in enumerate(zip(files, pool.map(_problem, files), strict=True), 1):
+            progress(done, len(files))
+            if problem is None:
+                good.append(file)
+            else:
+                warn(f"{file}: unreadable, left out: {problem}")
+    if bad := len(files) - len(good):
+        warn(f"{bad:,} of {len(files):,} files left out")
+    return good
+
+
+def _problem(file: Path) -> str | None:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            image.load()
+    except Exception as error:  # Pillow's decoders raise nearly anything about a damaged file
+        return " ".join(str(error).split()) or type(error).__name__
+    return None

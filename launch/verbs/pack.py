@@ -1,0 +1,166 @@
+"""``pfc pack``: images into RecordIO shards, and pairs into verification sets."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ...data.errors import UsageError
+from ..console import parse_size, progress_bar
+
+app = typer.Typer(
+    help="Pack images into a data set (RecordIO shards), or pairs into a verification set.", no_args_is_help=True
+)
+
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not hold anything yet.")]
+Size = Annotated[str, typer.Option(metavar="PX|HxW", help="Side of the images in pixels, or height x width.")]
+Quality = Annotated[int, typer.Option(min=1, max=100, help="JPEG quality.")]
+Shards = Annotated[int, typer.Option(min=1, help="Number of .rec files.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Processes. [dim]\\[default: one a core][/dim]", show_default=False),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the packed data set that is at OUT.")]
+
+
+@app.command()
+def folder(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder with one sub-folder for each identity.")],
+    out: Out,
+    size: Annotated[
+        str, typer.Option(metavar="PX|HxW|keep", help="Side in pixels, height x width, or keep each image's own.")
+    ] = "112",
+    encoding: Annotated[Literal["jpeg", "png"], typer.Option(help="How to store images; png loses nothing.")] = "jpeg",
+    quality: Quality = 95,
+    shards: Shards = 1,
+    workers: Workers = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Pack your own images: one sub-folder an identity, jpg, png, bmp, webp or pgm.
+
+    Images are scaled to cover the size and cropped at the centre; a JPEG that has the size already is stored as it is.
+    The images of all identities are shuffled. An unreadable image is named, counted and left out.
+    """
+    from ...data import pack_folder
+
+    with progress_bar("packing") as progress:
+        summary = pack_folder(
+            source,
+            out,
+            size=parse_size(size),
+            quality=quality,
+            encoding=encoding,
+            shards=shards,
+            workers=workers,
+            seed=seed,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    print(summary)
+
+
+@app.command()
+def glyphs(
+    out: Out,
+    identities: Annotated[int, typer.Option(min=1, help="Characters to train on.")] = 2000,
+    images_per_identity: Annotated[int, typer.Option(min=2, help="Images of each character.")] = 20,
+    size: Annotated[int, typer.Option(min=16, metavar="PX", help="Side of the images in pixels.")] = 40,
+    heldout_identities: Annotated[int, typer.Option(min=1, help="Characters kept out of training.")] = 300,
+    heldout_pairs: Annotated[int, typer.Option(min=1, help="Pairs of the verification set.")] = 3000,
+    font: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A font file, or a folder of fonts; may be given several times. "
+            "[dim]\\[default: those of the demo extra and of this machine][/dim]",
+            show_default=False,
+        ),
+    ] = None,
+    quality: Quality = 92,
+    shards: Shards = 1,
+    workers: Workers = None,
+    seed: Seed = 0,
+) -> None:
+    """Draw a real data set from fonts: a character is an identity, a font with a distortion is a photograph.
+
+    Writes OUT/train, OUT/heldout and OUT/heldout.bin. The held-out characters and the held-out fonts are not in train,
+    so OUT/heldout.bin measures how well identities never seen are told apart.
+    """
+    from ...data import pack_glyphs
+
+    with progress_bar("drawing") as progress:
+        summary = pack_glyphs(
+            out,
+            identities=identities,
+            images_per_identity=images_per_identity,
+            size=size,
+            heldout_identities=heldout_identities,
+            heldout_pairs=heldout_pairs,
+            fonts=font,
+            quality=quality,
+            shards=shards,
+            workers=workers,
+            seed=seed,
+            progress=progress,
+        )
+    print(summary)
+
+
+@app.command()
+def synthetic(
+    out: Out,
+    identities: Annotated[int, typer.Option(min=1, help="Number of identities.")],
+    images_per_identity: Annotated[int, typer.Option(min=1, help="Images of each identity.")] = 10,
+    size: Size = "112",
+    quality: Quality = 90,
+    shards: Shards = 1,
+    workers: Workers = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a data set of coloured patterns, for tests and for measuring speed."""
+    from ...data import pack_synthetic
+
+    sides = parse_size(size)
+    if sides is None:
+        raise UsageError("--size keep: synthetic images have no size of their own; write pixels, such as 112")
+    with progress_bar("drawing") as progress:
+        summary = pack_synthetic(
+            out,
+            identities=identities,
+            images_per_identity=images_per_identity,
+            size=sides,
+            quality=quality,
+            shards=shards,
+            workers=workers,
+            seed=seed,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    print(summary)
+
+
+@app.command()
+def pairs(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="A packed data set; with --list, the folder of the listed images.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT.bin", help="File to write; it must not exist.")],
+    number: Annotated[int, typer.Option("--pairs", min=1, help="Pairs to draw, half of them matching.")] = 6000,
+    list_file: Annotated[
+        Path | None,
+        typer.Option("--list", metavar="FILE", help="Take these pairs: lines 'pathA pathB 0|1', or LFW's pairs.txt."),
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """Make a verification set: pairs of images and whether they show the same identity."""
+    from ...data import RecordDataset, make_pairs, pairs_from_list, write_pairs
+
+    made: Any
+    if list_file is not None:
+        made = pairs_from_list(list_file, source)
+    else:
+        made = make_pairs(RecordDataset.open(source), number, seed)
+    write_pairs(out, made)
+    print(f"wrote {len(made.same):,} pairs, {int(made.same.sum()):,} of them matching: {out}")

@@ -1,0 +1,361 @@
+"""Opening and reading data sets: pfc's own, im2rec's, InsightFace's; and files that do not fit together."""
+
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pfc.data.dataset import RecordDataset
+from pfc.data.errors import UsageError
+from pfc.data.index import Shard, first_identity_key
+from pfc.data.labels import decode_label, encode_label, encoding_for
+from pfc.data.recordio import MAGIC_BYTES, RecordError, RecordFile, RecordWriter, pack_image, unpack_image
+from pfc.data.shards import ShardedWriter
+
+
+def image(i: int) -> bytes:
+    return bytes([i % 251]) * (5 + i % 7) + MAGIC_BYTES * (i % 3)
+
+
+def write_packed(out: Path, labels: list[int], *, identities: int = 5, shards: int = 3) -> Path:
+    with ShardedWriter(out, identities=identities, image_size=(4, 6), source="test", shards=shards) as writer:
+        for i, label in enumerate(labels):
+            writer.write(label, image(i))
+    return out
+
+
+def write_insightface(folder: Path, per_identity: list[int]) -> list[int]:
+    """A header record, images from key 1 on, identity records; the labels of the images."""
+    folder.mkdir()
+    labels = [label for label, count in enumerate(per_identity) for _ in range(count)]
+    images, identities = len(labels), len(per_identity)
+    with RecordWriter(folder / "train.rec") as writer:
+        writer.write(0, pack_image([float(images + 1), float(images + 1 + identities)], b""))
+        for i, label in enumerate(labels):
+            stored = float(label) if i % 2 else [float(label), 77.0]
+            writer.write(1 + i, pack_image(stored, image(i)))
+        first = 1
+        for identity, count in enumerate(per_identity):
+            writer.write(1 + images + identity, pack_image([float(first), float(first + count)], b""))
+            first += count
+    return labels
+
+
+def write_im2rec(rec: Path, labels: list[float], *, keys: list[int] | None = None) -> None:
+    with RecordWriter(rec) as writer:
+        for i, label in enumerate(labels):
+            writer.write(i if keys is None else keys[i], pack_image(label, image(i)))
+
+
+def test_packed_set_reads_back(tmp_path: Path) -> None:
+    labels = [i * 3 % 5 for i in range(20)]
+    ds = RecordDataset.open(write_packed(tmp_path / "faces", labels))
+    assert (len(ds), ds.num_classes, ds.image_size, ds.name) == (20, 5, (4, 6), "faces")
+    found = [ds.read(i) for i in range(20)]
+    order = [i for shard in range(3) for i in range(shard, 20, 3)]
+    assert [label for label, _ in found] == [labels[i] for i in order]
+    assert [data.tobytes() for _, data in found] == [image(i) for i in order]
+    assert found[0][1].dtype == np.uint8
+    assert ds.labels().tolist() == [ds.label(i) for i in range(20)]
+    assert ds.labels().dtype == np.int64
+    with pytest.raises(IndexError):
+        ds.read(20)
+    with pytest.raises(IndexError):
+        ds.read(-1)
+
+
+def test_one_shard_of_a_packed_set(tmp_path: Path) -> None:
+    write_packed(tmp_path / "faces", [i % 5 for i in range(20)])
+    ds = RecordDataset.open(tmp_path / "faces" / "train-00001.rec")
+    assert (len(ds), ds.num_classes, ds.image_size) == (7, 5, (4, 6))
+    assert ds.labels().tolist() == [i % 5 for i in range(1, 20, 3)]
+
+
+def test_insightface_set(tmp_path: Path) -> None:
+    labels = write_insightface(tmp_path / "emore", [3, 1, 4])
+    ds = RecordDataset.open(tmp_path / "emore")
+    assert (len(ds), ds.num_classes, ds.image_size, ds.name) == (8, 3, None, "emore")
+    assert ds.labels().tolist() == labels
+    assert [ds.read(i)[1].tobytes() for i in range(8)] == [image(i) for i in range(8)]
+    (shard,) = ds.shards
+    assert (shard.header is not None, shard.identity_records) == (True, 3)
+
+
+def test_property_file_comes_before_the_header_record(tmp_path: Path) -> None:
+    write_insightface(tmp_path / "emore", [3, 1, 4])
+    (tmp_path / "emore" / "property").write_text("10,112,96\n")
+    ds = RecordDataset.open(tmp_path / "emore")
+    assert (ds.num_classes, ds.image_size) == (10, (112, 96))
+    (tmp_path / "emore" / "property").write_text("10x112\n")
+    with pytest.raises(UsageError, match="num_classes,height,width"):
+        RecordDataset.open(tmp_path / "emore")
+
+
+def test_im2rec_sets(tmp_path: Path) -> None:
+    write_im2rec(tmp_path / "b.rec", [4.0, 0.0, 2.0], keys=[30, 10, 20])
+    write_im2rec(tmp_path / "a.rec", [1.0, 6.0])
+    ds = RecordDataset.open(tmp_path)
+    assert ds.labels().tolist() == [1, 6, 0, 2, 4]  # files by name, records by key
+    assert [ds.read(i)[1].tobytes() for i in range(2, 5)] == [image(1), image(2), image(0)]
+    assert (ds.num_classes, ds.told_classes) == (7, None)
+    one = RecordDataset.open(tmp_path / "b.rec")
+    assert (len(one), one.num_classes, one.name) == (3, 5, "b")
+
+
+def test_an_image_with_several_labels_under_key_0_is_no_header(tmp_path: Path) -> None:
+    with RecordWriter(tmp_path / "a.rec") as writer:
+        writer.write(0, pack_image([3.0, 1.0], b"picture"))
+        writer.write(1, pack_image([2.0, 1.0], b"picture"))
+    assert RecordDataset.open(tmp_path).labels().tolist() == [3, 2]
+
+
+def test_header_count_beyond_float32_finds_the_first_identity_record(tmp_path: Path) -> None:
+    true_stop = 2**24 + 3  # the header can only say 2²⁴ + 4
+    with RecordWriter(tmp_path / "a.rec") as writer:
+        writer.write(0, pack_image([float(true_stop), float(true_stop + 4)], b""))
+        keys = list(range(2**24 - 2, true_stop + 4))
+        offsets = [writer.write(key, pack_image(0.0, b"x" if key < true_stop else b"")) for key in keys]
+    file = RecordFile(tmp_path / "a.rec")
+    limits = np.array([offsets[0], *offsets[1:], file.size])
+    shard = Shard(file, np.array([0, *keys]), np.array([0, *offsets]), limits, 0, len(keys) + 1, None)
+    header = unpack_image(file.read(0))
+    assert int(header.labels[0]) == 2**24 + 4
+    assert first_identity_key(shard, header) == true_stop
+
+
+@pytest.mark.parametrize("label", [0, 1, 2**24 - 1, 2**24, 2**24 + 1, 2**25 + 1, 2**31 - 1, 2**31])
+def test_labels_to_2_31(label: int, tmp_path: Path) -> None:
+    with ShardedWriter(tmp_path / "big", identities=2**31 + 1, image_size=None, source="test") as writer:
+        writer.write(label, b"picture")
+        writer.write(2**31, b"picture")
+    ds = RecordDataset.open(tmp_path / "big")
+    assert json.loads((tmp_path / "big" / "dataset.json").read_text())["label_encoding"] == "float32x2"
+    assert [ds.label(0), ds.label(1)] == ds.labels().tolist() == [label, 2**31]
+    one = RecordDataset.open(tmp_path / "big" / "train.rec")  # the encoding counts for a single shard, too
+    assert one.label(0) == label
+
+
+def test_plain_labels_as_long_as_they_are_exact() -> None:
+    assert encoding_for(2**24) == "float32"
+    assert encoding_for(2**24 + 1) == "float32x2"
+    last = encode_label(2**24 - 1, "float32")
+    assert decode_label([float(np.float32(last))], "float32") == 2**24 - 1
+
+
+@pytest.mark.parametrize("stored", [float("nan"), float("inf"), -1.0, 0.5])
+def test_what_is_no_label_is_refused(stored: float, tmp_path: Path) -> None:
+    write_im2rec(tmp_path / "a.rec", [1.0, stored, 2.0])
+    ds = RecordDataset.open(tmp_path)
+    assert ds.label(2) == 2
+    with pytest.raises(RecordError, match=r"a\.rec: key 1 at byte \d+: its label .* is not a whole number"):
+        ds.read(1)
+    with pytest.raises(RecordError, match="key 1"):
+        ds.labels()
+
+
+@pytest.mark.parametrize("stored", [2.0**24, 2.0**24 + 2, 1e38])
+def test_labels_that_float32_has_rounded_are_refused(stored: float, tmp_path: Path) -> None:
+    write_im2rec(tmp_path / "a.rec", [2.0**24 - 1, stored])
+    ds = RecordDataset.open(tmp_path)
+    assert ds.label(0) == 2**24 - 1
+    for read in (ds.labels, lambda: ds.read(1)):
+        with pytest.raises(RecordError, match=r"key 1 .* from where on float32 rounds labels"):
+            read()
+
+
+def test_label_outside_the_identities_is_refused(tmp_path: Path) -> None:
+    write_im2rec(tmp_path / "a.rec", [1.0, 3.0])
+    (tmp_path / "property").write_text("3,112,112")
+    ds = RecordDataset.open(tmp_path)
+    with pytest.raises(UsageError, match=r"a\.rec: key 1 at byte \d+: label 3 is not in 0 … 2"):
+        ds.read(1)
+    with pytest.raises(UsageError, match="label 3 is not in"):
+        ds.labels()
+
+
+def test_label_of_another_encoding_is_refused(tmp_path: Path) -> None:
+    write_packed(tmp_path / "faces", [0, 1, 2], shards=1)
+    manifest = tmp_path / "faces" / "dataset.json"
+    manifest.write_text(manifest.read_text().replace('"float32"', '"float32x2"'))
+    with pytest.raises(RecordError, match="float32x2 has 2"):
+        RecordDataset.open(tmp_path / "faces").read(0)
+    with pytest.raises(RecordError, match="float32x2 has 2"):
+        RecordDataset.open(tmp_path / "faces").labels()
+
+
+def test_damaged_record_is_named_and_the_others_read(tmp_path: Path) -> None:
+    write_im2rec(tmp_path / "a.rec", [float(i) for i in range(100)])
+    offset = int((tmp_path / "a.idx").read_text().splitlines()[50].split()[1])
+    stored = bytearray((tmp_path / "a.rec").read_bytes())
+    stored[offset + 4] ^= 0x10  # its length
+    (tmp_path / "a.rec").write_bytes(stored)
+    ds = RecordDataset.open(tmp_path)
+    with pytest.raises(RecordError, match="key 50") as caught:
+        ds.read(50)
+    assert (caught.value.key, caught.value.offset) == (50, offset)
+    assert [ds.label(i) for i in range(100) if i != 50] == [i for i in range(100) if i != 50]
+
+
+@pytest.mark.parametrize("keys", [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]])
+def test_record_that_swallows_the_next_one_is_refused(keys: list[int], tmp_path: Path) -> None:
+    with RecordWriter(tmp_path / "a.rec") as writer:
+        for key in keys:
+            writer.write(key, pack_image(1.0, bytes(16)))  # 48 bytes in the file
+    stored = bytearray((tmp_path / "a.rec").read_bytes())
+    stored[48 + 4] += 48  # the second record would end where the third does
+    (tmp_path / "a.rec").write_bytes(stored)
+    ds = RecordDataset.open(tmp_path)
+    with pytest.raises(RecordError, match=f"key {keys[1]} at byte 48: damaged: runs into the next record"):
+        ds.read(keys[1])
+    assert [len(ds.read(key)[1]) for key in keys if key != keys[1]] == [16] * 3
+
+
+def test_threads_read_alike(tmp_path: Path) -> None:
+    ds = RecordDataset.open(write_packed(tmp_path / "faces", [i % 5 for i in range(50)]))
+    expected = [ds.read(i)[1].tobytes() for i in range(50)]
+    wrong: list[int] = []
+
+    def read_all() -> None:
+        wrong.extend(i for _ in range(20) for i in range(50) if ds.read(i)[1].tobytes() != expected[i])
+
+    threads = [threading.Thread(target=read_all) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def refused(path: Path) -> str:
+    """The one line that opening ``path`` is refused with."""
+    with pytest.raises(UsageError) as caught:
+        RecordDataset.open(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_wrong_places(tmp_path: Path) -> None:
+    assert "no such data set" in refused(tmp_path / "none")
+    assert "holds no .rec file" in refused(tmp_path)
+    (tmp_path / "a.txt").touch()
+    assert "neither a directory nor a .rec file" in refused(tmp_path / "a.txt")
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    write_packed(tmp_path / "faces", [0, 1, 2])
+    (tmp_path / "faces" / "train-00001.idx").unlink()
+    assert "train-00001.idx: no such file" in refused(tmp_path / "faces")
+    (tmp_path / "faces" / "train-00001.rec").unlink()
+    assert "train-00001.rec: no such file" in refused(tmp_path / "faces")
+
+
+def test_index_of_another_file(tmp_path: Path) -> None:
+    write_im2rec(tmp_path / "a.rec", [0.0] * 40)
+    write_im2rec(tmp_path / "b.rec", [0.0] * 50)
+    shutil.copy(tmp_path / "b.idx", tmp_path / "a.idx")
+    assert f"{tmp_path / 'a.idx'} does not belong to a.rec" in refused(tmp_path / "a.rec")
+
+    with RecordWriter(tmp_path / "c.rec") as writer:
+        for key in range(60):
+            writer.write(key, bytes(40 + 4 * (key % 5)))
+    shutil.copy(tmp_path / "b.idx", tmp_path / "c.idx")  # all offsets inside the file, but between the records
+    assert "c.idx does not belong to c.rec" in refused(tmp_path / "c.rec")
+
+
+def test_packed_set_with_swapped_or_shortened_files(tmp_path: Path) -> None:
+    faces = write_packed(tmp_path / "faces", list(range(5)) * 8)
+    lines = (faces / "train-00000.idx").read_text().splitlines(keepends=True)
+    (faces / "train-00000.idx").write_text("".join(lines[:-1]))
+    assert "train-00000.idx lists 13 records, 14 by its dataset.json" in refused(faces)
+    (faces / "train-00000.idx").write_text("".join(lines))
+    RecordDataset.open(faces)
+    with (faces / "train-00002.rec").open("ab") as file:
+        file.write(bytes(8))
+    assert "train-00002.rec has" in refused(faces)
+    with (faces / "train-00002.rec").open("r+b") as file:
+        file.truncate(200)
+    assert "train-00002" in refused(faces)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "lists no record"),
+        ("0\t0\n1\tx\n", "is no index"),
+        ("0\t0\n1\n", "is no index"),
+        ("0 0 1 32\n", "is no index"),
+        ("0\t0\n0\t32\n", "key 0 stands there more than once"),
+        ("0\t-4\n", "does not belong"),
+        ("0\t99999999999999999999\n", "does not belong"),
+        ("0\t2\n", "does not belong"),
+    ],
+)
+def test_what_is_no_index(text: str, message: str, tmp_path: Path) -> None:
+    write_im2rec(tmp_path / "a.rec", [0.0, 1.0])
+    (tmp_path / "a.idx").write_text(text)
+    assert message in refused(tmp_path)
+
+
+def test_insightface_index_that_lost_lines(tmp_path: Path) -> None:
+    write_insightface(tmp_path / "emore", [30, 10])
+    idx = tmp_path / "emore" / "train.idx"
+    lines = idx.read_text().splitlines(keepends=True)
+    idx.write_text("".join(lines[:20] + lines[21:]))
+    assert "39 of the 40 images" in refused(tmp_path / "emore")
+
+
+def test_one_damaged_start_leaves_the_rest_readable(tmp_path: Path) -> None:
+    write_im2rec(tmp_path / "a.rec", [float(i) for i in range(40)])
+    stored = (tmp_path / "a.rec").read_bytes()
+    (tmp_path / "a.rec").write_bytes(b"\0" + stored[1:])
+    ds = RecordDataset.open(tmp_path)
+    with pytest.raises(RecordError, match="key 0 at byte 0: damaged: no record starts"):
+        ds.read(0)
+    assert [ds.label(i) for i in range(1, 40)] == list(range(1, 40))
+
+
+def test_damaged_header_record_is_an_error(tmp_path: Path) -> None:
+    write_insightface(tmp_path / "emore", [30, 10])
+    rec = tmp_path / "emore" / "train.rec"
+    rec.write_bytes(b"\0" + rec.read_bytes()[1:])
+    assert "key 0 at byte 0: damaged" in refused(tmp_path / "emore")
+
+
+def test_header_record_that_counts_nonsense(tmp_path: Path) -> None:
+    with RecordWriter(tmp_path / "a.rec") as writer:
+        writer.write(0, pack_image([float("nan"), 1.0], b""))
+    assert "header record counts nothing sensible" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"format": 1', '"format": 2', "format"),
+        ('"images": 6', '"images": 7', "says 7 images, its shards together 6"),
+        ('"identities": 5', '"identities": "many"', "identities"),
+        ("{", "", "dataset.json"),
+    ],
+)
+def test_invalid_manifest(old: str, new: str, message: str, tmp_path: Path) -> None:
+    faces = write_packed(tmp_path / "faces", [0, 1, 2, 3, 4, 0])
+    text = (faces / "dataset.json").read_text()
+    assert old in text
+    (faces / "dataset.json").write_text(text.replace(old, new, 1))
+    line = refused(faces)
+    assert message in line
+    assert str(faces / "dataset.json") in line
+
+
+def test_names_of_the_room_load_on_first_use() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, pfc.data as d; d.RecordDataset, d.ShardedWriter; "
+        "print([m for m in ('torch', 'PIL', 'nvidia', 'sklearn') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

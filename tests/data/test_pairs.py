@@ -1,0 +1,239 @@
+"""Verification sets: .bin files read without running their code, pairs chosen fairly, lists read with line numbers."""
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pfc.data.dataset import RecordDataset
+from pfc.data.errors import UsageError
+from pfc.data.pairs import Pairs, make_pairs, pairs_from_list, read_pairs, write_pairs
+from pfc.data.shards import ShardedWriter
+from PIL import Image
+
+IMAGES = [f"image {i}".encode() for i in range(6)]
+SAME = [True, False, True]
+
+
+def pack(folder: Path, labels: list[int]) -> RecordDataset:
+    """A packed set whose "images" are their label and number, as text."""
+    with ShardedWriter(folder, identities=max(labels) + 1, image_size=None, source="test") as writer:
+        for number, label in enumerate(labels):
+            writer.write(label, f"{label} {number}".encode())
+    return RecordDataset.open(folder)
+
+
+def write_bin(path: Path, content: object, protocol: int = 4) -> Path:
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    return path
+
+
+def jpeg(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(path)
+    return path
+
+
+# -- reading and writing
+
+
+def test_a_set_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "lfw.bin", Pairs(IMAGES, np.array(SAME), "any"))
+    images, same = pickle.loads((tmp_path / "lfw.bin").read_bytes())  # what the field's own tools see
+    assert (images, same) == (IMAGES, SAME)
+    pairs = read_pairs(tmp_path / "lfw.bin")
+    assert pairs.images == IMAGES
+    assert pairs.same.dtype == np.bool_
+    assert pairs.same.tolist() == SAME
+    assert pairs.name == "lfw"
+    with pytest.raises(UsageError, match="exists already"):
+        write_pairs(tmp_path / "lfw.bin", pairs)
+    assert [path.name for path in tmp_path.iterdir()] == ["lfw.bin"]
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("kind", ["bytes", "arrays", "numpy flags", "flag array", "integers", "object array"])
+def test_the_forms_that_sets_come_in(tmp_path: Path, protocol: int, kind: str) -> None:
+    images: object = IMAGES
+    same: object = SAME
+    if kind == "arrays":
+        images = [np.frombuffer(image, dtype=np.uint8) for image in IMAGES]
+    elif kind == "numpy flags":
+        same = [np.bool_(flag) for flag in SAME]
+    elif kind == "flag array":
+        same = np.array(SAME)
+    elif kind == "object array":
+        images = np.array(IMAGES, dtype=object)
+    elif kind == "integers":
+        same = [int(flag) for flag in SAME]
+    pairs = read_pairs(write_bin(tmp_path / "set.bin", (images, same), protocol))
+    assert pairs.images == IMAGES
+    assert pairs.same.tolist() == SAME
+
+
+def test_sets_pickled_by_python_2(tmp_path: Path) -> None:
+    def string(value: bytes) -> bytes:  # Python 2's str: opcode SHORT_BINSTRING
+        return b"U" + bytes([len(value)]) + value
+
+    array = (  # numpy.array([7, 255], dtype='u1'), as Python 2 wrote it
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + string(b"b") + b"\x87R(K\x01K\x02\x85"
+        b"cnumpy\ndtype\n" + string(b"u1") + b"K\x00K\x01\x87R(K\x03" + string(b"|") + b"NNN"
+        b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89" + string(b"\x07\xff") + b"tb"
+    )
+    data = b"\x80\x02](" + string(b"\xff\xd8 one") + array + b"e](\x88e\x86."
+    (tmp_path / "old.bin").write_bytes(data)
+    pairs = read_pairs(tmp_path / "old.bin")
+    assert pairs.images == [b"\xff\xd8 one", b"\x07\xff"]
+    assert pairs.same.tolist() == [True]
+
+
+class Attack:
+    def __init__(self, function: object, *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize(
+    ("function", "named"), [(os.system, r"(posix|nt)\.system"), (eval, "eval"), (getattr, "getattr")]
+)
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, protocol: int, function: object, named: str) -> None:
+    victim = tmp_path / "victim"
+    path = write_bin(tmp_path / "evil.bin", ([Attack(function, f"touch {victim}"), b"x"], [True]), protocol)
+    with pytest.raises(UsageError, match=named):
+        read_pairs(path)
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text", "does not hold"),
+        (([], []), "0 images and 0 flags"),
+        ((IMAGES[:5], SAME), "5 images and 3 flags"),
+        (([b"x", ""], [True]), "image 1 is not"),
+        (([b"x", b""], [True]), "image 1 is not"),
+        (([b"x", b"y"], [2]), "flag 0"),
+        (([b"x", b"y"], ["yes"]), "flag 0"),
+    ],
+)
+def test_what_is_no_verification_set_is_refused(tmp_path: Path, content: object, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        read_pairs(write_bin(tmp_path / "set.bin", content))
+
+
+def test_missing_and_damaged_files(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not exist"):
+        read_pairs(tmp_path / "none.bin")
+    whole = pickle.dumps((IMAGES, SAME), protocol=4)
+    for content in (b"", b"\xff\xd8 a picture", whole[: len(whole) // 2]):
+        (tmp_path / "bad.bin").write_bytes(content)
+        with pytest.raises(UsageError, match="cannot be unpickled"):
+            read_pairs(tmp_path / "bad.bin")
+
+
+# -- choosing pairs
+
+
+def identities(pairs: Pairs) -> np.ndarray:
+    """int64 [P, 2]: the labels of each pair's images."""
+    return np.array([int(image.split()[0]) for image in pairs.images]).reshape(-1, 2)
+
+
+def test_half_of_the_pairs_match_and_none_comes_twice(tmp_path: Path) -> None:
+    pairs = make_pairs(pack(tmp_path / "set", list(range(30)) * 8), 400, seed=1)
+    labels = identities(pairs)
+    np.testing.assert_array_equal(labels[:, 0] == labels[:, 1], pairs.same)
+    assert pairs.same.sum() == 200
+    unique = {frozenset(pair) for pair in zip(pairs.images[::2], pairs.images[1::2], strict=True)}
+    assert len(unique) == 400
+    assert all(len(pair) == 2 for pair in unique)
+    assert 0.3 < pairs.same[:100].mean() < 0.7  # mixed, so that each fold holds both kinds
+
+
+def test_identities_take_turns_however_many_images_they_have(tmp_path: Path) -> None:
+    labels = [0] * 200 + [label for label in range(1, 11) for _ in range(6)]
+    pairs = make_pairs(pack(tmp_path / "set", labels), 220, seed=0)
+    chosen = identities(pairs)
+    assert np.bincount(chosen[pairs.same][:, 0], minlength=11).tolist() == [10] * 11
+    assert np.bincount(chosen[~pairs.same].ravel(), minlength=11).max() <= 30
+
+
+def test_the_choice_follows_the_seed(tmp_path: Path) -> None:
+    dataset = pack(tmp_path / "set", list(range(10)) * 5)
+    assert make_pairs(dataset, 40, seed=3).images == make_pairs(dataset, 40, seed=3).images
+    assert make_pairs(dataset, 40, seed=3).images != make_pairs(dataset, 40, seed=4).images
+
+
+def test_every_pair_there_is_can_be_asked_for(tmp_path: Path) -> None:
+    dataset = pack(tmp_path / "set", [0, 0, 0, 1, 1, 2])  # 4 matching pairs, 11 others
+    pairs = make_pairs(dataset, 8, seed=0)
+    assert pairs.same.sum() == 4
+    assert len({frozenset(pair) for pair in zip(pairs.images[::2], pairs.images[1::2], strict=True)}) == 8
+    with pytest.raises(UsageError, match="at most 8"):
+        make_pairs(dataset, 10, seed=0)
+
+
+def test_sets_without_possible_pairs(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no identity has two images"):
+        make_pairs(pack(tmp_path / "singles", [0, 1, 2]), 2, seed=0)
+    with pytest.raises(UsageError, match="0 not matching"):
+        make_pairs(pack(tmp_path / "one", [0, 0, 0]), 2, seed=0)
+    with pytest.raises(UsageError, match="at least 2"):
+        make_pairs(pack(tmp_path / "small", [0, 0, 1]), 1, seed=0)
+
+
+# -- lists
+
+
+def test_a_list_of_paths(tmp_path: Path) -> None:
+    a, b, c = (jpeg(tmp_path / "faces" / name).read_bytes() for name in ("a.jpg", "b.png", "with space.jpg"))
+    listed = tmp_path / "mine.txt"
+    listed.write_text("a.jpg b.png 1\n\na.jpg\twith space.jpg\t0\n")
+    pairs = pairs_from_list(listed, tmp_path / "faces")
+    assert pairs.images == [a, b, a, c]
+    assert pairs.same.tolist() == [True, False]
+    assert pairs.name == "mine"
+
+
+def test_the_format_of_lfw(tmp_path: Path) -> None:
+    names = ["Ann/Ann_0001.jpg", "Ann/Ann_0012.jpg", "Bo_Li/Bo_Li_0003.png"]
+    a1, a12, b3 = (jpeg(tmp_path / name).read_bytes() for name in names)
+    listed = tmp_path / "pairs.txt"
+    listed.write_text("1\t1\nAnn\t1\t12\nAnn\t12\tBo_Li\t3\n")
+    pairs = pairs_from_list(listed, tmp_path)
+    assert pairs.images == [a1, a12, a12, b3]
+    assert pairs.same.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a.jpg a.jpg", "is no pair"),
+        ("a.jpg a.jpg 2", "is no pair"),
+        ("a.jpg none.jpg 1", "there is no image"),
+        ("a.jpg text.jpg 0", "not an image"),
+        ("a.jpg folder 0", "not an image"),
+        ("Ann 1 2", "Ann_0001.jpg"),
+    ],
+)
+def test_errors_name_file_and_line(tmp_path: Path, line: str, message: str) -> None:
+    jpeg(tmp_path / "a.jpg")
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "folder").mkdir()
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"a.jpg a.jpg 1\n{line}\n")
+    with pytest.raises(UsageError, match=message) as caught:
+        pairs_from_list(listed, tmp_path)
+    assert "list.txt:2: " in str(caught.value)
+
+
+def test_empty_and_missing_lists(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("10 300\n\n")
+    with pytest.raises(UsageError, match="holds no pair"):
+        pairs_from_list(tmp_path / "empty.txt", tmp_path)
+    with pytest.raises(UsageError, match="does not exist"):
+        pairs_from_list(tmp_path / "none.txt", tmp_path)

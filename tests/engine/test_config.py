@@ -1,0 +1,139 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pfc.data.errors import UsageError
+from pfc.engine.config import Config, load_config, parse_config
+
+MINIMAL = {"data": {"train": "somewhere"}, "schedule": {"steps": 10}}
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+def test_the_written_configuration_says_everything_and_reads_back(config_file: Path, tmp_path: Path) -> None:
+    config = load_config(config_file)
+    resolved = tmp_path / "config.yaml"
+    resolved.write_text(config.to_yaml())
+    assert load_config(resolved) == config
+    tree = yaml.safe_load(config.to_yaml())
+    assert tree["head"]["objective"] == {"name": "d_softmax", "scale": 32.0, "stop": 0.9}
+    assert tree["optimizer"]["head"]["momentum"] == 0.9
+
+
+def test_the_example_of_the_contract_is_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "contract.yaml"
+    path.write_text(
+        """
+run:        {name: glyphs, dir: runs, seed: 0}
+data:       {train: work/glyphs/train, batch_size: 64}
+backbone:   {name: mobilefacenet, embedding_dim: 512}
+head:
+  {objective: {name: d_softmax, scale: 32.0, stop: 0.9}, sample_rate: 0.1, batch_rate: 1.0, center_dtype: float32}
+optimizer:  {backbone: {name: sgd, lr: 0.1, momentum: 0.9, weight_decay: 5.0e-4}, head: {name: row_sgd, lr: 0.1}}
+schedule:   {steps: 20000, warmup_steps: 500, name: polynomial}
+precision:  bf16
+evaluation: {every_steps: 500, pairs: [work/glyphs/heldout.bin]}
+checkpoint: {every_steps: 500, keep: 3}
+"""
+    )
+    config = load_config(path)
+    assert config.head.sample_rate == 0.1
+    assert config.run.path == Path("runs/glyphs")
+    assert config.head.objective.build().stop == 0.9  # type: ignore[attr-defined]
+
+
+def test_overrides_replace_and_add(config_file: Path) -> None:
+    config = load_config(
+        config_file,
+        [
+            "schedule.steps=20",
+            "optimizer.backbone.lr=1e-3",
+            "head.objective={name: cosface, margin: 0.4}",
+            "run.name=a-b.c",
+        ],
+    )
+    assert config.schedule.steps == 20
+    assert config.optimizer.backbone.lr == 1e-3
+    assert config.optimizer.backbone.name == "sgd"
+    assert config.head.objective.name == "cosface"
+    assert config.run.name == "a.c"
+
+
+def test_a_switch_of_optimizer_brings_its_own_defaults(config_file: Path) -> None:
+    config = load_config(config_file, ["optimizer.head.name=row_adamw"])
+    assert "betas" in config.optimizer.head.model_dump()
+    assert "momentum" not in config.optimizer.head.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("head.sample_rte=0.1", "head.sample_rte: unknown key; did you mean sample_rate? allowed here: objective,"),
+        ("heads.sample_rate=0.1", "heads: unknown key; did you mean head?"),
+        ("head.sample_rate=2", "head.sample_rate: found 2, allowed: less than or equal to 1"),
+        ("head.sample_rate=0", "head.sample_rate: found 0, allowed: greater than 0"),
+        ("data.batch_size=big", "data.batch_size: found 'big', allowed: integer"),
+        ("data.batch_size=true", "data.batch_size: found True, allowed: integer"),
+        ("data.train=", "data.train: found nothing, allowed: string"),
+        ("data=5", "data: found 5, allowed: a section of its own"),
+        ("data.image_size=[112]", "data.image_size: found [112], allowed:"),
+        ("run.name=a/b", "run.name: found 'a/b', allowed: letters, digits"),
+        ("optimizer.backbone.lr=fast", "optimizer.backbone.lr: found 'fast', allowed: number"),
+        ("optimizer.head.betas=[0.9, 0.99]", "optimizer.head.betas: unknown key;"),
+        ("optimizer.head.name=adam", "optimizer.head.name: found 'adam', allowed: row_sgd, row_adamw, row_adagrad"),
+        ("optimizer.head.name=sgd", "optimizer: head.name is 'sgd', allowed: row_sgd, row_adamw, row_adagrad"),
+        ("optimizer.backbone.name=row_sgd", "optimizer: backbone.name is 'row_sgd', allowed: sgd, adamw"),
+        ("optimizer.backbone={momentum: 0.0, nesterov: true}", "optimizer.backbone: nesterov needs momentum"),
+        ("head.objective.name=arc", "head.objective: unknown objective 'arc'; allowed: softmax, cosface"),
+        ("head.objective={name: arcface, margin: 7}", "head.objective: margin must lie in [0, 3.14159], found 7"),
+        ("schedule.epochs=3", "schedule: give exactly one of steps and epochs"),
+        ("schedule.warmup_steps=11", "schedule: warmup_steps (11) is more than steps (10)"),
+        ("precision=fp8", "precision: found 'fp8', allowed: 'float32', 'bf16' or 'fp16'"),
+        ("no-equals-sign", "override 'no-equals-sign': write it as key.sub=value"),
+        ("data.train.deeper=1", "override 'data.train.deeper=1': train is a value, not a section"),
+        ("data.train=[", "override 'data.train=[': not valid YAML"),
+    ],
+)
+def test_wrong_values_are_refused_with_path_found_and_allowed(config_file: Path, override: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_config(config_file, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_sections_are_named() -> None:
+    with pytest.raises(UsageError, match=r"data: missing; it has to be given \(and 1 more\)"):
+        parse_config({})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [1", "not valid YAML"),
+        ("- 1\n- 2", "expected sections"),
+        ("", "expected sections"),
+        (b"\xff\xfe\x00", "not valid"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path: Path, content: str | bytes, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UsageError, match=message):
+        load_config(path)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such configuration file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_the_configuration_is_frozen(config_file: Path) -> None:
+    config: Config = load_config(config_file)
+    with pytest.raises(ValueError, match="frozen"):
+        config.precision = "bf16"  # type: ignore[misc]

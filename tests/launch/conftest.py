@@ -1,0 +1,39 @@
+"""A small packed data set, its pairs, and a run that was trained on it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from pfc.data import RecordDataset, make_pairs, pack_synthetic, write_pairs
+from pfc.launch.cli import main
+
+CONFIG = """
+run: {{name: tiny, dir: {folder}/runs}}
+data: {{train: {folder}/set, batch_size: 4}}
+backbone: {{name: small, embedding_dim: 16}}
+schedule: {{steps: {steps}, warmup_steps: 1}}
+evaluation: {{every_steps: {steps}, pairs: [{folder}/pairs.bin]}}
+checkpoint: {{every_steps: {steps}}}
+log: {{every_steps: 1, tensorboard: false}}
+"""
+
+PFC = [sys.executable, "-c", "import sys; from pfc.launch.cli import main; sys.exit(main())"]
+"""The command ``pfc`` as a process of its own, by the interpreter that runs the tests."""
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the data set ``set`` and ``pairs.bin``."""
+    folder = tmp_path_factory.mktemp("launch")
+    pack_synthetic(folder / "set", identities=6, images_per_identity=4, size=32, workers=1)
+    write_pairs(folder / "pairs.bin", make_pairs(RecordDataset.open(folder / "set"), 20, seed=0))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_dir(folder: Path) -> Path:
+    """A run of two steps on one rank."""
+    (folder / "tiny.yaml").write_text(CONFIG.format(folder=folder, steps=2), encoding="utf-8")
+    assert main(["train", str(folder / "tiny.yaml"), "--nproc", "1"]) == 0
+    return folder / "runs" / "tiny"

@@ -1,0 +1,74 @@
+"""``pfc doctor`` really tries things, and says what to do."""
+
+import json
+
+import pytest
+
+from pfc.launch import doctor
+from pfc.launch.cli import main
+from pfc.launch.doctor import Check
+
+
+@pytest.fixture(scope="module")
+def checks() -> dict[str, Check]:
+    return {check.name: check for check in doctor.examine()}
+
+
+def test_it_looks_at_everything(checks: dict[str, Check]):
+    names = {
+        "pfc",
+        "Python",
+        "PyTorch",
+        "NCCL",
+        "cores",
+        "memory",
+        "bf16 on CPU",
+        "disk here",
+        "DALI",
+        "Triton",
+        "gloo",
+    }
+    assert names <= set(checks)
+    assert any(name.startswith(("GPU", "driver")) for name in checks)
+
+
+def test_decoding_and_communication_work_where_tests_run(checks: dict[str, Check]):
+    assert checks["DALI"].status == "ok", checks["DALI"]
+    assert "decodes JPEG" in checks["DALI"].found
+    assert checks["gloo"].status == "ok", checks["gloo"]
+    assert doctor.is_fit(list(checks.values()))
+
+
+def test_whatever_is_not_ok_comes_with_advice(checks: dict[str, Check]):
+    assert all(check.advice for check in checks.values() if check.status != "ok")
+
+
+@pytest.mark.parametrize("json_too", [False, True])
+def test_something_essential_missing_exits_with_1(monkeypatch, capsys: pytest.CaptureFixture[str], json_too: bool):
+    missing = Check("DALI", "missing", "not [installed]", "pip install nvidia-dali-cuda130", essential=True)
+    monkeypatch.setattr(doctor, "examine", lambda: [Check("pfc", "ok", "0.1.0"), missing])
+    assert main(["doctor", *(["--json"] if json_too else [])]) == 1
+    out = capsys.readouterr().out
+    assert "not [installed]" in out
+    assert "pip install nvidia-dali-cuda130" in out
+    if json_too:
+        assert json.loads(out)["ok"] is False
+
+
+def test_a_warning_alone_exits_with_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(doctor, "examine", lambda: [Check("GPU", "warning", "none", "fine")])
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+
+
+def test_a_trial_that_fails_tells_its_last_line():
+    check = doctor._trial("DALI", "no-such-probe", "2.4.0", "reinstall it", essential=True)
+    assert (check.status, check.essential, check.advice) == ("missing", True, "reinstall it")
+    assert "KeyError" in check.found
+
+
+def test_a_package_that_is_not_installed_is_missing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "_package_version", lambda _: None)
+    assert doctor._dali().status == "missing"
+    assert not doctor.is_fit([doctor._dali()])
+    assert doctor._triton().status == "warning"

@@ -1,0 +1,101 @@
+"""What a trained backbone is good for: evaluate, embed, export."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pfc.data import RecordDataset
+from pfc.launch.cli import main
+
+
+def test_evaluate_as_a_table_and_as_json(folder: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]):
+    pairs = str(folder / "pairs.bin")
+    assert main(["evaluate", str(run_dir), "--pairs", pairs, "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert result["set"] == "pairs"
+    assert 0 <= result["accuracy"] <= 1
+    last = json.loads((run_dir / "evaluation.jsonl").read_text().splitlines()[-1])
+    assert result["auc"] == pytest.approx(last["auc"], abs=0.011)  # a last digit may swap two of the 20 pairs
+
+    assert main(["evaluate", str(run_dir), "--pairs", pairs, pairs]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 3
+    assert f"{result['auc']:.4f}" in table[1]
+
+
+def test_embed_a_packed_set(folder: Path, run_dir: Path, tmp_path: Path):
+    out = tmp_path / "out.npz"
+    assert main(["embed", str(run_dir), str(folder / "set"), str(out)]) == 0
+    content = np.load(out)
+    assert content["embeddings"].shape == (24, 16)
+    assert content["embeddings"].dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(content["embeddings"], axis=1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(content["labels"], RecordDataset.open(folder / "set").labels())
+
+    (checkpoint,) = (run_dir / "checkpoints").iterdir()
+    assert main(["embed", str(checkpoint), str(folder / "set"), str(tmp_path / "out.npy")]) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), content["embeddings"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npy", "out.npz"]
+
+
+def test_embed_a_folder_leaves_unreadable_files_out(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    images = tmp_path / "images"
+    (images / "deep").mkdir(parents=True)
+    for name in ("b.png", "deep/a.JPG"):
+        Image.new("RGB", (40, 30), (200, 10, 10)).save(images / name)
+    (images / "broken.png").write_bytes(b"not an image")
+    (images / "notes.txt").write_text("none")
+    assert main(["embed", str(run_dir), str(images), str(tmp_path / "out.npz")]) == 0
+    content = np.load(tmp_path / "out.npz")
+    assert content["names"].tolist() == ["b.png", "deep/a.JPG"]
+    assert content["embeddings"].shape == (2, 16)
+    error = capsys.readouterr().err
+    assert "broken.png: unreadable" in error
+    assert "1 of 3 files left out" in error
+
+
+@pytest.mark.parametrize("name", ["out.txt", "there.npz"])
+def test_embed_refuses_names_before_it_works(run_dir: Path, tmp_path: Path, capsys, name: str):
+    (tmp_path / "there.npz").write_text("precious")
+    assert main(["embed", str(run_dir), str(tmp_path), str(tmp_path / name)]) == 2
+    assert name in capsys.readouterr().err
+    assert (tmp_path / "there.npz").read_text() == "precious"
+
+
+def test_embed_a_folder_without_images(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["embed", str(run_dir), str(tmp_path), str(tmp_path / "out.npz")]) == 2
+    assert "no readable image" in capsys.readouterr().err
+
+
+def test_the_exported_network_computes_the_same(folder: Path, run_dir: Path, tmp_path: Path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    out = tmp_path / "model.onnx"
+    assert main(["export", str(run_dir), str(out)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+    from pfc.data import decode_images
+    from pfc.engine.checkpoint import load_backbone
+
+    dataset = RecordDataset.open(folder / "set")
+    (images,) = decode_images([dataset.read(i)[1] for i in range(5)], image_size=(32, 32), batch_size=5)
+    model, _ = load_backbone(run_dir)
+    (embeddings,) = onnxruntime.InferenceSession(str(out)).run(["embeddings"], {"images": images.numpy()})
+    np.testing.assert_allclose(embeddings, model(images).detach().numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_export_keeps_no_file_that_differs(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("pfc.launch.verbs.export._largest_difference", lambda *_: float("nan"))
+    with pytest.raises(RuntimeError, match="differs"):
+        main(["export", str(run_dir), str(tmp_path / "model.onnx")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_devices_that_are_not_there(folder: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]):
+    for device in ("cuda:99", "gpu"):
+        line = ["evaluate", str(run_dir), "--pairs", str(folder / "pairs.bin"), "--device", device]
+        assert main(line) == 2
+        assert device in capsys.readouterr().err

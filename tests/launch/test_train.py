@@ -1,0 +1,109 @@
+"""Training from the command line: two ranks, wrong use, being stopped and going on, torchrun."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pfc.data import pack_synthetic
+from pfc.launch.cli import main
+
+from .conftest import CONFIG, PFC
+
+
+def write_config(folder: Path, tmp_path: Path, steps: int) -> Path:
+    path = tmp_path / "config.yaml"
+    text = CONFIG.format(folder=folder, steps=steps).replace(f"{folder}/runs", f"{tmp_path}/runs")
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def wrong_use(capfd: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """Asserts that a command line is wrong use, and that the one line of all processes together says these words."""
+
+    def wrong_use(arguments: list[str], *told: str) -> None:
+        exit_code = main(["train", *arguments])
+        error = capfd.readouterr().err
+        assert exit_code == 2, error
+        (line,) = error.splitlines()
+        assert line.startswith("pfc: ")
+        assert all(word in line for word in told), line
+
+    return wrong_use
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_ranks_as_torchrun_starts_them_and_as_pfc_does(folder: Path, tmp_path: Path, capfd):
+    config = write_config(folder, tmp_path, steps=2)
+    assert main(["train", str(config), "run.name=spawned", "--nproc", "2"]) == 0
+    out, error = capfd.readouterr()
+    assert error == ""
+    assert str(tmp_path / "runs/spawned/report.html") in out.replace("\n", "")
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "pfc.launch.train", str(config), "run.name=torchrun"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    again = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert again.returncode == 0, again.stderr
+    expected = losses(tmp_path / "runs/spawned")
+    assert losses(tmp_path / "runs/torchrun") == pytest.approx(expected, rel=1e-4)
+    assert len(expected) == 2
+
+
+def test_a_stopped_run_saves_and_goes_on(folder: Path, tmp_path: Path):
+    config = write_config(folder, tmp_path, steps=100_000)
+    run_dir = tmp_path / "runs/tiny"
+    line = [*PFC, "train", str(config), "evaluation.pairs=[]", "--nproc", "2"]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (run_dir / "metrics.jsonl").exists() or not (run_dir / "metrics.jsonl").read_text():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no step was done"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 143, error
+    assert "Traceback" not in error
+    (saved,) = (run_dir / "checkpoints").iterdir()
+    step = int(saved.name.removeprefix("step-"))
+
+    assert main(["train", str(config), "evaluation.pairs=[]", f"schedule.steps={step + 1}", "--nproc", "2"]) == 0
+    assert (run_dir / "checkpoints" / f"step-{step + 1:08d}").is_dir()
+
+
+def test_a_misspelt_key_is_told_before_any_rank_starts(folder: Path, tmp_path: Path, wrong_use: Callable[..., None]):
+    config = write_config(folder, tmp_path, steps=2)
+    wrong_use([str(config), "data.bach_size=3"], "data.bach_size", "batch_size")
+    wrong_use([str(config), "data.batch_size=many"], "data.batch_size", "many")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_wrong_use_that_the_ranks_find_is_told_once(folder: Path, tmp_path: Path, wrong_use: Callable[..., None]):
+    config = write_config(folder, tmp_path, steps=2)
+    wrong_use([str(config), "head.num_classes=99", "--nproc", "2"], "99", "6")
+
+
+def test_a_label_outside_the_range_is_told_once(tmp_path: Path, wrong_use: Callable[..., None]):
+    pack_synthetic(tmp_path / "set", identities=6, images_per_identity=4, size=32, workers=1)
+    description = tmp_path / "set" / "dataset.json"
+    text = json.loads(description.read_text(encoding="utf-8"))
+    description.write_text(json.dumps(text | {"identities": 3}), encoding="utf-8")
+    config = write_config(tmp_path, tmp_path, steps=50)
+    wrong_use([str(config), "evaluation.pairs=[]", "--nproc", "2"], "label")
+
+
+def test_pfc_train_is_not_for_torchrun(
+    folder: Path, tmp_path: Path, wrong_use: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    wrong_use([str(write_config(folder, tmp_path, steps=2))], "-m pfc.launch.train")

@@ -1,0 +1,115 @@
+"""The wheel holds what it must and nothing else, and works where the checkout is not."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("partial_fc", "data", "engine", "launch")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that the checkout stays as it is and an older build cannot slip in."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "checkout"
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source), cwd=folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ``bin`` of a virtual environment with the wheel; the libraries that it needs are borrowed from this one."""
+    folder = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", "--without-pip", str(folder), cwd=folder)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
+    run(*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel), cwd=folder)
+    (site_packages,) = (folder / "lib").glob("python*/site-packages")
+    (site_packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin"
+
+
+def run(*command: str, cwd: Path) -> str:
+    """Its stdout; fails with its stderr. Nothing of this process's Python settings reaches it."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_wheel_holds_every_module_and_nothing_at_top_level(wheel: Path):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name.split("/")[0] for name in names} == {"pfc", "pfc-0.1.0.dist-info"}
+    assert "pfc/__init__.py" not in names  # a namespace
+    modules = {f"pfc/{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+    assert modules <= set(names)
+    assert any(name.endswith("LICENSE") for name in names)
+
+
+def test_the_wheel_works_from_anywhere(environment: Path, tmp_path: Path):
+    assert run(str(environment / "pfc"), "--version", cwd=tmp_path) == "pfc 0.1.0\n"
+    assert "Usage: pfc" in run(str(environment / "pfc"), "--help", cwd=tmp_path)
+    code = "import pfc.partial_fc, pfc.data, pfc.engine, pfc.launch.cli, pfc; print(*pfc.__path__, pfc.data.__file__)"
+    for path in run(str(environment / "python"), "-c", code, cwd=tmp_path).split():
+        assert Path(path).is_relative_to(environment.parent), path
+
+
+def test_the_installed_command_packs_and_inspects(environment: Path, tmp_path: Path):
+    pfc = str(environment / "pfc")
+    run(
+        pfc, "pack", "synthetic", "set", "--identities", "2", "--images-per-identity", "2", "--size", "16", cwd=tmp_path
+    )
+    assert '"images": 4' in run(pfc, "inspect", "set", "--json", cwd=tmp_path)
+
+
+def test_the_editable_installation_works_from_anywhere(tmp_path: Path):
+    code = "import pfc.partial_fc, pfc.launch.cli; print(pfc.partial_fc.__file__)"
+    where = Path(run(sys.executable, "-c", code, cwd=tmp_path).strip())
+    assert where == ROOT / "partial_fc" / "__init__.py"
+
+
+def test_the_head_needs_torch_alone(tmp_path: Path):
+    code = '''
+import sys
+import torch
+
+class Without:
+    """Finds what ``finder`` finds, except the other rooms of pfc and the libraries that only those need."""
+
+    others = ("pydantic", "yaml", "typer", "rich", "nvidia.dali", "matplotlib", "sklearn", "PIL", "tensorboard")
+    rooms = ("pfc.data", "pfc.engine", "pfc.launch")
+
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        hidden = any(name == other or name.startswith(other + ".") for other in self.others + self.rooms)
+        return None if hidden else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+
+from pfc.partial_fc import PartialFC, RowSGD, objectives
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+head = PartialFC(num_classes=9, embedding_dim=4, objective=objectives.DSoftmax(scale=32.0, stop=0.9), sample_rate=0.5)
+optimizer = RowSGD(head, lr=0.1)
+head(torch.randn(3, 4, requires_grad=True), torch.tensor([0, 4, 8])).backward()
+optimizer.step()
+print("trained")
+'''
+    assert run(sys.executable, "-c", code, cwd=tmp_path) == "trained\n"
