@@ -9,10 +9,6 @@ ROOMS = ("partial_fc", "data", "engine", "launch")
 # data/ is installed as pfc.data, and so on: the tree stays flat, and nothing called "data" lands in site-packages.
 packages = [f"pfc.{name}" for room in ROOMS for name in (room, *(f"{room}.{sub}" for sub in find_packages(room)))]
 
-FONTS = [
-    f"cvttf-notosanscjk-{weight}" for weight in ("thin", "light", "demilight", "regular", "medium", "bold", "black")
-]
-
 setup(
     name="pfc",
     version="0.1.0",
@@ -40,11 +36,20 @@ setup(
         "tensorboard",
         "matplotlib",
         "scikit-learn",
-        "pillow",
+        "pillow>=10.1",
+        "jinja2",
         "nvidia-dali-cuda130; sys_platform == 'linux'",
     ],
     extras_require={
-        "demo": [*FONTS, "japanize-matplotlib", "fonttools"],
+        "demo": [
+            "cvttf-notosanscjk-thin",
+            "cvttf-notosanscjk-regular",
+            "cvttf-notosanscjk-black",
+            "pylopdf-fonts-zh-cn",
+            "pylopdf-fonts-jp",
+            "japanize-matplotlib",
+            "fonttools",
+        ],
         "export": ["onnx", "onnxruntime", "onnxscript"],
         "dev": ["pytest", "hypothesis", "ruff", "pyright[nodejs]", "build", "setuptools>=77", "wheel"],
     },

@@ -87,7 +87,7 @@ def pack_glyphs(
         UsageError: OUT is not empty; too few fonts; more identities than the fonts can draw.
     """
     out = Path(out)
-    check_output(out, overwrite=False)
+    check_output(out, overwrite=None)
     for what, value, least in (
         ("identities", identities, 1),
         ("images_per_identity", images_per_identity, 2),

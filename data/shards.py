@@ -140,8 +140,11 @@ class ShardedWriter:
         os.replace(self.folder, self._place)
 
 
-def check_output(out: Path, *, overwrite: bool) -> None:
-    """UsageError unless ``out`` is new or empty, or a packed data set to overwrite."""
+def check_output(out: Path, *, overwrite: bool | None) -> None:
+    """UsageError unless ``out`` is new or empty, or a packed data set to overwrite.
+
+    ``overwrite`` is None where the caller offers no overwriting.
+    """
     if not out.exists():
         return
     if not out.is_dir():
@@ -149,8 +152,7 @@ def check_output(out: Path, *, overwrite: bool) -> None:
     if next(out.iterdir(), None) is None:
         return
     if not overwrite:
-        raise UsageError(
-            f"{out} is not empty: give another directory, or overwrite the data set that is there (--overwrite)"
-        )
+        choice = "" if overwrite is None else ", or overwrite the data set that is there (--overwrite)"
+        raise UsageError(f"{out} is not empty: give another directory{choice}")
     if not (out / MANIFEST_NAME).is_file():
         raise UsageError(f"{out} is not empty and no packed data set (no {MANIFEST_NAME}): it is not overwritten")

@@ -11,19 +11,35 @@ from .config import Adagrad, AdamW, Config
 from .distributed import World
 
 
-def input_size(config: Config, dataset: RecordDataset) -> tuple[int, int]:
-    if config.data.image_size is not None:
-        height, width = config.data.image_size
-        return height, width
-    if dataset.image_size is None:
+def completed(config: Config, dataset: RecordDataset) -> Config:
+    """The configuration with what the data set says filled in, as it is written beside the run and its checkpoints."""
+    size, classes = config.data.image_size, config.head.num_classes
+    if size is None and dataset.image_size is None:
         raise UsageError(f"{config.data.train} does not say how large its images are: give data.image_size")
-    return dataset.image_size
+    if classes is not None and classes != dataset.num_classes:
+        raise UsageError(
+            f"head.num_classes is {classes}, but {config.data.train} has {dataset.num_classes} identities: "
+            "leave it out, or give the right data set"
+        )
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"image_size": size or list(dataset.image_size or ())}),
+            "head": config.head.model_copy(update={"num_classes": dataset.num_classes}),
+        }
+    )
 
 
-def build_network(config: Config, image_size: tuple[int, int], world: World) -> nn.Module:
+def input_size(config: Config) -> tuple[int, int]:
+    """Height and width of the network's input, of a completed configuration."""
+    assert config.data.image_size is not None
+    height, width = config.data.image_size
+    return height, width
+
+
+def build_network(config: Config, world: World) -> nn.Module:
     section = config.backbone
     network = build_backbone(
-        section.name, embedding_dim=section.embedding_dim, image_size=image_size, **section.options
+        section.name, embedding_dim=section.embedding_dim, image_size=input_size(config), **section.options
     ).to(world.device)
     if section.sync_bn:
         if world.device.type == "cpu":
@@ -34,15 +50,11 @@ def build_network(config: Config, image_size: tuple[int, int], world: World) -> 
     return network
 
 
-def build_head(config: Config, dataset: RecordDataset, world: World) -> PartialFC:
+def build_head(config: Config, world: World) -> PartialFC:
     section = config.head
-    if section.num_classes is not None and section.num_classes != dataset.num_classes:
-        raise UsageError(
-            f"head.num_classes is {section.num_classes}, but {config.data.train} has {dataset.num_classes} identities: "
-            "leave it out, or give the right data set"
-        )
+    assert section.num_classes is not None
     return PartialFC(
-        dataset.num_classes,
+        section.num_classes,
         config.backbone.embedding_dim,
         objective=section.objective.build(),
         sample_rate=section.sample_rate,

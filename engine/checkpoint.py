@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..data.errors import UsageError
+from .backbones import build_backbone
+from .build import input_size
 from .config import Config, load_config
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -129,16 +131,11 @@ def load_backbone(run_or_checkpoint: Path) -> tuple[nn.Module, Config]:
     Args:
         run_or_checkpoint: a run's directory (its latest checkpoint is taken) or a checkpoint's.
     """
-    from .backbones import build_backbone
-
     found = find(run_or_checkpoint)
     config = load_config(found.path / "config.yaml")
-    height, width = found.state()["image_size"]
+    section = config.backbone
     network = build_backbone(
-        config.backbone.name,
-        embedding_dim=config.backbone.embedding_dim,
-        image_size=(height, width),
-        **config.backbone.options,
+        section.name, embedding_dim=section.embedding_dim, image_size=input_size(config), **section.options
     )
     load(found, network_tensors(network))
     return network.eval(), config

@@ -199,6 +199,8 @@ class Evaluation(Section):
     """Verification sets (.bin)."""
     batch_size: Count = 128
     """Images per rank in one forward pass."""
+    flip: bool = True
+    """Add the mirror image's embedding; both accuracies are reported, this one leads."""
 
 
 class Checkpoint(Section):

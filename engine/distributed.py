@@ -53,7 +53,6 @@ def start() -> Iterator[World]:
         dist.init_process_group(backend, timeout=_TIMEOUT)
     else:
         dist.init_process_group(backend, timeout=_TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield World(dist.get_rank(), dist.get_world_size(), device)
-    finally:
-        dist.destroy_process_group()
+    yield World(dist.get_rank(), dist.get_world_size(), device)
+    # Not after an exception: the others would fail on the closed connection before this rank's own error is told.
+    dist.destroy_process_group()

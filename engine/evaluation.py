@@ -30,11 +30,14 @@ Encoded = bytes | np.ndarray
 
 @dataclass(frozen=True)
 class VerificationResult:
-    """One evaluation of one set of pairs; the metrics are those with the mirrored image's embedding added."""
+    """One evaluation of one set of pairs."""
 
     set: str
     pairs: int
     metrics: VerificationMetrics
+    """With or without the mirror image's embedding added, as was asked for."""
+    accuracy_flip: float
+    """Accuracy with the mirror image's embedding added."""
     accuracy_noflip: float
     """Accuracy of the plain image's embedding alone."""
 
@@ -46,6 +49,7 @@ class VerificationResult:
             "pairs": self.pairs,
             "accuracy": metrics.accuracy,
             "accuracy_std": metrics.accuracy_std,
+            "accuracy_flip": self.accuracy_flip,
             "accuracy_noflip": self.accuracy_noflip,
             "auc": metrics.auc,
             "eer": metrics.eer,
@@ -60,6 +64,7 @@ def evaluate_pairs(
     image_size: tuple[int, int],
     device: torch.device,
     batch_size: int = 128,
+    flip: bool = True,
     threads: int = 2,
 ) -> tuple[VerificationResult, NDArray[np.float32]]:
     """Embeds both images of every pair and compares them.
@@ -74,10 +79,12 @@ def evaluate_pairs(
         image_size: (height, width) that the model was built for.
         device: where to decode and to compute.
         batch_size: images per forward pass. It may move the last digits of a result; the number of ranks does not.
+        flip: whether the metrics are those of the image's and its mirror image's embeddings added, the custom for
+            faces, or of the image's alone, for what a mirror makes something else of, such as writing.
         threads: decoding threads per rank.
 
     Returns:
-        the result, and the cosines [P], float32, with flip.
+        the result, and the cosines [P] that its metrics are of, float32.
 
     Raises:
         UsageError: the pairs are too few or of one kind only.
@@ -96,11 +103,11 @@ def evaluate_pairs(
     plain, flipped = _pair_cosines(views[0]), _pair_cosines(views.sum(dim=0))
     same = np.asarray(pairs.same, dtype=bool)
     try:
-        metrics = verification_metrics(flipped, same)
-        accuracy_noflip = verification_metrics(plain, same).accuracy
+        without, with_flip = verification_metrics(plain, same), verification_metrics(flipped, same)
     except UsageError as error:
         raise UsageError(f"pairs {pairs.name!r}: {error}") from None
-    return VerificationResult(pairs.name, len(same), metrics, accuracy_noflip), flipped
+    metrics, cosines = (with_flip, flipped) if flip else (without, plain)
+    return VerificationResult(pairs.name, len(same), metrics, with_flip.accuracy, without.accuracy), cosines
 
 
 def embed_images(

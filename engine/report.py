@@ -147,7 +147,7 @@ def _table(run: RunRecord) -> dict[str, Any] | None:
         return None
     every = [line for lines in run.evaluations.values() for line in lines]
     rates = [key for key in dict.fromkeys(key for line in every for key in line) if key.startswith("tar_at_far_")]
-    heads = ["set", "step", "accuracy", "no flip", "AUC", "EER", "threshold"]
+    heads = ["set", "step", "accuracy", "with flip", "no flip", "AUC", "EER", "threshold"]
     heads += ["TAR at FAR " + key.removeprefix("tar_at_far_") for key in rates]
     rows = []
     for name, lines in run.evaluations.items():
@@ -160,6 +160,7 @@ def _table(run: RunRecord) -> dict[str, Any] | None:
                 f"{name}, untrained" if line is untrained else name,
                 f"{line['step']:,}",
                 f"{_percent(line['accuracy'])} ± {100 * line.get('accuracy_std', 0):.2f}",
+                _percent(line.get("accuracy_flip")),
                 _percent(line.get("accuracy_noflip")),
                 _number(line.get("auc")),
                 _percent(line.get("eer")),

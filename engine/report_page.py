@@ -64,7 +64,7 @@ pre { background: #f6f8fa; border: 1px solid var(--line); border-radius: 8px; pa
 {%- if table %}
 <p class="soft">Two images are taken for one identity where the cosine of their embeddings reaches a threshold.
 Accuracy: 10 folds, each judged with the threshold that is best on the other nine; ± is the standard deviation over
-the folds. Embeddings are those of the image and its mirror image added, except under “no flip”.</p>
+the folds. With flip: the embedding of the mirror image is added to the image's own.</p>
 <div class="scroll"><table>
 <tr>{% for head in table.heads %}<th>{{ head }}</th>{% endfor %}</tr>
 {%- for row in table.rows %}

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..data import Pairs, RecordDataset, TrainLoader, read_pairs
 from ..data.errors import UsageError
 from . import build, checkpoint, distributed
-from .config import Config
+from .config import Config, Objective
 from .distributed import World
 from .evaluation import VerificationResult, evaluate_pairs
 from .report import write_report
@@ -70,14 +70,14 @@ class Trainer:
     """
 
     def __init__(self, config: Config, world: World, resume: str) -> None:
-        self.config = config
         self.world = world
         self.run_dir = config.run.path
         self.start = _starting_point(self.run_dir, resume)
         self.dataset = RecordDataset.open(config.data.train)
         self.pairs = _read_pairs(config.evaluation.pairs)
-        self.image_size = build.input_size(config, self.dataset)
         self.autocast_dtype = _AUTOCAST[config.precision]
+        self.config = config = build.completed(config, self.dataset)
+        self.image_size = build.input_size(config)
         self.images_per_step = config.data.batch_size * world.size * config.optimizer.accumulate
         if config.schedule.steps is not None:
             self.total_steps = config.schedule.steps
@@ -85,8 +85,8 @@ class Trainer:
             self.total_steps = -(-round(config.schedule.epochs * len(self.dataset)) // self.images_per_step)  # type: ignore[operator]
 
         torch.manual_seed(config.run.seed)
-        self.network = build.build_network(config, self.image_size, world)
-        self.head = build.build_head(config, self.dataset, world)
+        self.network = build.build_network(config, world)
+        self.head = build.build_head(config, world)
         self.backbone_optimizer = build.build_backbone_optimizer(config, self.network, world.device)
         self.head_optimizer = build.build_head_optimizer(config, self.head)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
@@ -174,6 +174,7 @@ class Trainer:
                     image_size=self.image_size,
                     device=self.world.device,
                     batch_size=self.config.evaluation.batch_size,
+                    flip=self.config.evaluation.flip,
                     threads=self.config.data.threads,
                 )
             self.telemetry.evaluation(self.step, result.to_dict())
@@ -199,7 +200,6 @@ class Trainer:
             "position": self.loader.position,
             "head_steps": self.head.steps,
             "num_classes": self.head.num_classes,
-            "image_size": list(self.image_size),
             "skipped_steps": int(self.skipped_steps),
             "scaler": self.scaler.state_dict(),
             "world_size": self.world.size,
@@ -327,7 +327,7 @@ class Trainer:
             f"{self.image_size[0]}×{self.image_size[1]}, {config.precision}"
         )
         tell(
-            f"head       {head.objective}, {head.num_classes:,} × {head.embedding_dim} centers over "
+            f"head       {_shown(config.head.objective)}, {head.num_classes:,} × {head.embedding_dim} centers over "
             f"{self.world.size} rank(s), sample_rate {config.head.sample_rate:g}, batch_rate {config.head.batch_rate:g}"
         )
         tell(
@@ -370,6 +370,12 @@ def _check_shapes(found: checkpoint.Found, tensors: dict[str, Tensor]) -> None:
                 f"{found.path} has another configuration: {name} is {there} there and {list(tensor.shape)} here; "
                 "give run.name another name, or go back to the backbone and optimizer that it was trained with"
             )
+
+
+def _shown(objective: Objective) -> str:
+    """``d_softmax (scale 16.0, stop 0.5)``"""
+    told = [f"{name} {value}" for name, value in (objective.model_extra or {}).items() if value is not None]
+    return f"{objective.name} ({', '.join(told)})" if told else objective.name
 
 
 def _evaluation_line(result: VerificationResult, step: int) -> str:

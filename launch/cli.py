@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ..data.errors import UsageError
-from .verbs import doctor, embed, evaluate, export, inspect, pack, train
+from .verbs import bench, doctor, embed, evaluate, export, inspect, pack, train
 
 app = typer.Typer(
     name="pfc",
@@ -28,6 +28,7 @@ app.command()(inspect.inspect)
 app.command()(evaluate.evaluate)
 app.command()(embed.embed)
 app.command()(export.export)
+app.add_typer(bench.app, name="bench")
 app.command()(doctor.doctor)
 
 
@@ -56,3 +57,7 @@ def _options(
     ] = False,
 ) -> None:
     """Options of ``pfc`` itself."""
+
+
+if __name__ == "__main__":  # how a verb starts itself on several ranks
+    sys.exit(main())

@@ -15,6 +15,14 @@ Source = Annotated[
     Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder (its latest checkpoint) or one checkpoint.")
 ]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")]
+Flip = Annotated[
+    bool | None,
+    typer.Option(
+        "--flip/--no-flip",
+        help="Add the embedding of the mirror image. [dim]\\[default: as the run's evaluation does][/dim]",
+        show_default=False,
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images in one forward pass.")]
 
 
@@ -24,16 +32,17 @@ class Trained(NamedTuple):
     model: "torch.nn.Module"
     image_size: tuple[int, int]
     embedding_dim: int
+    flip: bool
+    """Whether its run adds the mirror image's embedding in evaluation."""
 
 
 def open_backbone(source: Path, device: "torch.device") -> Trained:
     """The backbone of a run or checkpoint, on ``device``."""
-    from ..engine import checkpoint
+    from ..engine.build import input_size
+    from ..engine.checkpoint import load_backbone
 
-    found = checkpoint.find(source)
-    model, config = checkpoint.load_backbone(found.path)
-    height, width = found.state()["image_size"]
-    return Trained(model.to(device).eval(), (height, width), config.backbone.embedding_dim)
+    model, config = load_backbone(source)
+    return Trained(model.to(device), input_size(config), config.backbone.embedding_dim, config.evaluation.flip)
 
 
 def check_new_file(path: Path, *suffixes: str) -> None:

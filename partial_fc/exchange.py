@@ -19,9 +19,11 @@ class Exchange:
 
     Args:
         group: the ranks; the default group when None.
+        payload_dtype: what embeddings and their gradients travel in; each in its own dtype when None.
     """
 
-    def __init__(self, group: ProcessGroup | None = None) -> None:
+    def __init__(self, group: ProcessGroup | None = None, payload_dtype: torch.dtype | None = None) -> None:
+        self.payload_dtype = payload_dtype
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
         self.group = group
@@ -32,6 +34,7 @@ class Exchange:
         """The global batch in rank order: embeddings [b, D] → [B, D] and labels [b] int64 → [B], in one collective."""
         if self.world_size == 1:
             return embeddings, labels
+        embeddings = embeddings.to(self.payload_dtype or embeddings.dtype)
         rows, dim = embeddings.shape
         width = dim * embeddings.element_size()  # bytes
         payload = torch.cat([embeddings.contiguous().view(torch.uint8), labels.view(torch.uint8).view(rows, 8)], dim=1)
@@ -61,9 +64,10 @@ class Exchange:
         if self.world_size == 1:
             return gradients, flag
         size = gradients.numel() // self.world_size
-        payload = gradients.new_empty(self.world_size, size + 1)
+        payload = gradients.new_empty(self.world_size, size + 1, dtype=self.payload_dtype or gradients.dtype)
         payload[:, :size] = gradients.view(self.world_size, size)
-        payload[:, size] = flag.to(gradients.dtype)
+        payload[:, size] = flag
         own = payload.new_empty(size + 1)
         _reduce_scatter(own, payload.view(-1), group=self.group)
+        own = own.to(gradients.dtype)
         return own[:size].view(-1, gradients.shape[1]), own[size]

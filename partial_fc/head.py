@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from .centers import ClassShard, as_dtensor, initial_rows, write_rows
 from .exchange import Exchange
-from .kernels import dense
-from .objectives import LogSumExpObjective, Objective
+from .kernels.unit import normalize, normalize_backward
+from .objectives import Objective
 from .sampling import ClassSample, sample_batch, sample_classes
 
 
@@ -67,6 +67,8 @@ class PartialFC(nn.Module):
         device: of the centers; the current default device when None.
         center_dtype: float32 or float64, how the centers are stored.
         compute_dtype: of the matrix products; ``center_dtype`` when None. Sums are float32 or better in any case.
+        payload_dtype: what embeddings and their gradients travel in between the ranks, such as bfloat16 for half the
+            bytes; embeddings in their own dtype and gradients in ``center_dtype`` when None.
         process_group: the ranks that share the centers; the default group when None; one process alone where
             torch.distributed is not initialised.
 
@@ -86,6 +88,7 @@ class PartialFC(nn.Module):
         device: torch.device | str | None = None,
         center_dtype: torch.dtype = torch.float32,
         compute_dtype: torch.dtype | None = None,
+        payload_dtype: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
@@ -104,7 +107,7 @@ class PartialFC(nn.Module):
         self.batch_rate = batch_rate
         self.seed = seed
         self.compute_dtype = compute_dtype or center_dtype
-        self.exchange = Exchange(process_group)
+        self.exchange = Exchange(process_group, payload_dtype)
         self.shard = ClassShard.of(num_classes, self.exchange.rank, self.exchange.world_size)
         rows = initial_rows(self.shard, embedding_dim, seed, center_dtype)
         self.weight = nn.Parameter(rows.to(device or torch.get_default_device()))
@@ -190,37 +193,29 @@ class PartialFC(nn.Module):
 
 
 class _HeadLoss(torch.autograd.Function):
-    """One step of the head. The names in circles are those of docs/how-it-works.md."""
+    """One step of the head, in seven parts."""
 
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, weight: Tensor, labels: Tensor, head: PartialFC) -> Tensor:
-        objective = head.objective
+        objective = head.objective.at(head.steps)
         # ① the global batch
         batch, labels = head.exchange.gather_batch(embeddings.detach(), labels)
         head._check_labels(labels)
-        unit, inverse = dense.normalize(batch.to(weight.dtype))  # [B, D], [B, 1]
+        unit, inverse = normalize(batch.to(weight.dtype))  # [B, D], [B, 1]
         # ② the sample
         sample, part = head._sample(labels)
-        rows = weight if sample.rows is None else weight[sample.rows]
-        unit_rows, inverse_rows = dense.normalize(rows)  # [K, D], [K, 1]
+        rows, inverse_rows = normalize(weight if sample.rows is None else weight[sample.rows])  # [K, D], [K, 1]
+        everyone = slice(None) if part is None else part
         # ③ two numbers per sample
-        columns = sample.columns if part is None else sample.columns[part]
-        compute_unit, compute_rows = unit.to(head.compute_dtype), unit_rows.to(head.compute_dtype)
-        cosines = ((compute_unit if part is None else compute_unit[part]) @ compute_rows.T).to(weight.dtype)  # [B', K]
+        kernel = objective.kernel(len(unit[everyone]), head.embedding_dim, len(rows), head.compute_dtype)
         own = (sample.columns >= 0).nonzero()[:, 0]  # samples whose class is here
         own_columns = sample.columns[own]
         numbers = torch.zeros(2, len(labels), dtype=torch.float64, device=weight.device)
-        numbers[0, own] = (unit[own].double() * unit_rows[own_columns].double()).sum(dim=1)
-        everyone = slice(None) if part is None else part
-        if isinstance(objective, LogSumExpObjective):
-            numbers[1, everyone] = dense.log_sum_exp(cosines, columns, objective.scale).exp()
-        else:
-            numbers[1, everyone] = dense.sum_squares(cosines, columns)
+        numbers[0, own] = (unit[own].double() * rows[own_columns].double()).sum(dim=1)
+        numbers[1, everyone] = kernel.forward(unit[everyone], rows, sample.columns[everyone])
         # ④ … of all ranks
         target, negatives = head.exchange.sum(numbers)
-        negatives = negatives[everyone]
-        if isinstance(objective, LogSumExpObjective):
-            negatives = negatives.log()
+        negatives = kernel.finish(negatives[everyone])
         # ⑤ the loss, and its slopes by the two numbers
         with torch.enable_grad():
             target.requires_grad_()
@@ -229,49 +224,32 @@ class _HeadLoss(torch.autograd.Function):
             target_slope, negatives_slope = torch.autograd.grad(loss, (target, negatives), materialize_grads=True)
         if head.training:
             head.steps += 1
-        ctx.head, ctx.sample, ctx.part, ctx.embedding_dtype = head, sample, part, embeddings.dtype
-        ctx.save_for_backward(
-            cosines, unit, inverse, unit_rows, inverse_rows, own, own_columns, negatives, target_slope, negatives_slope
-        )
+        ctx.head, ctx.kernel, ctx.rows, ctx.everyone = head, kernel, sample.rows, everyone
+        ctx.embedding_dtype = embeddings.dtype
+        ctx.negatives = negatives.detach(), negatives_slope
+        ctx.save_for_backward(unit, inverse, rows, inverse_rows, own, own_columns, target_slope)
         return loss.detach().to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         head: PartialFC = ctx.head
-        (
-            cosines,
-            unit,
-            inverse,
-            unit_rows,
-            inverse_rows,
-            own,
-            own_columns,
-            negatives,
-            target_slope,
-            negatives_slope,
-        ) = ctx.saved_tensors
-        everyone = slice(None) if ctx.part is None else ctx.part
-        negatives_slope = negatives_slope * grad.double()
-        if isinstance(head.objective, LogSumExpObjective):
-            slopes = dense.log_sum_exp_backward(cosines, negatives, negatives_slope, head.objective.scale)
-        else:
-            slopes = dense.sum_squares_backward(cosines, negatives_slope)
+        unit, inverse, rows, inverse_rows, own, own_columns, target_slope = ctx.saved_tensors
+        negatives, negatives_slope = ctx.negatives
+        part_grad, rows_grad = ctx.kernel.backward(negatives, negatives_slope * grad.double())
         own_slope = (target_slope[own] * grad.double()).to(unit.dtype)[:, None]  # [own, 1]
-        slopes = slopes.to(head.compute_dtype)
         # ⑥ ∂loss/∂embeddings, of all ranks' classes, to each rank its own samples
         unit_grad = torch.zeros_like(unit)  # [B, D]
-        unit_grad[everyone] = (slopes @ unit_rows.to(head.compute_dtype)).to(unit.dtype)
-        unit_grad.index_add_(0, own, own_slope * unit_rows[own_columns])
+        unit_grad[ctx.everyone] = part_grad
+        unit_grad.index_add_(0, own, own_slope * rows[own_columns])
         broken = 1.0 - (torch.isfinite(unit_grad).all() & torch.isfinite(grad)).to(unit.dtype)
         mine_grad, broken = head.exchange.sum_and_scatter(unit_grad, broken)
         size = len(mine_grad)
         mine = slice(head.exchange.rank * size, (head.exchange.rank + 1) * size)
-        embedding_grad = dense.normalize_backward(mine_grad, unit[mine], inverse[mine]) * head.exchange.world_size
+        embedding_grad = normalize_backward(mine_grad, unit[mine], inverse[mine]) * head.exchange.world_size
         # ⑦ ∂loss/∂rows
-        rows_grad = (slopes.T @ unit[everyone].to(head.compute_dtype)).to(unit.dtype)  # [K, D]
         rows_grad.index_add_(0, own_columns, own_slope * unit[own])
-        rows_grad = dense.normalize_backward(rows_grad, unit_rows, inverse_rows)
-        _accumulate(head, RowGradient(ctx.sample.rows, rows_grad), torch.where(broken > 0, torch.nan, grad))
+        rows_grad = normalize_backward(rows_grad, rows, inverse_rows)
+        _accumulate(head, RowGradient(ctx.rows, rows_grad), torch.where(broken > 0, torch.nan, grad))
         return embedding_grad.to(ctx.embedding_dtype), None, None, None
 
 

@@ -22,6 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from .kernels import NegativesKernel
+from .kernels.cosines import LogSumExp, SumOfSquares
+from .kernels.gram import SumOfSquaresByGram, pays
+
 _MAX_SCALE = 256.0  # exp(±2·scale) stays inside float64, in which the ranks add their sums
 
 
@@ -39,20 +43,51 @@ class Objective:
         """Loss of each sample [B]."""
         return self.intra(target) + self.inter(target, negatives)
 
+    def at(self, step: int) -> "Objective":
+        """The objective of that step, for those that change as training goes on."""
+        return self
+
+    def kernel(self, batch: int, dim: int, rows: int, compute_dtype: torch.dtype) -> NegativesKernel:
+        """What reduces the negatives to the number that ``inter`` receives, for a step of B × D by K rows."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class LogSumExpObjective(Objective):
-    """An objective whose ``negatives`` are ℓ = log Σ_{k≠y} exp(scale·z_k)."""
+    """An objective whose ``negatives`` are ℓ = log Σ_{k≠y} exp(scale·z_k).
+
+    Args:
+        scale: s, in (0, 256].
+        filter: negatives with a cosine above it are left out, in (−1, 1]: with noisy labels they are likely the same
+            identity under another name (inter-class filtering, An et al. 2022, section 3.4); None leaves out none.
+    """
 
     scale: float = 64.0
+    filter: float | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         _check(self, "scale", above=0, at_most=_MAX_SCALE)
+        if self.filter is not None:
+            _check(self, "filter", above=-1, at_most=1)
+
+    def kernel(self, batch: int, dim: int, rows: int, compute_dtype: torch.dtype) -> NegativesKernel:
+        return LogSumExp(compute_dtype, self.scale, self.filter)
 
 
 @dataclass(frozen=True)
 class SquaresObjective(Objective):
-    """An objective whose ``negatives`` are q = Σ_{k≠y} z_k²."""
+    """An objective whose ``negatives`` are q = Σ_{k≠y} z_k².
+
+    Args:
+        gram: whether q comes from the Gram matrix of the centers, without any cosine (``kernels/gram.py``), or from the
+            cosines; None takes what needs fewer operations. The numbers are the same.
+    """
+
+    gram: bool | None = dataclasses.field(default=None, kw_only=True)
+
+    def kernel(self, batch: int, dim: int, rows: int, compute_dtype: torch.dtype) -> NegativesKernel:
+        gram = pays(batch, dim, rows) if self.gram is None else self.gram
+        return SumOfSquaresByGram(compute_dtype) if gram else SumOfSquares(compute_dtype)
 
 
 @dataclass(frozen=True)
@@ -139,24 +174,44 @@ class ArcFace(LogSumExpObjective):
 class SphereFace(LogSumExpObjective):
     """Multiplicative angular margin: softplus(ℓ − s·ψ(m·θ_y)) (Liu et al. 2017, equation 7).
 
+    Large margins do not start from random weights, so the paper's own training mixes the plain cosine in:
+    (λ·z_y + ψ(m·θ_y))/(1 + λ) with λ = max(annealing_min, annealing·(1 + annealing_gamma·step)⁻¹).
+
     Args:
         scale: s, in (0, 256].
         margin: m, in [1, 16]; need not be an integer.
+        annealing: λ of the first step; 0, the default, mixes nothing in. The paper's training used 1000.
+        annealing_gamma: how fast λ falls; 0.12 there.
+        annealing_min: where λ stops; 5 there, with m = 4.
     """
 
     margin: float = 1.35
+    annealing: float = dataclasses.field(default=0.0, kw_only=True)
+    annealing_gamma: float = dataclasses.field(default=0.12, kw_only=True)
+    annealing_min: float = dataclasses.field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(self, "margin", at_least=1, at_most=16)
+        for name in ("annealing", "annealing_gamma", "annealing_min"):
+            _check(self, name, at_least=0)
+
+    def at(self, step: int) -> "SphereFace":
+        if self.annealing == 0:
+            return self
+        share = max(self.annealing_min, self.annealing / (1 + self.annealing_gamma * step))
+        return dataclasses.replace(self, annealing=share, annealing_gamma=0.0, annealing_min=0.0)
 
     def inter(self, target: Tensor, negatives: Tensor) -> Tensor:
-        return softplus(negatives - self.scale * psi(self.margin * angle(target)))
+        """With λ = ``annealing``: that of the step comes from ``at``."""
+        with_margin = psi(self.margin * angle(target))
+        mixed = (self.annealing * target + with_margin) / (1 + self.annealing)
+        return softplus(negatives - self.scale * mixed)
 
 
 @dataclass(frozen=True)
 class DSoftmax(LogSumExpObjective):
-    """Dissected softmax: softplus(s·(d − z_y)) + softplus(ℓ) (He et al. 2020, "Softmax Dissection", equation 8).
+    """Dissected softmax: softplus(s·(d − z_y)) + softplus(ℓ) (He et al. 2020, "Softmax Dissection").
 
     In the paper's words log(1 + ε/e^{s·z_y}) + log(1 + Σ_{k≠y} e^{s·z_k}) with ε = e^{s·d}: d is the cosine at which
     the pull ends. The two terms are independent, so the second may use a sample of the classes (D-Softmax-K,
@@ -183,9 +238,10 @@ class DSoftmax(LogSumExpObjective):
 
 @dataclass(frozen=True)
 class P2SGrad(SquaresObjective):
-    """½ Σ_k (z_k − [k = y])² = ½ (1 − z_y)² + ½ q (Zhang et al. 2019, whose gradient, equation 11, this integrates).
+    """½ Σ_k (z_k − [k = y])² = ½ (1 − z_y)² + ½ q (Zhang et al. 2019, "P2SGrad").
 
-    It has no hyper-parameter.
+    The paper gives a gradient, in which the cosine takes the place of softmax's probability: (z_k − [k = y])·∂z_k; this
+    is the loss that has it. It has no hyper-parameter: ``gram`` changes only how it is computed.
     """
 
     def intra(self, target: Tensor) -> Tensor:
@@ -219,8 +275,7 @@ def build(name: str, **parameters: Any) -> Objective:
     for key, value in parameters.items():
         if key not in allowed:
             raise ValueError(f"{name} has no parameter {key!r}; allowed: {', '.join(allowed) or 'none'}")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{key} must be a number, found {value!r}")
+        _check_type(kind, key, value)
     return kind(**parameters)
 
 
@@ -256,6 +311,17 @@ class _Angle(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         (theta,) = ctx.saved_tensors
         return -grad / torch.sin(theta).clamp_min(1e-4)
+
+
+def _check_type(kind: type[Objective], name: str, value: Any) -> None:
+    default = next(field.default for field in dataclasses.fields(kind) if field.name == name)
+    if value is None and default is None:
+        return
+    if name == "gram":
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be true, false or null, found {value!r}")
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number, found {value!r}")
 
 
 def _check(

@@ -8,7 +8,7 @@ import typer
 
 from ...data.errors import UsageError
 from ..console import find_device, progress_bar, warn
-from ..models import BatchSize, Device, Source, check_new_file, open_backbone, write_whole
+from ..models import BatchSize, Device, Flip, Source, check_new_file, open_backbone, write_whole
 
 
 def embed(
@@ -17,7 +17,7 @@ def embed(
     out: Annotated[Path, typer.Argument(metavar="OUT.npz|OUT.npy", help="File to write; it must not exist.")],
     device: Device = "auto",
     batch_size: BatchSize = 128,
-    flip: Annotated[bool, typer.Option(help="Add the embedding of the mirror image, as evaluation does.")] = True,
+    flip: Flip = None,
 ) -> None:
     """Compute embeddings, float32 [N, D], each of length 1.
 
@@ -40,7 +40,7 @@ def embed(
         image_size=trained.image_size,
         device=where,
         batch_size=batch_size,
-        flip=flip,
+        flip=trained.flip if flip is None else flip,
         threads=usable_cores(),
     )
     unit = normalize(embeddings).numpy()

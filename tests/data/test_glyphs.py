@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
+from PIL import Image
+
 from pfc.data import fonts as fonts_module
 from pfc.data.dataset import RecordDataset
 from pfc.data.errors import UsageError
 from pfc.data.fonts import find_fonts, split_fonts
 from pfc.data.glyphs import choose_characters, pack_glyphs
 from pfc.data.pairs import read_pairs
-from PIL import Image
 
 HAN = list(range(0x4E00, 0x4E00 + 60))
 HANGUL = list(range(0xAC00, 0xAC00 + 20))

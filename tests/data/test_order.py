@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from pfc.data.order import SampleOrder, counter_hash
 
 SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 129, 255, 257, 1000, 4097, 99_991]

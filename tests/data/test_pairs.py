@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from pfc.data.dataset import RecordDataset
 from pfc.data.errors import UsageError
 from pfc.data.pairs import Pairs, make_pairs, pairs_from_list, read_pairs, write_pairs
 from pfc.data.shards import ShardedWriter
-from PIL import Image
 
 IMAGES = [f"image {i}".encode() for i in range(6)]
 SAME = [True, False, True]

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from pfc.data.dataset import RecordDataset
 from pfc.data.errors import UsageError
 from pfc.data.order import SampleOrder
 from pfc.data.pipeline import TrainLoader, decode_images
 from pfc.data.shards import ShardedWriter
-from PIL import Image
 
 IMAGES, IDENTITIES, SIZE = 26, 5, (24, 20)
 

@@ -156,6 +156,7 @@ def test_small_learns_a_toy_task(norm):
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.5  # log 8 = 2.08 at the start
+    assert all(parameter.grad.any() for parameter in model.parameters())  # no block is dead from the start
 
 
 @pytest.mark.parametrize("name", CPU_SIZED)

@@ -22,7 +22,7 @@ def test_the_written_configuration_says_everything_and_reads_back(config_file: P
     resolved.write_text(config.to_yaml())
     assert load_config(resolved) == config
     tree = yaml.safe_load(config.to_yaml())
-    assert tree["head"]["objective"] == {"name": "d_softmax", "scale": 32.0, "stop": 0.9}
+    assert tree["head"]["objective"] == {"name": "d_softmax", "scale": 32.0, "filter": None, "stop": 0.9}
     assert tree["optimizer"]["head"]["momentum"] == 0.9
 
 
@@ -62,7 +62,7 @@ def test_overrides_replace_and_add(config_file: Path) -> None:
     assert config.optimizer.backbone.lr == 1e-3
     assert config.optimizer.backbone.name == "sgd"
     assert config.head.objective.name == "cosface"
-    assert config.run.name == "a.c"
+    assert config.run.name == "a-b.c"
 
 
 def test_a_switch_of_optimizer_brings_its_own_defaults(config_file: Path) -> None:

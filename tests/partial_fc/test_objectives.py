@@ -82,8 +82,8 @@ def test_the_slope_of_arcface_has_the_factor_of_its_angle() -> None:
     ("name", "parameters", "message"),
     [
         ("cosine", {}, "unknown objective 'cosine'; allowed: softmax, cosface"),
-        ("cosface", {"margn": 0.4}, "cosface has no parameter 'margn'; allowed: scale, margin"),
-        ("p2sgrad", {"scale": 1.0}, "p2sgrad has no parameter 'scale'; allowed: none"),
+        ("cosface", {"margn": 0.4}, "cosface has no parameter 'margn'; allowed: scale, filter, margin"),
+        ("p2sgrad", {"scale": 1.0}, "p2sgrad has no parameter 'scale'; allowed: gram"),
         ("cosface", {"scale": 0}, r"scale must lie in \(0, 256\], found 0"),
         ("cosface", {"scale": math.nan}, r"scale must lie in \(0, 256\], found nan"),
         ("cosface", {"margin": "big"}, "margin must be a number, found 'big'"),
