@@ -62,6 +62,7 @@ def build_head(config: Config, world: World) -> PartialFC:
         seed=config.run.seed,
         device=world.device,
         compute_dtype=torch.bfloat16 if config.precision == "bf16" else None,
+        payload_dtype={"float32": torch.float32, "bf16": torch.bfloat16, None: None}[section.payload_dtype],
     )
 
 

@@ -98,10 +98,26 @@ class Head(Section):
     """Number of identities, C; that of the data set when absent, and equal to it when given."""
     sample_rate: Rate = 1.0
     """Share of the classes that each step uses (D-Softmax-K, Partial FC)."""
+    sample_rate_schedule: list[list[float]] = []
+    """Later rates: [[0.8, 0.5], [0.9, 1.0]] uses half of the classes from 80 % of the run on, all from 90 % on."""
     batch_rate: Rate = 1.0
     """Share of the batch that meets the negatives (D-Softmax-B)."""
     center_dtype: Literal["float32"] = "float32"
     """How the centers are stored."""
+    payload_dtype: Literal["float32", "bf16"] | None = None
+    """What embeddings and their gradients travel in between the ranks; their own types when absent."""
+
+    @model_validator(mode="after")
+    def _rates_in_order(self) -> "Head":
+        last = -1.0
+        for entry in self.sample_rate_schedule:
+            if len(entry) != 2 or not last < entry[0] < 1 or entry[0] < 0 or not 0 < entry[1] <= 1:
+                raise ValueError(
+                    f"sample_rate_schedule: found {entry}, allowed: [share of the run in [0, 1), rate in (0, 1]], "
+                    "shares rising"
+                )
+            last = entry[0]
+        return self
 
 
 class SGD(Section):

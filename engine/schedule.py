@@ -1,6 +1,7 @@
-"""The learning rate as a function of the step: linear warm-up, then a decay."""
+"""What changes as a run goes on: the learning rate (linear warm-up, then a decay) and the sample rate."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal, assert_never
 
 ScheduleName = Literal["polynomial", "cosine", "constant"]
@@ -39,3 +40,13 @@ def learning_rate_factor(
         case _:
             assert_never(name)
     return final + (1.0 - final) * decay
+
+
+def sample_rate_at(share: float, first: float, later: Sequence[Sequence[float]]) -> float:
+    """The rate at which classes are sampled after ``share`` (0 to 1) of the run.
+
+    Args:
+        first: the rate of the beginning.
+        later: pairs [share, rate], shares rising: from that share of the run on, that rate.
+    """
+    return next((rate for begin, rate in reversed(later) if share >= begin), first)

@@ -20,7 +20,7 @@ from .config import Config, Objective
 from .distributed import World
 from .evaluation import VerificationResult, evaluate_pairs
 from .report import write_report
-from .schedule import learning_rate_factor
+from .schedule import learning_rate_factor, sample_rate_at
 from .telemetry import Telemetry, Throughput, read_json_lines
 
 # Each rank keeps the BatchNorm statistics of its own batches; evaluation and checkpoints take rank 0's. Newer torch
@@ -132,6 +132,10 @@ class Trainer:
         """One optimizer step, and whatever is due after it."""
         config = self.config
         rate = self._set_learning_rate()
+        section = config.head
+        self.head.sample_rate = sample_rate_at(
+            self.step / self.total_steps, section.sample_rate, section.sample_rate_schedule
+        )
         self.backbone.train()
         for micro in range(config.optimizer.accumulate):
             with self.throughput.waiting():
@@ -274,6 +278,7 @@ class Trainer:
             "images_per_second_per_rank": speed["images_per_second"] / self.world.size,
             "epoch": self.loader.position / len(self.dataset),
             "gradient_norm": float(norm),
+            "sample_rate": self.head.sample_rate,
             "skipped_steps": int(self.skipped_steps),
         }
         if self.scaler.is_enabled():

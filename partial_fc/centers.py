@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from .exchange import Exchange
 
-_INIT_BLOCK = 4096  # rows drawn from one generator
+_BLOCK = 4096  # rows drawn from one generator, or read at a time
 _INIT_STD = 0.01
 
 
@@ -45,39 +45,61 @@ def initial_rows(shard: ClassShard, dim: int, seed: int, dtype: torch.dtype) -> 
     the number of ranks, and no two rows are drawn from the same numbers.
     """
     rows = torch.empty(shard.rows, dim, dtype=dtype)
-    for block in range(shard.start // _INIT_BLOCK, -(-shard.stop // _INIT_BLOCK)):
+    for block in range(shard.start // _BLOCK, -(-shard.stop // _BLOCK)):
         generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + block) & 0x7FFFFFFFFFFFFFFF)
-        drawn = torch.empty(_INIT_BLOCK, dim).normal_(0.0, _INIT_STD, generator=generator)
-        first = block * _INIT_BLOCK
-        start, stop = max(first, shard.start), min(first + _INIT_BLOCK, shard.stop)
+        drawn = torch.empty(_BLOCK, dim).normal_(0.0, _INIT_STD, generator=generator)
+        first = block * _BLOCK
+        start, stop = max(first, shard.start), min(first + _BLOCK, shard.stop)
         rows[start - shard.start : stop - shard.start] = drawn[start - first : stop - first]
     return rows
 
 
-def write_rows(rows: Tensor, shard: ClassShard, source: Tensor | Callable[[int, int], Tensor]) -> None:
+def write_rows(
+    rows: Tensor, shard: ClassShard, source: Tensor | Callable[[int, int], Tensor], classes: Tensor | None
+) -> None:
     """Copies this shard's part of ``source`` into ``rows`` [rows, D], in place.
 
     Args:
-        source: all centers [C, D], the same on every rank; or a function that returns classes [start, stop) as
-            [stop − start, D], asked for a block at a time, so that no rank ever holds all of them.
+        source: centers [N, D], the same on every rank; or a function that returns those of [start, stop) as
+            [stop − start, D], asked for a block of at most 4096 at a time, so that no rank ever holds all of them.
+        classes: for each class its row in the source, int64 [C], −1 for a class that is not there and keeps its row;
+            None where the source has the same classes, N = C.
 
     Raises:
-        ValueError: the shape does not fit.
+        ValueError: a shape, or a row of the source, does not fit.
     """
     num_classes, dim = shard.num_classes, rows.shape[1]
-    if isinstance(source, Tensor):
-        if source.shape != (num_classes, dim):
-            raise ValueError(f"centers must be [{num_classes}, {dim}], found {list(source.shape)}")
-        rows.copy_(source[shard.start : shard.stop])
-        return
-    for start in range(shard.start, shard.stop, _INIT_BLOCK):
-        stop = min(start + _INIT_BLOCK, shard.stop)
-        block = source(start, stop)
-        if block.shape != (stop - start, dim):
+    size = len(source) if isinstance(source, Tensor) else None
+    if isinstance(source, Tensor) and source.shape != (num_classes if classes is None else size, dim):
+        expected = num_classes if classes is None else "N"
+        raise ValueError(f"centers must be [{expected}, {dim}], found {list(source.shape)}")
+    if classes is None:
+        wanted = torch.arange(shard.start, shard.stop)
+    else:
+        if classes.shape != (num_classes,) or classes.dtype != torch.int64:
+            raise ValueError(f"classes must be int64 [{num_classes}], found {list(classes.shape)} {classes.dtype}")
+        if classes.min() < -1 or (size is not None and classes.max() >= size):
             raise ValueError(
-                f"centers of classes {start} to {stop} must be [{stop - start}, {dim}], found {list(block.shape)}"
+                f"classes must lie in [-1, {size or 'N'}), found {int(classes.min())} to {int(classes.max())}"
             )
-        rows[start - shard.start : stop - shard.start] = block
+        wanted = classes[shard.start : shard.stop].cpu()
+    for block in torch.unique(wanted[wanted >= 0] // _BLOCK).tolist():
+        start = block * _BLOCK
+        stop = min(start + _BLOCK, num_classes if classes is None else int(classes.max()) + 1)
+        values = source[start:stop] if isinstance(source, Tensor) else source(start, stop)
+        if values.shape != (stop - start, dim):
+            found = list(values.shape)
+            raise ValueError(f"centers of classes {start} to {stop} must be [{stop - start}, {dim}], found {found}")
+        place = ((wanted >= start) & (wanted < stop)).nonzero()[:, 0]
+        taken = values[(wanted[place] - start).to(values.device)]
+        rows[place.to(rows.device)] = taken.to(rows.device, rows.dtype)
+
+
+def read_rows(rows: Tensor, shard: ClassShard, value: Tensor) -> None:
+    """Copies a checkpoint's value, a DTensor of this layout or a full tensor [C, ...], into this shard's rows."""
+    if value.shape[0] != shard.num_classes or value.shape[1:] != rows.shape[1:]:
+        raise ValueError(f"expected {[shard.num_classes, *rows.shape[1:]]}, found {list(value.shape)}")
+    rows.copy_(value.to_local() if isinstance(value, DTensor) else value[shard.start : shard.stop])
 
 
 def as_dtensor(rows: Tensor, num_classes: int, exchange: Exchange) -> DTensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from .centers import ClassShard, as_dtensor, initial_rows, write_rows
+from .centers import ClassShard, as_dtensor, initial_rows, read_rows, write_rows
 from .exchange import Exchange
 from .kernels.unit import normalize, normalize_backward
 from .objectives import Objective
@@ -95,9 +95,6 @@ class PartialFC(nn.Module):
         for name, value in (("num_classes", num_classes), ("embedding_dim", embedding_dim)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}")
-        for name, value in (("sample_rate", sample_rate), ("batch_rate", batch_rate)):
-            if not 0.0 < value <= 1.0:
-                raise ValueError(f"{name} must lie in (0, 1], found {value}")
         if center_dtype not in (torch.float32, torch.float64):
             raise ValueError(f"center_dtype must be float32 or float64, found {center_dtype}")
         self.num_classes = num_classes
@@ -126,15 +123,39 @@ class PartialFC(nn.Module):
         """All centers, DTensor [C, D] with Shard(0); its local part is this rank's memory."""
         return as_dtensor(self.weight.detach(), self.num_classes, self.exchange)
 
+    @property
+    def sample_rate(self) -> float:
+        """Share of the classes used each step; may be set between steps, to the same value on every rank."""
+        return self._sample_rate
+
+    @sample_rate.setter
+    def sample_rate(self, rate: float) -> None:
+        self._sample_rate = _checked_rate("sample_rate", rate)
+
+    @property
+    def batch_rate(self) -> float:
+        """Share of the batch that meets the negatives; may be set between steps, to the same value on every rank."""
+        return self._batch_rate
+
+    @batch_rate.setter
+    def batch_rate(self, rate: float) -> None:
+        self._batch_rate = _checked_rate("batch_rate", rate)
+
     @torch.no_grad()
-    def load_centers(self, source: Tensor | Callable[[int, int], Tensor]) -> None:
-        """Sets all centers.
+    def load_centers(self, source: Tensor | Callable[[int, int], Tensor], classes: Tensor | None = None) -> None:
+        """Sets the centers, from as many classes as there are here or, by way of ``classes``, from others.
 
         Args:
-            source: [C, D], the same on every rank; or a function (start, stop) → [stop − start, D] of global class
-                ids, asked for a block of rows at a time.
+            source: [N, D], the same on every rank; or a function (start, stop) → [stop − start, D] of the source's
+                rows, asked for a block at a time.
+            classes: for each class here its row in the source, int64 [C]; −1 for a new class, which keeps the center
+                that it has. None where the source has the same classes, N = C. So a head with more, fewer or
+                reordered classes goes on with what another one learned.
+
+        Raises:
+            ValueError: a shape, or a row of the source, does not fit.
         """
-        write_rows(self.weight, self.shard, source)
+        write_rows(self.weight, self.shard, source, classes)
 
     def clear_gradients(self) -> None:
         """Forgets the gradients gathered so far; the row optimizer's ``zero_grad`` calls it."""
@@ -163,6 +184,25 @@ class PartialFC(nn.Module):
             )
         return _HeadLoss.apply(embeddings, self.weight, labels, self)  # type: ignore[return-value]
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "centers"] = self.centers
+        destination[prefix + "steps"] = torch.tensor(self.steps)
+
+    @torch.no_grad()
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        _, _, missing, unexpected, errors = rest
+        names = {prefix + "centers", prefix + "steps"}
+        there = {name for name in state_dict if name.startswith(prefix)}
+        missing.extend(sorted(names - there))
+        unexpected.extend(sorted(there - names))
+        if not names <= there:
+            return
+        try:
+            read_rows(self.weight, self.shard, state_dict[prefix + "centers"])
+        except ValueError as error:
+            errors.append(f"{prefix}centers: {error}; load_centers takes centers of other classes")
+        self.steps = int(state_dict[prefix + "steps"])
+
     def extra_repr(self) -> str:
         return (
             f"{self.num_classes} classes, {self.embedding_dim} dimensions, {self.objective}, sample_rate="
@@ -190,6 +230,12 @@ class PartialFC(nn.Module):
             raise ValueError(
                 f"label {int(labels[place])} (sample {position} of rank {rank}) lies outside [0, {self.num_classes})"
             )
+
+
+def _checked_rate(name: str, rate: float) -> float:
+    if not 0.0 < rate <= 1.0:
+        raise ValueError(f"{name} must lie in (0, 1], found {rate}")
+    return rate
 
 
 class _HeadLoss(torch.autograd.Function):

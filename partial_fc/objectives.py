@@ -262,6 +262,20 @@ _BY_NAME: dict[str, type[Objective]] = {
 }
 
 
+def register(name: str, kind: type[Objective]) -> None:
+    """Makes an objective of one's own known to ``build``, and so to configurations, under a name.
+
+    Args:
+        kind: a frozen dataclass whose fields are its parameters, numbers with defaults.
+    """
+    _BY_NAME[name] = kind
+
+
+def names() -> list[str]:
+    """The objectives that ``build`` knows."""
+    return list(_BY_NAME)
+
+
 def build(name: str, **parameters: Any) -> Objective:
     """The objective of that name, as configurations write it.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .centers import as_dtensor
+from .centers import as_dtensor, read_rows
 from .head import PartialFC, RowGradient
 
 _BLOCK = 8192  # rows updated at a time: bounds the temporaries
@@ -74,8 +74,7 @@ class RowOptimizer(torch.optim.Optimizer):
         if state_dict["state"].keys() != local_state.keys():
             raise ValueError(f"state has {sorted(state_dict['state'])}, this optimizer needs {sorted(local_state)}")
         for name, value in state_dict["state"].items():
-            rows = value.to_local() if isinstance(value, DTensor) else value[shard.start : shard.stop]
-            local_state[name].copy_(rows)
+            read_rows(local_state[name], shard, value)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved)
 

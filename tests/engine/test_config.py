@@ -90,6 +90,12 @@ def test_a_switch_of_optimizer_brings_its_own_defaults(config_file: Path) -> Non
         ("optimizer.head.name=sgd", "optimizer: head.name is 'sgd', allowed: row_sgd, row_adamw, row_adagrad"),
         ("optimizer.backbone.name=row_sgd", "optimizer: backbone.name is 'row_sgd', allowed: sgd, adamw"),
         ("optimizer.backbone={momentum: 0.0, nesterov: true}", "optimizer.backbone: nesterov needs momentum"),
+        (
+            "head.sample_rate_schedule=[[0.5, 2]]",
+            "head: sample_rate_schedule: found [0.5, 2.0], allowed: [share of the run",
+        ),
+        ("head.sample_rate_schedule=[[0.9, 1], [0.5, 1]]", "head: sample_rate_schedule: found [0.5, 1"),
+        ("head.payload_dtype=fp8", "head.payload_dtype: found 'fp8', allowed: 'float32' or 'bf16'"),
         ("head.objective.name=arc", "head.objective: unknown objective 'arc'; allowed: softmax, cosface"),
         ("head.objective={name: arcface, margin: 7}", "head.objective: margin must lie in [0, 3.14159], found 7"),
         ("schedule.epochs=3", "schedule: give exactly one of steps and epochs"),

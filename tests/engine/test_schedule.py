@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pfc.engine.schedule import learning_rate_factor
+from pfc.engine.schedule import learning_rate_factor, sample_rate_at
 
 runs = st.integers(1, 300).flatmap(lambda steps: st.tuples(st.just(steps), st.integers(0, steps)))
 names = st.sampled_from(["polynomial", "cosine", "constant"])
@@ -59,3 +59,10 @@ def test_drives_a_torch_optimizer_through_lambda_lr():
         optimizer.step()
         scheduler.step()
     assert rates == pytest.approx([0.2, 0.4, 0.4, 0.3, 0.2, 0.1])
+
+
+def test_the_sample_rate_rises_with_the_run():
+    later = [[0.5, 0.3], [0.9, 1.0]]
+    rates = [sample_rate_at(share, 0.1, later) for share in (0.0, 0.49, 0.5, 0.89, 0.9, 0.999)]
+    assert rates == [0.1, 0.1, 0.3, 0.3, 1.0, 1.0]
+    assert sample_rate_at(0.7, 0.1, []) == 0.1

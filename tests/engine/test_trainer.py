@@ -90,6 +90,22 @@ def test_a_run_goes_on_on_another_number_of_ranks(folder: Path, tmp_path: Path, 
     assert losses(train(after, on(after, "moved"))) == pytest.approx(losses(lines), rel=1e-4)
 
 
+def test_the_sample_rate_follows_its_schedule_after_a_resume_too(folder: Path, tmp_path: Path) -> None:
+    head = {"sample_rate": 0.3, "sample_rate_schedule": [[0.5, 0.6], [0.75, 1.0]]}
+    straight, broken = (configuration(folder, tmp_path / runs, head=head) for runs in ("straight", "broken"))
+    lines = train(2, straight)
+    assert [line["sample_rate"] for line in lines] == [0.3] * 4 + [0.6] * 2 + [1.0] * 2
+    train(2, broken, steps=5)
+    assert losses(train(2, broken)) == losses(lines)
+
+
+def test_bf16_payload_trains(folder: Path, tmp_path: Path) -> None:
+    lines = train(2, configuration(folder, tmp_path / "bf16", head={"payload_dtype": "bf16"}))
+    exact = train(2, configuration(folder, tmp_path / "exact"))
+    assert losses(lines) == pytest.approx(losses(exact), rel=0.05)
+    assert losses(lines) != losses(exact)
+
+
 def test_what_a_run_leaves_behind(folder: Path, tmp_path: Path) -> None:
     config = configuration(
         folder,

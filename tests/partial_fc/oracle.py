@@ -33,6 +33,8 @@ def dense_loss(
     used[classes] = True
     assert used[labels].all(), "the classes of the batch belong to every sample"
     negative = used & ~one_hot(labels, num_classes).bool()  # [B, C]
+    if "filter" in parameters:
+        negative &= cosines <= parameters["filter"]
     parts = _separable(name, parameters, cosines, target, negative)
     if parts is not None:
         pull, push = parts

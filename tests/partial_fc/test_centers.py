@@ -103,3 +103,71 @@ def _restore(path: str) -> tuple[torch.Tensor, torch.Tensor]:
     dcp.load(state, checkpoint_id=path)
     assert dist.get_world_size() >= 1
     return head.weight.detach(), state["momentum"].to_local()
+
+
+# Fine-tuning: three classes leave, five are new, and the rest comes in another order.
+OLD, NEW = 9001, 9003
+
+
+def _mapping() -> torch.Tensor:
+    mapping = torch.randperm(OLD, generator=torch.Generator().manual_seed(3))[: NEW - 5]
+    return torch.cat([torch.tensor([-1, -1]), mapping, torch.tensor([-1, -1, -1])])
+
+
+@pytest.mark.parametrize("by_block", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_other_classes_go_on_with_what_was_learned(world_size: int, by_block: bool) -> None:
+    mapping, old = _mapping(), torch.arange(2.0 * OLD).view(OLD, 2)
+    initial = PartialFC(NEW, 2, objective=objectives.Softmax(), seed=1).weight
+    expected = torch.where((mapping >= 0)[:, None], old[mapping.clamp_min(0)], initial)
+    assert torch.equal(torch.cat(run_ranks(world_size, _load_mapped, by_block)), expected)
+
+
+def _load_mapped(by_block: bool) -> torch.Tensor:
+    old = torch.arange(2.0 * OLD).view(OLD, 2)
+    head = PartialFC(NEW, 2, objective=objectives.Softmax(), seed=1)
+    head.load_centers((lambda start, stop: old[start:stop]) if by_block else old, classes=_mapping())
+    return head.weight.detach()
+
+
+def test_fewer_classes_than_before() -> None:
+    head = PartialFC(3, 2, objective=objectives.Softmax())
+    head.load_centers(torch.arange(10.0).view(5, 2), classes=torch.tensor([4, 0, 4]))
+    assert head.weight.tolist() == [[8, 9], [0, 1], [8, 9]]
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (torch.tensor([0, 1]), r"classes must be int64 \[3\], found \[2\]"),
+        (torch.tensor([0.0, 1, 2]), r"classes must be int64 \[3\], found \[3\] torch.float32"),
+        (torch.tensor([0, 1, 5]), r"classes must lie in \[-1, 5\), found 0 to 5"),
+        (torch.tensor([0, -2, 1]), r"classes must lie in \[-1, 5\), found -2 to 1"),
+    ],
+)
+def test_a_mapping_that_does_not_fit_is_refused(classes: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PartialFC(3, 2, objective=objectives.Softmax()).load_centers(torch.zeros(5, 2), classes)
+
+
+def test_state_dict_brings_centers_and_position_back() -> None:
+    for world_size in (1, 2):
+        for same in run_ranks(world_size, _through_state_dict):
+            assert same
+
+
+def _through_state_dict() -> bool:
+    head, other = (PartialFC(11, 4, objective=objectives.CosFace(), sample_rate=0.5, seed=seed) for seed in (1, 2))
+    head(torch.randn(2, 4), torch.tensor([3, 10]))
+    model = torch.nn.ModuleDict({"head": head})  # below another module, under a prefix
+    torch.nn.ModuleDict({"head": other}).load_state_dict(model.state_dict())
+    assert sorted(model.state_dict()) == ["head.centers", "head.steps"]
+    return torch.equal(head.weight, other.weight) and other.steps == 1
+
+
+def test_a_state_of_other_classes_is_refused() -> None:
+    small, large = (PartialFC(count, 4, objective=objectives.CosFace()) for count in (10, 11))
+    with pytest.raises(RuntimeError, match=r"expected \[11, 4\], found \[10, 4\]; load_centers takes centers of other"):
+        large.load_state_dict(small.state_dict())
+    with pytest.raises(RuntimeError, match=r"Missing key.*steps"):
+        small.load_state_dict({"centers": small.centers})

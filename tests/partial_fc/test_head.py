@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from torch.distributed.tensor.debug import CommDebugMode
 
 from pfc.partial_fc import PartialFC, objectives
-from tests.partial_fc.cases import OBJECTIVES, Case, check, dense_row_gradient, relative_error, step_on_rank
+from pfc.partial_fc.kernels.cosines import SumOfSquares
+from pfc.partial_fc.kernels.gram import SumOfSquaresByGram
+from tests.partial_fc.cases import OBJECTIVES, Case, check, dense_row_gradient, relative_error, step_on_rank, tensors
 from tests.ranks import run_ranks
 
 WORLDS = (1, 2, 3)
@@ -43,7 +45,7 @@ def test_loss_and_gradients_are_the_oracles(name: str, world_size: int, dtype: t
         check(case, world_size)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(
     case=st.builds(
         lambda name, **fields: Case(name, OBJECTIVES[name], dtype=torch.float64, **fields),
@@ -61,6 +63,115 @@ def test_loss_and_gradients_are_the_oracles(name: str, world_size: int, dtype: t
 def test_any_shape_rate_seed_and_label_pattern(case: Case, world_size: int) -> None:
     # Where a random angle comes close to 0 or π, arccos loses digits in the oracle and in the head alike.
     check(case, world_size, tolerance=1e-8)
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize(("sample_rate", "batch_rate"), RATES)
+def test_both_ways_of_p2sgrad_are_the_oracles(world_size: int, sample_rate: float, batch_rate: float) -> None:
+    for gram in (False, True):
+        for shape in SHAPES.values():
+            parameters = {"gram": gram}
+            case = Case(
+                "p2sgrad",
+                parameters,
+                sample_rate=sample_rate,
+                batch_rate=batch_rate,
+                dtype=torch.float64,
+                **shape,  # type: ignore[arg-type]
+            )
+            check(case, world_size)
+
+
+def test_p2sgrad_takes_the_gram_way_where_it_is_cheaper() -> None:
+    objective = objectives.P2SGrad()
+    assert isinstance(objective.kernel(1024, 128, 5000, torch.float32), SumOfSquaresByGram)
+    assert isinstance(objective.kernel(64, 128, 5000, torch.float32), SumOfSquares)
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "p2sgrad"])
+def test_negatives_above_the_filter_are_left_out(name: str, world_size: int) -> None:
+    for dtype in (torch.float32, torch.float64):
+        case = Case(name, OBJECTIVES[name] | {"filter": 0.2}, dim=8, sample_rate=0.6, dtype=dtype)
+        check(case, world_size)
+    plain = step_on_rank(Case(name, OBJECTIVES[name], dim=8)).loss
+    filtered = step_on_rank(Case(name, OBJECTIVES[name] | {"filter": 0.2}, dim=8)).loss
+    assert filtered < plain
+
+
+def test_sphereface_annealing_falls_with_the_steps_of_the_head() -> None:
+    parameters = {"scale": 16.0, "margin": 2.0, "annealing": 10.0, "annealing_gamma": 0.5, "annealing_min": 1.0}
+    head = PartialFC(20, 8, objective=objectives.build("sphereface", **parameters), center_dtype=torch.float64)
+    embeddings, labels = torch.randn(4, 8, dtype=torch.float64), torch.arange(4)
+    cosines = torch.nn.functional.normalize(embeddings) @ torch.nn.functional.normalize(head.weight.detach()).T
+    target = cosines[torch.arange(4), labels]
+    for step in range(40):
+        share = max(1.0, 10.0 / (1 + 0.5 * step))
+        mixed = (share * target + objectives.psi(2.0 * torch.acos(target))) / (1 + share)
+        logits = cosines.clone()
+        logits[torch.arange(4), labels] = mixed
+        expected = torch.nn.functional.cross_entropy(16.0 * logits, labels)
+        assert head(embeddings, labels).item() == pytest.approx(float(expected), rel=1e-10)
+
+
+def test_bfloat16_on_the_way_between_the_ranks_stays_close() -> None:
+    exact = run_ranks(2, _step_with_payload, None)
+    rounded = run_ranks(2, _step_with_payload, torch.bfloat16)
+    for value, reference in zip(rounded, exact, strict=True):
+        assert 0 < relative_error(value, reference.double()) < 0.02
+        assert value.dtype == torch.float32
+
+
+def _step_with_payload(dtype: torch.dtype | None) -> torch.Tensor:
+    head = PartialFC(40, 32, objective=objectives.DSoftmax(scale=8.0), payload_dtype=dtype)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    embeddings = torch.randn(4, 32, generator=generator).requires_grad_()
+    head(embeddings, torch.randint(0, 40, (4,), generator=generator)).backward()
+    assert embeddings.grad is not None
+    return embeddings.grad
+
+
+def test_cosface_is_that_of_the_common_implementation() -> None:
+    """Its formula, written anew: softmax over s·(z − m·onehot), its cross-entropy clipped at 1e-30, on 2 ranks."""
+    case = Case("cosface", {"scale": 64.0, "margin": 0.4}, num_classes=50, dim=128, batch=8)  # below its clip
+    results = run_ranks(2, step_on_rank, case)
+    embeddings, labels, centers = tensors(case, 2)
+    embeddings.requires_grad_()
+    centers.requires_grad_()
+    cosines = torch.nn.functional.linear(
+        torch.nn.functional.normalize(embeddings), torch.nn.functional.normalize(centers)
+    ).clamp(-1, 1)
+    logits = 64.0 * (cosines - 0.4 * torch.nn.functional.one_hot(labels, 50))
+    exponentials = torch.exp(logits - logits.max(dim=1, keepdim=True).values)
+    probability = exponentials / exponentials.sum(dim=1, keepdim=True)
+    loss = -probability[torch.arange(16), labels].clamp_min(1e-30).log().mean()
+    loss.backward()
+    assert relative_error(results[0].loss, loss.detach()) < 1e-5
+    assert relative_error(torch.cat([result.embedding_grad for result in results]) / 2, embeddings.grad) < 1e-5
+    assert relative_error(torch.cat([result.row_grad for result in results]), centers.grad) < 1e-5
+
+
+def test_a_second_backward_is_refused() -> None:
+    for objective in (objectives.CosFace(), objectives.P2SGrad(gram=True), objectives.P2SGrad(gram=False)):
+        head = PartialFC(10, 8, objective=objective)
+        loss = head(torch.randn(4, 8, requires_grad=True), torch.arange(4))
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="a second time"):
+            loss.backward()
+
+
+def test_the_rate_may_change_between_steps() -> None:
+    head = PartialFC(100, 8, objective=objectives.CosFace(), sample_rate=0.1)
+    sizes = []
+    for rate in (0.1, 0.5, 1.0):
+        head.sample_rate = rate
+        head(torch.randn(1, 8), torch.tensor([0]))
+        sizes.append(len(head.last_sample.classes))
+    assert sizes[0] in (10, 11)
+    assert sizes[1] in (50, 51)
+    assert sizes[2] == 100
+    with pytest.raises(ValueError, match=r"sample_rate must lie in \(0, 1\], found 0"):
+        head.sample_rate = 0
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -149,8 +260,6 @@ def test_eval_mode_uses_all_classes_and_does_not_move_the_sampling_on() -> None:
     head = PartialFC(
         case.num_classes, case.dim, objective=objectives.DSoftmax(), sample_rate=0.1, batch_rate=0.5, seed=case.seed
     )
-    from tests.partial_fc.cases import tensors
-
     embeddings, labels, centers = tensors(case, 1)
     head.load_centers(centers.float())
     head.eval()
@@ -222,8 +331,6 @@ def test_a_process_group_may_be_a_part_of_the_world() -> None:
 
 
 def _step_in_subgroup() -> torch.Tensor | None:
-    from tests.partial_fc.cases import tensors
-
     group = dist.new_group([0, 1])
     rank = dist.get_rank()
     if rank == 2:
