@@ -5,16 +5,16 @@ impossible values are refused with the path of the key, what was found and what 
 """
 
 import dataclasses
-import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..data.errors import UsageError
 from ..partial_fc import objectives
+from .config_errors import explain, shown
 
 Rate = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -267,7 +267,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise UsageError(f"{path}: expected sections such as data: and schedule:, found {_shown(tree)}")
+        raise UsageError(f"{path}: expected sections such as data: and schedule:, found {shown(tree)}")
     for override in overrides or []:
         _apply(tree, override)
     return parse_config(tree, source=str(path))
@@ -278,7 +278,7 @@ def parse_config(tree: dict[str, Any], *, source: str = "configuration") -> Conf
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        first, *rest = [_explain(detail) for detail in error.errors()]
+        first, *rest = [explain(detail, Config) for detail in error.errors()]
         more = f" (and {len(rest)} more)" if rest else ""
         raise UsageError(f"{source}: {first}{more}") from None
 
@@ -311,51 +311,3 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         tree[names[-1]] = _parse(value)
     except yaml.YAMLError as error:
         raise UsageError(f"override {override!r}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _explain(detail: Any) -> str:
-    location, model = _locate(detail["loc"])
-    key, found = ".".join(location) or "configuration", _shown(detail["input"])
-    match detail["type"]:
-        case "extra_forbidden":
-            allowed = list(model.model_fields)
-            close = difflib.get_close_matches(location[-1], allowed, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            return f"{key}: unknown key; {hint}allowed here: {', '.join(allowed)}"
-        case "missing":
-            return f"{key}: missing; it has to be given"
-        case "value_error":
-            return f"{key}: {detail['ctx']['error']}"
-        case "union_tag_invalid":
-            tags = [tag.strip(" '") for tag in detail["ctx"]["expected_tags"].split(",")]
-            allowed = [tag for tag in tags if tag.startswith("row_") == (location[-1] == "head")]
-            return f"{key}.name: found {detail['ctx']['tag']!r}, allowed: {', '.join(allowed)}"
-        case "string_pattern_mismatch":
-            return f"{key}: found {found}, allowed: letters, digits, '.', '_' and '-'"
-        case "model_type" | "model_attributes_type" | "dict_type":
-            return f"{key}: found {found}, allowed: a section of its own, indented below"
-        case _:
-            allowed = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-            return f"{key}: found {found}, allowed: {allowed}"
-
-
-def _locate(location: tuple[int | str, ...]) -> tuple[list[str], Any]:
-    """The key's path without pydantic's tags of union members, and the section in which its last part was looked up."""
-    path, model, members = [], None, {}
-    current: Any = Config
-    for part in location:
-        if part in members:
-            current, members = members[part], {}
-            continue
-        path.append(str(part))
-        model = current
-        field = getattr(current, "model_fields", {}).get(part)
-        current = field.annotation if field else None
-        union = [kind for kind in get_args(current) if isinstance(kind, type) and issubclass(kind, Section)]
-        members = {tag: kind for kind in union for tag in get_args(kind.model_fields["name"].annotation)}
-    return path, model
-
-
-def _shown(value: Any) -> str:
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -5,9 +5,11 @@ allocator's peak on a GPU. The dense head is what one writes first: all logits o
 torch.optim.SGD over the whole matrix; its collectives and its loss are those of the sharded softmax, and exact.
 """
 
+import importlib
 import os
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,7 +30,7 @@ class HeadCase:
     """One line of the benchmark.
 
     Attributes:
-        head: "pfc" or "dense".
+        head: "pfc", "dense" or "peer".
         classes, dim, batch: C, D and the global batch.
         rate: share of the classes used each step; the dense head always uses all.
         ranks: processes; gloo on a CPU, nccl on GPUs.
@@ -44,6 +46,8 @@ class HeadCase:
     ranks: int = 2
     precision: str = "float32"
     objective: str = "cosface"
+    peer: str = ""
+    """Folder that holds ``partial_fc_v2.py`` and ``losses.py`` of the common implementation, for "peer"."""
 
 
 @dataclass(frozen=True)
@@ -171,10 +175,28 @@ def _dense(case: HeadCase, device: torch.device) -> Callable[[Tensor, Tensor], N
     return step
 
 
+def _peer(case: HeadCase, device: torch.device) -> Callable[[Tensor, Tensor], None]:
+    """The common implementation's head, imported from the folder that the user names, with the SGD it is used with."""
+    if device.type == "cpu":
+        torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]  # it knows GPUs only
+    sys.path.insert(0, case.peer)
+    losses, module = importlib.import_module("losses"), importlib.import_module("partial_fc_v2")
+    margin = losses.CombinedMarginLoss(64, 1.0, 0.0, 0.35)
+    head = module.PartialFC_V2(margin, case.dim, case.classes, case.rate, case.precision == "bf16").to(device).train()
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+    def step(embeddings: Tensor, labels: Tensor) -> None:
+        head(embeddings, labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def _gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor)
     return torch.cat(parts)
 
 
-_HEADS = {"pfc": _pfc, "dense": _dense}
+_HEADS = {"pfc": _pfc, "dense": _dense, "peer": _peer}

@@ -11,7 +11,8 @@ optimizer.zero_grad()
 """
 
 from . import objectives
-from .head import LastSample, PartialFC, RowGradient
+from .head import LastSample, PartialFC
 from .optim import RowAdagrad, RowAdamW, RowOptimizer, RowSGD
+from .row_gradient import RowGradient
 
 __all__ = ["LastSample", "PartialFC", "RowAdagrad", "RowAdamW", "RowGradient", "RowOptimizer", "RowSGD", "objectives"]

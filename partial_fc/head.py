@@ -11,8 +11,10 @@ from torch.distributed.tensor import DTensor
 
 from .centers import ClassShard, as_dtensor, initial_rows, read_rows, write_rows
 from .exchange import Exchange
+from .kernels.rows import SampledRows
 from .kernels.unit import normalize, normalize_backward
 from .objectives import Objective
+from .row_gradient import RowGradient, StepGradient
 from .sampling import ClassSample, sample_batch, sample_classes
 
 
@@ -29,19 +31,6 @@ class LastSample:
     batch: Tensor
 
 
-@dataclass(frozen=True)
-class RowGradient:
-    """The gradient of one forward pass by the rows that it used; all other rows have none.
-
-    Attributes:
-        rows: places in this rank's shard, int64 [K], ascending, each once; None for all rows.
-        values: ∂loss/∂rows, [K, D].
-    """
-
-    rows: Tensor | None
-    values: Tensor
-
-
 class PartialFC(nn.Module):
     """Classification head whose class centers are sharded over the ranks, and sampled (Partial FC, An et al. 2022).
 
@@ -53,9 +42,9 @@ class PartialFC(nn.Module):
 
     * in ``embeddings.grad`` W times the gradient of that mean by this rank's samples, W the number of ranks: after
       DistributedDataParallel has averaged over the ranks, the backbone's gradient is exactly that of the mean;
-    * in ``head.row_gradients`` the gradient by the centers used, rows and values, which a row optimizer
-      (``pfc.partial_fc.RowSGD``) applies. There is no dense gradient. Several backward passes add up, as everywhere in
-      torch: for the average of n micro-batches divide each loss by n.
+    * in ``head.row_gradients`` the gradient by the centers used, which a row optimizer (``pfc.partial_fc.RowSGD``)
+      makes block by block as it applies it. There is no dense gradient. Several backward passes add up, as everywhere
+      in torch: for the average of n micro-batches divide each loss by n.
 
     Args:
         num_classes: C, over all ranks.
@@ -67,6 +56,8 @@ class PartialFC(nn.Module):
         device: of the centers; the current default device when None.
         center_dtype: float32 or float64, how the centers are stored.
         compute_dtype: of the matrix products; ``center_dtype`` when None. Sums are float32 or better in any case.
+        keep_bytes: how much the probabilities [B, K] of a step may take between the forward pass and the row update,
+            in bytes; above it they are computed again, one more matrix product for less memory.
         payload_dtype: what embeddings and their gradients travel in between the ranks, such as bfloat16 for half the
             bytes; embeddings in their own dtype and gradients in ``center_dtype`` when None.
         process_group: the ranks that share the centers; the default group when None; one process alone where
@@ -88,6 +79,7 @@ class PartialFC(nn.Module):
         device: torch.device | str | None = None,
         center_dtype: torch.dtype = torch.float32,
         compute_dtype: torch.dtype | None = None,
+        keep_bytes: int = 1 << 30,
         payload_dtype: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
@@ -104,6 +96,7 @@ class PartialFC(nn.Module):
         self.batch_rate = batch_rate
         self.seed = seed
         self.compute_dtype = compute_dtype or center_dtype
+        self.keep_bytes = keep_bytes
         self.exchange = Exchange(process_group, payload_dtype)
         self.shard = ClassShard.of(num_classes, self.exchange.rank, self.exchange.world_size)
         rows = initial_rows(self.shard, embedding_dim, seed, center_dtype)
@@ -250,14 +243,16 @@ class _HeadLoss(torch.autograd.Function):
         unit, inverse = normalize(batch.to(weight.dtype))  # [B, D], [B, 1]
         # ② the sample
         sample, part = head._sample(labels)
-        rows, inverse_rows = normalize(weight if sample.rows is None else weight[sample.rows])  # [K, D], [K, 1]
+        rows = SampledRows(weight.detach(), sample.rows)
         everyone = slice(None) if part is None else part
         # ③ two numbers per sample
-        kernel = objective.kernel(len(unit[everyone]), head.embedding_dim, len(rows), head.compute_dtype)
+        size = len(unit[everyone])
+        kernel = objective.kernel(size, head.embedding_dim, len(rows), head.compute_dtype, head.keep_bytes)
         own = (sample.columns >= 0).nonzero()[:, 0]  # samples whose class is here
-        own_columns = sample.columns[own]
+        places = sample.columns[own]
+        own_rows, _ = normalize(rows.at(places))
         numbers = torch.zeros(2, len(labels), dtype=torch.float64, device=weight.device)
-        numbers[0, own] = (unit[own].double() * rows[own_columns].double()).sum(dim=1)
+        numbers[0, own] = (unit[own].double() * own_rows.double()).sum(dim=1)
         numbers[1, everyone] = kernel.forward(unit[everyone], rows, sample.columns[everyone])
         # ④ … of all ranks
         target, negatives = head.exchange.sum(numbers)
@@ -270,32 +265,31 @@ class _HeadLoss(torch.autograd.Function):
             target_slope, negatives_slope = torch.autograd.grad(loss, (target, negatives), materialize_grads=True)
         if head.training:
             head.steps += 1
-        ctx.head, ctx.kernel, ctx.rows, ctx.everyone = head, kernel, sample.rows, everyone
+        ctx.head, ctx.kernel, ctx.rows, ctx.everyone = head, kernel, rows, everyone
         ctx.embedding_dtype = embeddings.dtype
         ctx.negatives = negatives.detach(), negatives_slope
-        ctx.save_for_backward(unit, inverse, rows, inverse_rows, own, own_columns, target_slope)
+        ctx.save_for_backward(unit, inverse, own, places, own_rows, target_slope)
         return loss.detach().to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         head: PartialFC = ctx.head
-        unit, inverse, rows, inverse_rows, own, own_columns, target_slope = ctx.saved_tensors
+        unit, inverse, own, places, own_rows, target_slope = ctx.saved_tensors
         negatives, negatives_slope = ctx.negatives
-        part_grad, rows_grad = ctx.kernel.backward(negatives, negatives_slope * grad.double())
+        part_grad, unit_rows_grad = ctx.kernel.backward(negatives, negatives_slope * grad.double())
         own_slope = (target_slope[own] * grad.double()).to(unit.dtype)[:, None]  # [own, 1]
         # ⑥ ∂loss/∂embeddings, of all ranks' classes, to each rank its own samples
         unit_grad = torch.zeros_like(unit)  # [B, D]
         unit_grad[ctx.everyone] = part_grad
-        unit_grad.index_add_(0, own, own_slope * rows[own_columns])
+        unit_grad.index_add_(0, own, own_slope * own_rows)
         broken = 1.0 - (torch.isfinite(unit_grad).all() & torch.isfinite(grad)).to(unit.dtype)
         mine_grad, broken = head.exchange.sum_and_scatter(unit_grad, broken)
         size = len(mine_grad)
         mine = slice(head.exchange.rank * size, (head.exchange.rank + 1) * size)
         embedding_grad = normalize_backward(mine_grad, unit[mine], inverse[mine]) * head.exchange.world_size
-        # ⑦ ∂loss/∂rows
-        rows_grad.index_add_(0, own_columns, own_slope * unit[own])
-        rows_grad = normalize_backward(rows_grad, rows, inverse_rows)
-        _accumulate(head, RowGradient(ctx.rows, rows_grad), torch.where(broken > 0, torch.nan, grad))
+        # ⑦ ∂loss/∂rows, when the row optimizer asks for them
+        gradient = StepGradient(ctx.rows, unit_rows_grad, places, own_slope * unit[own])
+        _accumulate(head, gradient, torch.where(broken > 0, torch.nan, grad))
         return embedding_grad.to(ctx.embedding_dtype), None, None, None
 
 

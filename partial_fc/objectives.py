@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
+from .functions import angle, psi, softplus
 from .kernels import NegativesKernel
+from .kernels.blocked import MAX_SCALE, LogSumExpBlocked
 from .kernels.cosines import LogSumExp, SumOfSquares
 from .kernels.gram import SumOfSquaresByGram, pays
 
-_MAX_SCALE = 256.0  # exp(±2·scale) stays inside float64, in which the ranks add their sums
+_LARGEST_SCALE = 256.0  # exp(±2·scale) stays inside float64, in which the ranks add their sums
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,11 @@ class Objective:
         """The objective of that step, for those that change as training goes on."""
         return self
 
-    def kernel(self, batch: int, dim: int, rows: int, compute_dtype: torch.dtype) -> NegativesKernel:
-        """What reduces the negatives to the number that ``inter`` receives, for a step of B × D by K rows."""
+    def kernel(self, batch: int, dim: int, rows: int, compute_dtype: torch.dtype, keep_bytes: int) -> NegativesKernel:
+        """What reduces the negatives to the number that ``inter`` receives, for a step of B × D by K rows.
+
+        It may keep up to ``keep_bytes`` between the forward pass and the row update, to save a product.
+        """
         raise NotImplementedError
 
 
@@ -66,11 +70,13 @@ class LogSumExpObjective(Objective):
     filter: float | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        _check(self, "scale", above=0, at_most=_MAX_SCALE)
+        _check(self, "scale", above=0, at_most=_LARGEST_SCALE)
         if self.filter is not None:
             _check(self, "filter", above=-1, at_most=1)
 
-    def kernel(self, batch: int, dim: int, rows: int, compute_dtype: torch.dtype) -> NegativesKernel:
+    def kernel(self, batch: int, dim: int, rows: int, compute_dtype: torch.dtype, keep_bytes: int) -> NegativesKernel:
+        if self.scale <= MAX_SCALE:
+            return LogSumExpBlocked(compute_dtype, self.scale, self.filter, keep_bytes)
         return LogSumExp(compute_dtype, self.scale, self.filter)
 
 
@@ -85,7 +91,7 @@ class SquaresObjective(Objective):
 
     gram: bool | None = dataclasses.field(default=None, kw_only=True)
 
-    def kernel(self, batch: int, dim: int, rows: int, compute_dtype: torch.dtype) -> NegativesKernel:
+    def kernel(self, batch: int, dim: int, rows: int, compute_dtype: torch.dtype, keep_bytes: int) -> NegativesKernel:
         gram = pays(batch, dim, rows) if self.gram is None else self.gram
         return SumOfSquaresByGram(compute_dtype) if gram else SumOfSquares(compute_dtype)
 
@@ -153,7 +159,7 @@ class CosFace(LogSumExpObjective):
 class ArcFace(LogSumExpObjective):
     """Additive angular margin: softplus(ℓ − s·ψ(θ_y + m)) (Deng et al. 2019, equation 3).
 
-    Its slope by z_y carries the factor sin(θ_y + m)/sin θ_y, bounded as |z_y| → 1 (see ``angle``).
+    Its slope by z_y carries the factor sin(θ_y + m)/sin θ_y, bounded as |z_y| → 1 (see ``functions.angle``).
 
     Args:
         scale: s, in (0, 256].
@@ -291,40 +297,6 @@ def build(name: str, **parameters: Any) -> Objective:
             raise ValueError(f"{name} has no parameter {key!r}; allowed: {', '.join(allowed) or 'none'}")
         _check_type(kind, key, value)
     return kind(**parameters)
-
-
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + eˣ), exact everywhere; torch's own cuts off above 20, an error of 2·10⁻⁹."""
-    return -logsigmoid(-x)
-
-
-def psi(theta: Tensor) -> Tensor:
-    """ψ(t) = (−1)^j·cos t − 2j with j = ⌊t/π⌋: the cosine on [0, π], continued so that it keeps falling beyond π."""
-    turns = torch.floor(theta.detach() / math.pi)
-    sign = 1.0 - 2.0 * torch.remainder(turns, 2.0)
-    return sign * torch.cos(theta) - 2.0 * turns
-
-
-def angle(cosine: Tensor) -> Tensor:
-    """arccos with a bounded slope.
-
-    The true slope −1/sin θ is infinite at θ = 0 and π, where the gradient that it multiplies, the part of the center
-    at right angles to the embedding, is zero. Below sin θ = 10⁻⁴ the slope stays at −10⁴, and the product is zero.
-    """
-    return _Angle.apply(cosine)  # type: ignore[return-value]
-
-
-class _Angle(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, cosine: Tensor) -> Tensor:
-        theta = torch.acos(cosine.clamp(-1.0, 1.0))
-        ctx.save_for_backward(theta)
-        return theta
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (theta,) = ctx.saved_tensors
-        return -grad / torch.sin(theta).clamp_min(1e-4)
 
 
 def _check_type(kind: type[Objective], name: str, value: Any) -> None:

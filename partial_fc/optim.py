@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .centers import as_dtensor, read_rows
-from .head import PartialFC, RowGradient
-
-_BLOCK = 8192  # rows updated at a time: bounds the temporaries
+from .head import PartialFC
+from .kernels.blocked import block_rows
+from .row_gradient import RowGradient, merged
 
 
 class RowOptimizer(torch.optim.Optimizer):
@@ -55,7 +55,7 @@ class RowOptimizer(torch.optim.Optimizer):
         self.skipped_steps += broken
         if broken.device.type == "cpu" and broken:
             return loss
-        self._apply(_merged(gradients), factor, broken)
+        self._apply(merged(gradients, self.head.weight.data), factor, broken)
         return loss
 
     def state_dict(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -82,8 +82,8 @@ class RowOptimizer(torch.optim.Optimizer):
         """Name → shape of the state of one row."""
         raise NotImplementedError
 
-    def _update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """New rows and new state, from the old ones [n, D], [n, ...] and the gradient [n, D] (may be overwritten)."""
+    def _update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
+        """Steps rows [n, D] and their state [n, ...] in place; the gradient [n, D] may be overwritten."""
         raise NotImplementedError
 
     def _scaling(self) -> tuple[Tensor, Tensor]:
@@ -103,15 +103,27 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def _apply(self, gradient: RowGradient, factor: Tensor, broken: Tensor) -> None:
         tensors = [self.head.weight.data, *self._row_state().values()]
-        for start in range(0, len(gradient.values), _BLOCK):
-            place: slice | Tensor = slice(start, start + _BLOCK)
-            values = gradient.values[place] * factor
-            if gradient.rows is not None:
-                place = gradient.rows[place]
-            weight, *state = old = [tensor[place] for tensor in tensors]
-            weight, state = self._update(weight, values, state)
-            for tensor, before, after in zip(tensors, old, [weight, *state], strict=True):
-                tensor[place] = after if broken.device.type == "cpu" else torch.where(broken, before, after)
+        on_cpu = broken.device.type == "cpu"
+        size = block_rows(self.head.weight)
+        for start in range(0, len(gradient), size):
+            stop = min(start + size, len(gradient))
+            place = slice(start, stop) if gradient.index is None else gradient.index[start:stop]
+            weight, *state = [
+                tensor[place] if isinstance(place, slice) else tensor.index_select(0, place) for tensor in tensors
+            ]
+            values = gradient.block(start, stop, weight)
+            if not on_cpu or factor != 1:
+                values.mul_(factor)
+            if on_cpu:
+                self._update(weight, values, state)  # in place, where these are views
+                if isinstance(place, Tensor):
+                    for tensor, after in zip(tensors, [weight, *state], strict=True):
+                        tensor.index_copy_(0, place, after)
+            else:  # whether the step is broken is known to the device alone
+                before = [weight.clone(), *(one.clone() for one in state)]
+                self._update(weight, values, state)
+                for tensor, old, after in zip(tensors, before, [weight, *state], strict=True):
+                    tensor[place] = torch.where(broken, old, after)
 
     def _row_state(self) -> dict[str, Tensor]:
         weight = self.head.weight
@@ -148,15 +160,16 @@ class RowSGD(RowOptimizer):
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"momentum": (self.head.embedding_dim,)} if self.param_groups[0]["momentum"] else {}
 
-    def _update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
         group = self.param_groups[0]
         momentum = group["momentum"]
         if group["weight_decay"]:
             gradient.add_(weight, alpha=group["weight_decay"])
         if momentum:
-            state = [state[0].mul(momentum).add_(gradient)]
-            gradient = gradient.add_(state[0], alpha=momentum) if group["nesterov"] else state[0]
-        return weight.sub(gradient, alpha=group["lr"]), state
+            (velocity,) = state
+            velocity.mul_(momentum).add_(gradient)
+            gradient = gradient.add_(velocity, alpha=momentum) if group["nesterov"] else velocity
+        weight.sub_(gradient, alpha=group["lr"])
 
 
 class RowAdamW(RowOptimizer):
@@ -186,18 +199,18 @@ class RowAdamW(RowOptimizer):
         dim = self.head.embedding_dim
         return {"first_moment": (dim,), "second_moment": (dim,), "steps": (1,)}
 
-    def _update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
         group = self.param_groups[0]
         first, second, steps = state
         beta1, beta2 = group["betas"]
-        first = first.lerp(gradient, 1 - beta1)
-        second = (second * beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        steps = steps + 1
+        first.lerp_(gradient, 1 - beta1)
+        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        steps += 1
         size = group["lr"] / (1 - beta1 ** steps.double())
         root = (1 - beta2 ** steps.double()).sqrt().to(weight.dtype)
         denominator = second.sqrt().div_(root).add_(group["eps"])
-        decayed = weight * (1 - group["lr"] * group["weight_decay"])
-        return decayed.sub_(first / denominator * size.to(weight.dtype)), [first, second, steps]
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.sub_(first / denominator * size.to(weight.dtype))
 
 
 class RowAdagrad(RowOptimizer):
@@ -220,32 +233,13 @@ class RowAdagrad(RowOptimizer):
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"sum": (1,)}
 
-    def _update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
         group = self.param_groups[0]
         if group["weight_decay"]:
             gradient.add_(weight, alpha=group["weight_decay"])
-        total = state[0] + gradient.square().mean(dim=1, keepdim=True)
-        step = gradient.div_(total.sqrt().add_(group["eps"]))
-        return weight.sub(step, alpha=group["lr"]), [total]
-
-
-def _merged(gradients: list[RowGradient]) -> RowGradient:
-    """The sum of several backward passes, each row once."""
-    if len(gradients) == 1:
-        return gradients[0]
-    if any(gradient.rows is None for gradient in gradients):
-        total = torch.zeros_like(next(gradient.values for gradient in gradients if gradient.rows is None))
-        for gradient in gradients:
-            if gradient.rows is None:
-                total += gradient.values
-            else:
-                total.index_add_(0, gradient.rows, gradient.values)
-        return RowGradient(None, total)
-    all_rows = torch.cat([gradient.rows for gradient in gradients if gradient.rows is not None])
-    rows, place = torch.unique(all_rows, return_inverse=True)
-    values = gradients[0].values.new_zeros(len(rows), gradients[0].values.shape[1])
-    values.index_add_(0, place, torch.cat([gradient.values for gradient in gradients]))
-    return RowGradient(rows, values)
+        (total,) = state
+        total += gradient.square().mean(dim=1, keepdim=True)
+        weight.sub_(gradient.div_(total.sqrt().add_(group["eps"])), alpha=group["lr"])
 
 
 def _check(**values: float) -> None:

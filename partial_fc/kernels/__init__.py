@@ -1,26 +1,36 @@
-"""The head's arithmetic, one kernel a file, in plain torch: the reference of every faster kernel.
+"""The head's arithmetic, one kernel a file.
 
 A kernel is made for one step. It reduces the negatives' cosines to one number per sample, and later turns the slope of
-the loss by that number into the two gradients; see ``NegativesKernel``.
+the loss by that number into the two gradients; see ``NegativesKernel``. ``cosines.py`` and ``gram.py`` are plain;
+``blocked.py`` is the fast twin of ``cosines.LogSumExp`` on a CPU.
+
+Shapes: B samples that meet the negatives, K sampled classes of this rank, D the dimension.
 """
 
 from typing import Protocol
 
 from torch import Tensor
 
+from .rows import SampledRows
+
+
+class UnitGradient(Protocol):
+    """∂loss/∂(normalised rows) over the negatives, computed a block of rows at a time."""
+
+    def block(self, start: int, stop: int, rows: Tensor) -> Tensor:
+        """Its part for the places [start, stop) of the K, [n, D]; ``rows``: the stored centers there, [n, D]."""
+        ...
+
 
 class NegativesKernel(Protocol):
-    """One reduction over the negatives, of one step on one rank.
+    """One reduction over the negatives, of one step on one rank."""
 
-    Shapes: B samples that meet the negatives, K sampled classes of this rank, D the dimension.
-    """
-
-    def forward(self, unit: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    def forward(self, unit: Tensor, rows: SampledRows, columns: Tensor) -> Tensor:
         """This rank's part of the sum over the negatives, float64 [B], to be added to the other ranks'.
 
         Args:
             unit: normalised embeddings [B, D].
-            rows: normalised centers [K, D].
+            rows: the centers [K, D] as they are stored; their inverse norms are measured on the way.
             columns: place of each sample's own class among the K, int64 [B]; −1 where another rank has it. That class
                 is no negative.
         """
@@ -30,11 +40,27 @@ class NegativesKernel(Protocol):
         """What the objective receives, float64 [B], from the sum over all ranks."""
         ...
 
-    def backward(self, total: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-        """∂loss/∂unit [B, D] by this rank's classes, and ∂loss/∂rows [K, D]. May be called once.
+    def backward(self, total: Tensor, slope: Tensor) -> tuple[Tensor, UnitGradient]:
+        """∂loss/∂unit [B, D] by this rank's classes, and ∂loss/∂(normalised rows). May be called once.
 
         Args:
             total: what ``finish`` returned, float64 [B].
             slope: ∂loss/∂total, float64 [B].
         """
         ...
+
+
+class Once:
+    """What ``forward`` keeps for ``backward``, which may take it once: it is changed there, or freed."""
+
+    def __init__(self) -> None:
+        self._kept: tuple | None = None
+
+    def keep(self, *values: object) -> None:
+        self._kept = values
+
+    def take(self) -> tuple:
+        if self._kept is None:
+            raise RuntimeError("backward through the head a second time: call the head again for another backward pass")
+        kept, self._kept = self._kept, None
+        return kept

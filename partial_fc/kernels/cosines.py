@@ -1,7 +1,10 @@
-"""The kernels that hold all cosines [B, K] of a step."""
+"""The plain kernels: all cosines [B, K] of a step at once. The reference of every faster one."""
 
 import torch
 from torch import Tensor
+
+from . import Once
+from .rows import SampledRows
 
 
 class _CosinesKernel:
@@ -13,30 +16,29 @@ class _CosinesKernel:
 
     def __init__(self, compute_dtype: torch.dtype) -> None:
         self.compute_dtype = compute_dtype
-        self.saved: tuple[Tensor, Tensor, Tensor] | None = None
+        self.saved = Once()
 
-    def _cosines(self, unit: Tensor, rows: Tensor, columns: Tensor, own: float) -> Tensor:
+    def _cosines(self, unit: Tensor, rows: SampledRows, columns: Tensor, own: float) -> Tensor:
         """z [B, K] in the dtype of ``unit``, with the value ``own`` in place of each sample's own class."""
-        compute_unit, compute_rows = unit.to(self.compute_dtype), rows.to(self.compute_dtype)
+        compute_unit, compute_rows = unit.to(self.compute_dtype), rows.normalized(0, len(rows)).to(self.compute_dtype)
         cosines = (compute_unit @ compute_rows.T).to(unit.dtype)
         if len(rows):
             # A sample whose class lives elsewhere writes back what stands in its first column.
             place = columns.clamp_min(0)[:, None]
             here = (columns >= 0)[:, None]
             cosines.scatter_(1, place, torch.where(here, own, cosines.gather(1, place)))
-        self.saved = (cosines, compute_unit, compute_rows)
+        self.saved.keep(cosines, compute_unit, compute_rows)
         return cosines
 
-    def _take(self) -> tuple[Tensor, Tensor, Tensor]:
-        if self.saved is None:
-            raise RuntimeError("backward through the head a second time: call the head again for another backward pass")
-        saved, self.saved = self.saved, None
-        return saved
 
-    def _products(self, slopes: Tensor, unit: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = slopes.dtype
-        slopes = slopes.to(self.compute_dtype)
-        return (slopes @ rows).to(dtype), (slopes.T @ unit).to(dtype)
+class _Slopes:
+    """∂loss/∂(normalised rows) = slopesᵀ · unit, with slopes = ∂loss/∂z [B, K]."""
+
+    def __init__(self, slopes: Tensor, unit: Tensor, dtype: torch.dtype) -> None:
+        self.slopes, self.unit, self.dtype = slopes, unit, dtype
+
+    def block(self, start: int, stop: int, rows: Tensor) -> Tensor:
+        return (self.slopes[:, start:stop].T @ self.unit).to(self.dtype)
 
 
 class LogSumExp(_CosinesKernel):
@@ -52,7 +54,7 @@ class LogSumExp(_CosinesKernel):
         self.scale = scale
         self.ceiling = ceiling
 
-    def forward(self, unit: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    def forward(self, unit: Tensor, rows: SampledRows, columns: Tensor) -> Tensor:
         cosines = self._cosines(unit, rows, columns, -torch.inf)
         if self.ceiling is not None:
             cosines.masked_fill_(cosines > self.ceiling, -torch.inf)
@@ -65,22 +67,26 @@ class LogSumExp(_CosinesKernel):
     def finish(self, summed: Tensor) -> Tensor:
         return summed.log()
 
-    def backward(self, total: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-        cosines, unit, rows = self._take()
-        shift = total.clamp_min(-1e4).to(cosines.dtype)[:, None]  # no negative at all: exp(−∞) stays 0
-        slopes = cosines.mul_(self.scale).sub_(shift).exp_().mul_((slope * self.scale).to(cosines.dtype)[:, None])
-        return self._products(slopes, unit, rows)
+    def backward(self, total: Tensor, slope: Tensor) -> tuple[Tensor, _Slopes]:
+        cosines, unit, rows = self.saved.take()
+        dtype = cosines.dtype
+        shift = total.clamp_min(-1e4).to(dtype)[:, None]  # no negative at all: exp(−∞) stays 0
+        slopes = cosines.mul_(self.scale).sub_(shift).exp_().mul_((slope * self.scale).to(dtype)[:, None])
+        slopes = slopes.to(self.compute_dtype)
+        return (slopes @ rows).to(dtype), _Slopes(slopes, unit, dtype)
 
 
 class SumOfSquares(_CosinesKernel):
     """q = Σ z² over the negatives."""
 
-    def forward(self, unit: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    def forward(self, unit: Tensor, rows: SampledRows, columns: Tensor) -> Tensor:
         return self._cosines(unit, rows, columns, 0.0).square().sum(dim=1, dtype=torch.float64)
 
     def finish(self, summed: Tensor) -> Tensor:
         return summed
 
-    def backward(self, total: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-        cosines, unit, rows = self._take()
-        return self._products(cosines.mul_((2.0 * slope).to(cosines.dtype)[:, None]), unit, rows)
+    def backward(self, total: Tensor, slope: Tensor) -> tuple[Tensor, _Slopes]:
+        cosines, unit, rows = self.saved.take()
+        dtype = cosines.dtype
+        slopes = cosines.mul_((2.0 * slope).to(dtype)[:, None]).to(self.compute_dtype)
+        return (slopes @ rows).to(dtype), _Slopes(slopes, unit, dtype)

@@ -8,6 +8,11 @@ place of 6·B·K·D. The ranks need not exchange G: x̂ᵀ G x̂ is a sum over t
 import torch
 from torch import Tensor
 
+from . import Once
+from .rows import SampledRows
+
+_BLOCK = 4096  # rows normalised at a time
+
 
 def pays(batch: int, dim: int, rows: int) -> bool:
     """Whether this way takes fewer operations: 4·K·D² + 4·B·D² < 6·B·K·D."""
@@ -23,31 +28,43 @@ class SumOfSquaresByGram:
 
     def __init__(self, compute_dtype: torch.dtype) -> None:
         self.compute_dtype = compute_dtype
-        self.saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
+        self.saved = Once()
 
-    def forward(self, unit: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        compute_rows = rows.to(self.compute_dtype)
-        gram = (compute_rows.T @ compute_rows).to(unit.dtype)  # [D, D]
+    def forward(self, unit: Tensor, rows: SampledRows, columns: Tensor) -> Tensor:
+        gram = unit.new_zeros(unit.shape[1], unit.shape[1])
+        for start in range(0, len(rows), _BLOCK):
+            block = rows.normalized(start, min(start + _BLOCK, len(rows))).to(self.compute_dtype)
+            gram += (block.T @ block).to(unit.dtype)
         mapped = unit @ gram  # G x̂, [B, D]
         here = (columns >= 0).nonzero()[:, 0]  # whose own class must be taken out again
-        own = rows[columns[here]]
+        places = columns[here]
+        own = rows.at(places) * rows.inverse[places]
         target = (unit[here] * own).sum(dim=1, keepdim=True)  # z_y, [here, 1]
         squares = (unit.double() * mapped.double()).sum(dim=1)
         squares[here] -= target[:, 0].double().square()
         mapped[here] -= target * own
-        self.saved = (unit, compute_rows, mapped, columns, target)
+        self.saved.keep(unit, rows, mapped, here, places, target)
         return squares
 
     def finish(self, summed: Tensor) -> Tensor:
         return summed
 
-    def backward(self, total: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-        if self.saved is None:
-            raise RuntimeError("backward through the head a second time: call the head again for another backward pass")
-        (unit, rows, mapped, columns, target), self.saved = self.saved, None
+    def backward(self, total: Tensor, slope: Tensor) -> tuple[Tensor, "_Moment"]:
+        unit, rows, mapped, here, places, target = self.saved.take()
         weight = (2.0 * slope).to(unit.dtype)[:, None]  # c, [B, 1]
         moment = unit.T @ (weight * unit)  # M, [D, D]
-        rows_grad = (rows @ moment.to(self.compute_dtype)).to(unit.dtype)
-        here = (columns >= 0).nonzero()[:, 0]
-        rows_grad.index_add_(0, columns[here], -(weight[here] * target) * unit[here])
-        return weight * mapped, rows_grad
+        own = -(weight[here] * target) * unit[here]
+        return weight * mapped, _Moment(moment.to(self.compute_dtype), rows.inverse, places, own)
+
+
+class _Moment:
+    """∂loss/∂(normalised rows) = Ŵ M, less each sample's part in its own class."""
+
+    def __init__(self, moment: Tensor, inverse: Tensor, places: Tensor, own: Tensor) -> None:
+        self.moment, self.inverse, self.places, self.own = moment, inverse, places, own
+
+    def block(self, start: int, stop: int, rows: Tensor) -> Tensor:
+        unit = (rows * self.inverse[start:stop]).to(self.moment.dtype)
+        gradient = (unit @ self.moment).to(rows.dtype)
+        inside = ((self.places >= start) & (self.places < stop)).nonzero()[:, 0]
+        return gradient.index_add_(0, self.places[inside] - start, self.own[inside])

@@ -4,10 +4,15 @@ import torch
 from torch import Tensor
 
 
+def inverse_norms(rows: Tensor) -> Tensor:
+    """1/‖row‖ of rows [N, D], [N, 1]; 0 for a row of zeros."""
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return torch.where(norms > torch.finfo(rows.dtype).tiny ** 0.5, norms.reciprocal(), 0.0)
+
+
 def normalize(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [N, D] scaled to length 1, and their inverse norms [N, 1]; a row of zeros stays so, with inverse norm 0."""
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    inverse = torch.where(norms > torch.finfo(rows.dtype).tiny ** 0.5, norms.reciprocal(), 0.0)
+    inverse = inverse_norms(rows)
     return rows * inverse, inverse
 
 

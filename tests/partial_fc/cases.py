@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pfc.partial_fc import PartialFC, objectives
+from pfc.partial_fc.row_gradient import materialized
 from tests.partial_fc.oracle import dense_loss
 from tests.ranks import run_ranks
 
@@ -36,6 +37,7 @@ class Case:
     batch_rate: float = 1.0
     dtype: torch.dtype = torch.float32
     seed: int = 0
+    keep_bytes: int = 1 << 30
 
 
 @dataclass
@@ -75,6 +77,7 @@ def step_on_rank(case: Case) -> StepResult:
         batch_rate=case.batch_rate,
         seed=case.seed,
         center_dtype=case.dtype,
+        keep_bytes=case.keep_bytes,
     )
     head.load_centers(centers.to(case.dtype))
     mine = slice(rank * case.batch, (rank + 1) * case.batch)
@@ -92,7 +95,8 @@ def dense_row_gradient(head: PartialFC) -> Tensor:
     """The gathered row gradients as one dense [rows, D], zero where no gradient is."""
     total = torch.zeros_like(head.weight)
     for gradient in head.row_gradients:
-        total[slice(None) if gradient.rows is None else gradient.rows] += gradient.values
+        weight = head.weight.detach()
+        total[slice(None) if gradient.index is None else gradient.index] += materialized(gradient, weight)
     return total.detach()
 
 

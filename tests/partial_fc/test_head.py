@@ -45,6 +45,26 @@ def test_loss_and_gradients_are_the_oracles(name: str, world_size: int, dtype: t
         check(case, world_size)
 
 
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "p2sgrad"])
+@pytest.mark.parametrize("path", ["probabilities made again", "plain kernel, at a larger scale"])
+def test_every_other_path_is_the_oracles_too(name: str, world_size: int, path: str) -> None:
+    again = path.startswith("probabilities")
+    parameters = OBJECTIVES[name] if again else OBJECTIVES[name] | {"scale": 100.0}
+    for shape, (sample_rate, batch_rate) in itertools.product(SHAPES.values(), RATES):
+        for dtype in (torch.float32, torch.float64):
+            case = Case(
+                name,
+                parameters,
+                sample_rate=sample_rate,
+                batch_rate=batch_rate,
+                dtype=dtype,
+                keep_bytes=0 if again else 1 << 30,
+                **shape,  # type: ignore[arg-type]
+            )
+            check(case, world_size)
+
+
 @settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(
     case=st.builds(
@@ -84,8 +104,8 @@ def test_both_ways_of_p2sgrad_are_the_oracles(world_size: int, sample_rate: floa
 
 def test_p2sgrad_takes_the_gram_way_where_it_is_cheaper() -> None:
     objective = objectives.P2SGrad()
-    assert isinstance(objective.kernel(1024, 128, 5000, torch.float32), SumOfSquaresByGram)
-    assert isinstance(objective.kernel(64, 128, 5000, torch.float32), SumOfSquares)
+    assert isinstance(objective.kernel(1024, 128, 5000, torch.float32, 0), SumOfSquaresByGram)
+    assert isinstance(objective.kernel(64, 128, 5000, torch.float32, 0), SumOfSquares)
 
 
 @pytest.mark.parametrize("world_size", WORLDS)

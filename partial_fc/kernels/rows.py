@@ -1,0 +1,45 @@
+"""The centers that a step uses, read a block at a time where they are stored."""
+
+from torch import Tensor
+
+from .unit import inverse_norms
+
+
+class SampledRows:
+    """K rows of the shard's matrix.
+
+    Args:
+        weight: the shard's centers [rows, D].
+        index: places of the K in the shard, int64 [K], ascending, each once; None for all rows.
+
+    Attributes:
+        inverse: inverse norms [K, 1], filled by ``measure``; 0 for a row of zeros.
+    """
+
+    def __init__(self, weight: Tensor, index: Tensor | None) -> None:
+        self.weight = weight
+        self.index = index
+        self.inverse = weight.new_empty(len(self), 1)
+
+    def __len__(self) -> int:
+        return len(self.weight) if self.index is None else len(self.index)
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """The stored rows of the places [start, stop), [n, D]: a view where the step uses all rows, else a copy."""
+        if self.index is None:
+            return self.weight[start:stop]
+        return self.weight.index_select(0, self.index[start:stop])
+
+    def measure(self, start: int, stop: int) -> Tensor:
+        """The same, and their inverse norms are known from here on."""
+        rows = self.block(start, stop)
+        self.inverse[start:stop] = inverse_norms(rows)
+        return rows
+
+    def normalized(self, start: int, stop: int) -> Tensor:
+        """The same, scaled to length 1."""
+        return self.measure(start, stop) * self.inverse[start:stop]
+
+    def at(self, places: Tensor) -> Tensor:
+        """The stored rows of any places, [n, D]."""
+        return self.weight[places if self.index is None else self.index[places]]
