@@ -13,6 +13,7 @@ import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from pfc.engine.report_figures import GREY, SET_COLOURS, STYLE
@@ -24,6 +25,7 @@ SHOWN: dict[str, dict[str, Any]] = {"combined": {"m1": 1.1, "m2": 0.2, "m3": 0.1
 TARGETS = (0.0, 0.4, 0.8)
 COSINES = (0.25, 0.5, 0.75)  # ℓ = s·cosine is what one negative of that cosine amounts to
 SQUARES = (0.0, 1.0, 2.0)
+WIDTHS = (3.6, 2.2, 1.2)  # where curves lie on one another, all of them stay visible
 POINTS = 241
 
 
@@ -54,19 +56,19 @@ def draw_one(name: str, objective: Objective) -> Figure:
         symbol, levels, widest = "q", SQUARES, 4.0
     else:
         symbol, levels, widest = r"\ell", [scale * cosine for cosine in COSINES], scale
-    figure = Figure(figsize=(10.5, 2.9), layout="constrained")
+    figure = Figure(figsize=(10.5, 2.9), layout=ConstrainedLayoutEngine(wspace=0.05))
     figure.suptitle(_title(name, objective), fontsize=10, x=0.01, ha="left")
     axes: Sequence[Axes] = figure.subplots(1, 4)
     target = torch.linspace(-0.999, 0.999, POINTS)
-    for level, colour in zip(levels, SET_COLOURS, strict=False):
+    for level, colour, width in zip(levels, SET_COLOURS[:3], WIDTHS, strict=True):
         loss, by_target, _ = slopes(objective, target, torch.full_like(target, level))
-        axes[0].plot(target, loss, color=colour, label=f"${symbol} = {level:g}$")
-        axes[1].plot(target, -by_target, color=colour)
+        axes[0].plot(target, loss, color=colour, linewidth=width, label=f"${symbol} = {level:g}$")
+        axes[1].plot(target, -by_target, color=colour, linewidth=width)
     negatives = torch.linspace(0.0, widest, POINTS)
-    for place, colour in zip(TARGETS, SET_COLOURS[3:], strict=False):
+    for place, colour, width in zip(TARGETS, SET_COLOURS[3:6], WIDTHS, strict=True):
         loss, _, by_negatives = slopes(objective, torch.full_like(negatives, place), negatives)
-        axes[2].plot(negatives, loss, color=colour, label=f"$z_y = {place:g}$")
-        axes[3].plot(negatives, by_negatives, color=colour)
+        axes[2].plot(negatives, loss, color=colour, linewidth=width, label=f"$z_y = {place:g}$")
+        axes[3].plot(negatives, by_negatives, color=colour, linewidth=width)
     # The slope by the target may grow without bound as |z_y| → 1; the picture ends at 2.5 times the scale.
     axes[1].set_ylim(0, min(2.5 * scale, axes[1].get_ylim()[1]))
     axes[3].set_ylim(0, 1.05)
@@ -93,6 +95,7 @@ def draw_together(shown: dict[str, Objective]) -> Figure:
     figure = Figure(figsize=(10.5, 3.6), layout="constrained")
     axes: Sequence[Axes] = figure.subplots(1, 2, sharey=True)
     colours = (*SET_COLOURS, "#1b7f9c")
+    widths = torch.linspace(4.0, 1.2, len(shown)).tolist()  # softmax, CosFace and D-Softmax share a stretch
     for panel, (title, level) in zip(axes, scenes, strict=True):
         for index, (name, objective) in enumerate(shown.items()):
             _, by_target, _ = slopes(objective, torch.cos(theta), torch.full_like(theta, level(objective)))
@@ -102,6 +105,7 @@ def draw_together(shown: dict[str, Objective]) -> Figure:
                 pull,
                 color=GREY if name == "combined" else colours[index % len(colours)],
                 linestyle=(0, (4, 2)) if name == "combined" else "-",
+                linewidth=widths[index],
                 label=name,
             )
         panel.set_title(title, fontsize=9)
@@ -109,7 +113,7 @@ def draw_together(shown: dict[str, Objective]) -> Figure:
         panel.set_xticks(range(0, 181, 30))
     axes[0].set_ylabel(r"pull on the embedding / $s$")
     axes[0].set_ylim(0, 1.4)
-    axes[0].legend(ncols=2)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 

@@ -1,5 +1,7 @@
 """From the sections of a configuration to the objects of a run."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
@@ -34,6 +36,29 @@ def input_size(config: Config) -> tuple[int, int]:
     assert config.data.image_size is not None
     height, width = config.data.image_size
     return height, width
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is trained, and by what; on one rank."""
+
+    network: nn.Module
+    head: PartialFC
+    backbone_optimizer: torch.optim.Optimizer
+    head_optimizer: RowOptimizer
+    scaler: torch.amp.GradScaler
+
+
+def build_parts(config: Config, world: World) -> Parts:
+    """All parts, of a completed configuration."""
+    network, head = build_network(config, world), build_head(config, world)
+    return Parts(
+        network,
+        head,
+        build_backbone_optimizer(config, network, world.device),
+        build_head_optimizer(config, head),
+        torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16"),
+    )
 
 
 def build_network(config: Config, world: World) -> nn.Module:

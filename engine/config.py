@@ -248,6 +248,10 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
 
+    def images_per_step(self, world_size: int) -> int:
+        """Images of all ranks in one optimizer step."""
+        return self.data.batch_size * self.optimizer.accumulate * world_size
+
     def to_yaml(self) -> str:
         """The configuration with every default filled in."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)

@@ -33,7 +33,7 @@ class _PiecewisePlanner(DefaultSavePlanner):
 
     def __init__(self, pieces: dict[str, list[Tensor]]) -> None:
         super().__init__()
-        self.lookup: dict[tuple[str, int], Tensor] = {}
+        self.parts: dict[tuple[str, torch.Size | None], Tensor] = {}
         self.items: list[WriteItem] = []
         for name, parts in pieces.items():
             self._add(name, [part for part in parts if len(part)])
@@ -43,7 +43,7 @@ class _PiecewisePlanner(DefaultSavePlanner):
         whole = torch.Size((sum(len(part) for part in parts), *parts[0].shape[1:]))
         for start, part in zip(starts, parts, strict=False):
             offset = torch.Size((start, *[0] * (part.ndim - 1)))
-            self.lookup[name, start] = part
+            self.parts[name, offset] = part
             self.items.append(
                 WriteItem(
                     index=MetadataIndex(name, offset),
@@ -62,6 +62,5 @@ class _PiecewisePlanner(DefaultSavePlanner):
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        if index.offset is not None and (part := self.lookup.get((index.fqn, index.offset[0]))) is not None:
-            return part.float().contiguous()
-        return super().lookup_object(index)
+        part = self.parts.get((index.fqn, index.offset))
+        return super().lookup_object(index) if part is None else part.float().contiguous()

@@ -15,13 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data import Pairs, RecordDataset, TrainLoader, read_pairs
 from ..data.errors import UsageError
-from . import build, checkpoint, distributed
-from .config import Config, Objective
+from . import build, checkpoint, distributed, lines, run_state
+from .config import Config
 from .distributed import World
-from .evaluation import VerificationResult, evaluate_pairs
+from .evaluation import evaluate_pairs
 from .report import write_report
 from .schedule import learning_rate_factor, sample_rate_at
-from .telemetry import Telemetry, Throughput, read_json_lines
+from .telemetry import Telemetry, Throughput
 
 # Each rank keeps the BatchNorm statistics of its own batches; evaluation and checkpoints take rank 0's. Newer torch
 # warns about the old name of the switch, older torch does not know the new one.
@@ -78,19 +78,19 @@ class Trainer:
         self.autocast_dtype = _AUTOCAST[config.precision]
         self.config = config = build.completed(config, self.dataset)
         self.image_size = build.input_size(config)
-        self.images_per_step = config.data.batch_size * world.size * config.optimizer.accumulate
+        self.images_per_step = config.images_per_step(world.size)
         if config.schedule.steps is not None:
             self.total_steps = config.schedule.steps
         else:
             self.total_steps = -(-round(config.schedule.epochs * len(self.dataset)) // self.images_per_step)  # type: ignore[operator]
 
         torch.manual_seed(config.run.seed)
-        self.network = build.build_network(config, world)
-        self.head = build.build_head(config, world)
-        self.backbone_optimizer = build.build_backbone_optimizer(config, self.network, world.device)
-        self.head_optimizer = build.build_head_optimizer(config, self.head)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
-        self.step, position = self._restore()
+        self.parts = parts = build.build_parts(config, world)
+        self.network, self.head, self.scaler = parts.network, parts.head, parts.scaler
+        self.backbone_optimizer, self.head_optimizer = parts.backbone_optimizer, parts.head_optimizer
+        state = run_state.restore(parts, self.start, world) if self.start is not None else {}
+        self.step = state.get("step", 0)
+        self.skipped_steps = torch.tensor(state.get("skipped_steps", 0), device=world.device)
 
         wrapped = torch.compile(self.network) if config.backbone.compile else self.network
         self.backbone = DistributedDataParallel(
@@ -109,7 +109,7 @@ class Trainer:
             flip=config.data.flip,
             device=world.device,
             threads=config.data.threads,
-            position=position,
+            position=state.get("position", 0),
         )
         self.telemetry = Telemetry(
             self.run_dir,
@@ -122,8 +122,10 @@ class Trainer:
         self.throughput = Throughput()
         self.loss_sum = torch.zeros((), device=world.device)
         self.loss_count = 0
-        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=world.device)
-        self._announce()
+        if world.is_main:
+            (self.run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        for line in lines.opening(config, self.dataset, self.network, world, self.total_steps, self.start):
+            self.telemetry.message(line)
         if self.step == 0:
             self.evaluate()
         self.throughput.restart()
@@ -182,7 +184,7 @@ class Trainer:
                     threads=self.config.data.threads,
                 )
             self.telemetry.evaluation(self.step, result.to_dict())
-            self.telemetry.message(_evaluation_line(result, self.step))
+            self.telemetry.message(lines.evaluated(result, self.step))
             if self.world.is_main:
                 folder = self.run_dir / "evaluation"
                 folder.mkdir(exist_ok=True)
@@ -191,39 +193,17 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint."""
-        head_state = self.head_optimizer.state_dict()["state"]
-        tensors: dict[str, Tensor] = {"head/centers": self.head.centers}
-        tensors |= {f"head_optimizer/{name}": value for name, value in head_state.items()}
-        tensors[f"rng/{self.world.rank}/cpu"] = torch.get_rng_state()
-        if self.world.device.type == "cuda":
-            tensors[f"rng/{self.world.rank}/cuda"] = torch.cuda.get_rng_state()
-        if self.world.is_main:
-            tensors |= checkpoint.network_tensors(self.network)
-            tensors |= checkpoint.optimizer_tensors(self.network, self.backbone_optimizer)
-        state = {
-            "position": self.loader.position,
-            "head_steps": self.head.steps,
-            "num_classes": self.head.num_classes,
-            "skipped_steps": int(self.skipped_steps),
-            "scaler": self.scaler.state_dict(),
-            "world_size": self.world.size,
-        }
+        tensors, state = run_state.capture(self.parts, self.world)
+        state |= {"position": self.loader.position, "skipped_steps": int(self.skipped_steps)}
         checkpoint.save(self.run_dir, self.step, tensors, state, self.config, self.config.checkpoint.keep)
         self.throughput.restart()
 
     def finish(self) -> None:
         """The report, and the lines that a person looks for at the end."""
-        if not self.world.is_main:
-            return
-        report = write_report(self.run_dir)
-        lines = read_json_lines(self.run_dir / "evaluation.jsonl")
-        for pairs in self.pairs:
-            of_set = [line for line in lines if line["set"] == pairs.name]
-            untrained = f"   (untrained network: {of_set[0]['accuracy']:.4f})" if of_set[0]["step"] == 0 else ""
-            accuracy, spread = of_set[-1]["accuracy"], of_set[-1]["accuracy_std"]
-            self.telemetry.message(f"accuracy   {accuracy:.4f} ± {spread:.4f} on {pairs.name}{untrained}")
-        self.telemetry.message(f"run        {self.run_dir}")
-        self.telemetry.message(f"report     {report}")
+        if self.world.is_main:
+            report = write_report(self.run_dir)
+            for line in lines.closing(self.run_dir, report, [pairs.name for pairs in self.pairs]):
+                self.telemetry.message(line)
 
     def close(self) -> None:
         self.telemetry.close()
@@ -290,58 +270,6 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
-    def _restore(self) -> tuple[int, int]:
-        """Reads the checkpoint to go on from; returns its step and its position in the data."""
-        found = self.start
-        if found is None:
-            return 0, 0
-        state, classes = found.state(), self.head.num_classes
-        if state["num_classes"] != classes:
-            raise UsageError(
-                f"{found.path} has {state['num_classes']} classes, the data set {self.dataset.name!r} has {classes}: "
-                "train it under another run.name, or on the data set that it was trained on"
-            )
-        tensors = checkpoint.network_tensors(self.network) | {"head/centers": self.head.centers}
-        head_state = self.head_optimizer.state_dict()
-        tensors |= {f"head_optimizer/{name}": value for name, value in head_state["state"].items()}
-        _check_shapes(found, tensors)
-        further = checkpoint.load(found, tensors, ("backbone_optimizer/", f"rng/{self.world.rank}/"))
-        optimizer = {name: value for name, value in further.items() if name.startswith("backbone_optimizer/")}
-        checkpoint.restore_optimizer(self.network, self.backbone_optimizer, optimizer)
-        for name, value in further.items():
-            if name.endswith("/cpu"):
-                torch.set_rng_state(value)
-            elif name.endswith("/cuda") and self.world.device.type == "cuda":
-                torch.cuda.set_rng_state(value)
-        self.head.steps = state["head_steps"]
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
-        return state["step"], state["position"]
-
-    def _announce(self) -> None:
-        """The numbers that a run follows from, once."""
-        config, head = self.config, self.head
-        if self.world.is_main:
-            (self.run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        parameters = sum(parameter.numel() for parameter in self.network.parameters())
-        epochs = self.total_steps * self.images_per_step / len(self.dataset)
-        tell = self.telemetry.message
-        tell(f"data       {self.dataset.name}: {len(self.dataset):,} images of {head.num_classes:,} identities")
-        tell(
-            f"backbone   {config.backbone.name}, {parameters / 1e6:.2f} M parameters, input "
-            f"{self.image_size[0]}×{self.image_size[1]}, {config.precision}"
-        )
-        tell(
-            f"head       {_shown(config.head.objective)}, {head.num_classes:,} × {head.embedding_dim} centers over "
-            f"{self.world.size} rank(s), sample_rate {config.head.sample_rate:g}, batch_rate {config.head.batch_rate:g}"
-        )
-        tell(
-            f"schedule   {self.total_steps:,} steps of {self.images_per_step:,} images ({epochs:.1f} epochs) on "
-            f"{self.world.size} × {self.world.device.type}"
-        )
-        if self.start is not None:
-            tell(f"resumed    {self.start.path}")
-
 
 def _starting_point(run_dir: Path, resume: str) -> checkpoint.Found | None:
     latest = checkpoint.find_all(run_dir)[-1:]
@@ -364,31 +292,6 @@ def _read_pairs(paths: list[str]) -> list[Pairs]:
         if names.count(name) > 1:
             raise UsageError(f"evaluation.pairs: two sets are called {name!r}: rename one of the files")
     return sets
-
-
-def _check_shapes(found: checkpoint.Found, tensors: dict[str, Tensor]) -> None:
-    saved = found.shapes()
-    for name, tensor in tensors.items():
-        if name not in saved or saved[name].size != tensor.shape:
-            there = list(saved[name].size) if name in saved else "nothing"
-            raise UsageError(
-                f"{found.path} has another configuration: {name} is {there} there and {list(tensor.shape)} here; "
-                "give run.name another name, or go back to the backbone and optimizer that it was trained with"
-            )
-
-
-def _shown(objective: Objective) -> str:
-    """``d_softmax (scale 16.0, stop 0.5)``"""
-    told = [f"{name} {value}" for name, value in (objective.model_extra or {}).items() if value is not None]
-    return f"{objective.name} ({', '.join(told)})" if told else objective.name
-
-
-def _evaluation_line(result: VerificationResult, step: int) -> str:
-    metrics = result.metrics
-    parts = [f"evaluated  {result.set} at step {step:,}: accuracy {metrics.accuracy:.4f} ± {metrics.accuracy_std:.4f}"]
-    parts += [f"EER {metrics.eer:.4f}"]
-    parts += [f"TAR@FAR {level:g} {rate:.4f}" for level, rate in list(metrics.tar_at_far.items())[-1:]]
-    return "   ".join(parts)
 
 
 @contextmanager

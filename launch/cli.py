@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ..data.errors import UsageError
-from .verbs import bench, doctor, embed, evaluate, export, inspect, pack, train
+from .verbs import bench, convert, doctor, embed, evaluate, export, inspect, pack, train
 
 app = typer.Typer(
     name="pfc",
@@ -28,6 +28,7 @@ app.command()(inspect.inspect)
 app.command()(evaluate.evaluate)
 app.command()(embed.embed)
 app.command()(export.export)
+app.command()(convert.convert)
 app.add_typer(bench.app, name="bench")
 app.command()(doctor.doctor)
 

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from .exchange import Exchange
+from .permutation import hash64
 
 _BLOCK = 4096  # rows drawn from one generator, or read at a time
 _INIT_STD = 0.01
@@ -46,7 +47,7 @@ def initial_rows(shard: ClassShard, dim: int, seed: int, dtype: torch.dtype) -> 
     """
     rows = torch.empty(shard.rows, dim, dtype=dtype)
     for block in range(shard.start // _BLOCK, -(-shard.stop // _BLOCK)):
-        generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + block) & 0x7FFFFFFFFFFFFFFF)
+        generator = torch.Generator().manual_seed(hash64(hash64(seed, 2), block) & 0x7FFFFFFFFFFFFFFF)
         drawn = torch.empty(_BLOCK, dim).normal_(0.0, _INIT_STD, generator=generator)
         first = block * _BLOCK
         start, stop = max(first, shard.start), min(first + _BLOCK, shard.stop)

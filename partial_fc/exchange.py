@@ -51,22 +51,23 @@ class Exchange:
             dist.all_reduce(numbers, group=self.group)
         return numbers
 
-    def sum_and_scatter(self, gradients: Tensor, flag: Tensor) -> tuple[Tensor, Tensor]:
+    def sum_and_scatter(self, gradients: Tensor, broken: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over the ranks, and gives each its own slice, in one collective.
 
         Args:
             gradients: this rank's part of every sample's gradient, [B, D].
-            flag: one number [], 0 or 1.
+            broken: whether something else on this rank is not finite, bool [].
 
         Returns:
-            The summed gradients of this rank's own samples [b, D], and the sum of all ranks' flags [].
+            The summed gradients of this rank's own samples [b, D]; and on how many ranks something was not finite,
+            these parts included, as a number [].
         """
         if self.world_size == 1:
-            return gradients, flag
+            return gradients, (broken | ~torch.isfinite(gradients).all()).to(gradients.dtype)
         size = gradients.numel() // self.world_size
         payload = gradients.new_empty(self.world_size, size + 1, dtype=self.payload_dtype or gradients.dtype)
         payload[:, :size] = gradients.view(self.world_size, size)
-        payload[:, size] = flag
+        payload[:, size] = broken | ~torch.isfinite(payload[:, :size]).all()
         own = payload.new_empty(size + 1)
         _reduce_scatter(own, payload.view(-1), group=self.group)
         own = own.to(gradients.dtype)

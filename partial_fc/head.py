@@ -89,6 +89,8 @@ class PartialFC(nn.Module):
                 raise ValueError(f"{name} must be at least 1, found {value}")
         if center_dtype not in (torch.float32, torch.float64):
             raise ValueError(f"center_dtype must be float32 or float64, found {center_dtype}")
+        if compute_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"compute_dtype must be bfloat16, float32 or float64, found {compute_dtype}")
         self.num_classes = num_classes
         self.embedding_dim = embedding_dim
         self.objective = objective
@@ -282,8 +284,7 @@ class _HeadLoss(torch.autograd.Function):
         unit_grad = torch.zeros_like(unit)  # [B, D]
         unit_grad[ctx.everyone] = part_grad
         unit_grad.index_add_(0, own, own_slope * own_rows)
-        broken = 1.0 - (torch.isfinite(unit_grad).all() & torch.isfinite(grad)).to(unit.dtype)
-        mine_grad, broken = head.exchange.sum_and_scatter(unit_grad, broken)
+        mine_grad, broken = head.exchange.sum_and_scatter(unit_grad, ~torch.isfinite(grad))
         size = len(mine_grad)
         mine = slice(head.exchange.rank * size, (head.exchange.rank + 1) * size)
         embedding_grad = normalize_backward(mine_grad, unit[mine], inverse[mine]) * head.exchange.world_size

@@ -63,7 +63,7 @@ class LogSumExpObjective(Objective):
     Args:
         scale: s, in (0, 256].
         filter: negatives with a cosine above it are left out, in (−1, 1]: with noisy labels they are likely the same
-            identity under another name (inter-class filtering, An et al. 2022, section 3.4); None leaves out none.
+            identity under another name (inter-class filtering, An et al. 2022); None leaves out none.
     """
 
     scale: float = 64.0

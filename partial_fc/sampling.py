@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from .centers import ClassShard
+from .permutation import hash64, mix, permute
 
 _BLOCK_BITS = 12
 _BLOCK = 1 << _BLOCK_BITS
-_ROUNDS = 8  # fewer let some pairs of classes of a small block meet measurably more often than others
-_MASK32 = 0xFFFFFFFF
-_MASK64 = 0xFFFFFFFFFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,8 @@ def sample_batch(size: int, *, rate: float, seed: int, step: int, device: torch.
     if rate >= 1.0:
         return None
     count = _share(rate, size)
-    key = _hash64(_hash64(seed, 1), step)
-    places = permute(torch.arange(count, device=device), size, torch.tensor(key & _MASK32, device=device))
+    key = hash64(hash64(seed, 1), step)
+    places = permute(torch.arange(count, device=device), size, torch.tensor(key & 0xFFFFFFFF, device=device))
     return places.sort().values
 
 
@@ -80,15 +78,15 @@ def _random_classes(shard: ClassShard, rate: float, seed: int, step: int, device
     """Global ids of the random classes that fall into the shard, int64, in no particular order."""
     if shard.rows == 0:
         return torch.empty(0, dtype=torch.int64, device=device)
-    key = _hash64(_hash64(seed, 0), step)
+    key = hash64(hash64(seed, 0), step)
     first, last = shard.start >> _BLOCK_BITS, (shard.stop - 1) >> _BLOCK_BITS
     starts = torch.arange(first, last + 1, device=device) << _BLOCK_BITS
     ends = (starts + _BLOCK).clamp_max(shard.num_classes)
     # Block by block ⌊rate·end + u⌋ − ⌊rate·start + u⌋ ids with one random u per step: on average exactly rate times
     # the block, so that no class is favoured by rounding, and in all blocks together rate·C to within one.
-    u = (_hash64(key, 0) >> 11) / (1 << 53)
+    u = (hash64(key, 0) >> 11) / (1 << 53)
     counts = torch.floor(rate * ends.double() + u).long() - torch.floor(rate * starts.double() + u).long()
-    keys = mix((starts >> _BLOCK_BITS) + (key & _MASK32))
+    keys = mix((starts >> _BLOCK_BITS) + (key & 0xFFFFFFFF))
     place = torch.arange(min(_share(rate, _BLOCK) + 1, _BLOCK), device=device)  # one more for u
     grid = starts[:, None] + permute(place.expand(len(starts), -1), _BLOCK, keys[:, None])
     size = shard.num_classes - (last << _BLOCK_BITS)
@@ -96,60 +94,6 @@ def _random_classes(shard: ClassShard, rate: float, seed: int, step: int, device
         grid[-1, :size] = starts[-1] + permute(place[:size], size, keys[-1])
     chosen = (place < counts[:, None]) & (grid >= shard.start) & (grid < shard.stop)
     return grid[chosen]
-
-
-def permute(places: Tensor, size: int, key: Tensor) -> Tensor:
-    """A keyed permutation of [0, size), for each of the given places at once.
-
-    A Feistel network on ⌈log₂ size⌉ bits; where that reaches beyond ``size``, the walk along the cycle goes on until it
-    comes back inside (at most a few times, since less than half of the values lie outside).
-
-    Args:
-        places: int64, each in [0, size).
-        size: ≥ 1.
-        key: int64, broadcast against ``places``; 32 bits of it count.
-    """
-    bits = (size - 1).bit_length()
-    if bits < 2:  # too small to cut in halves: swap by one bit of the key
-        return places ^ (mix(key + 1) & (size - 1)) if size > 1 else places.clone()
-    places = _feistel(places, bits, key)
-    if size == 1 << bits:
-        return places
-    while bool((outside := places >= size).any()):
-        places = torch.where(outside, _feistel(places, bits, key), places)
-    return places
-
-
-def _feistel(values: Tensor, bits: int, key: Tensor) -> Tensor:
-    low_bits = bits // 2
-    high_bits = bits - low_bits
-    high, low = values >> low_bits, values & ((1 << low_bits) - 1)
-    for index in range(_ROUNDS):
-        # The halves change sides by turns, so each is changed by the other; both stay as wide as they are.
-        if index % 2 == 0:
-            high = high ^ (mix(low + mix(key + 2 * index + 1)) & ((1 << high_bits) - 1))
-        else:
-            low = low ^ (mix(high + mix(key + 2 * index + 1)) & ((1 << low_bits) - 1))
-    return (high << low_bits) | low
-
-
-def mix(values: Tensor) -> Tensor:
-    """A 32-bit hash of int64 values, element by element: every output bit depends on every input bit."""
-    values = values & _MASK32
-    values = ((values ^ (values >> 16)) * 0x7FEB352D) & _MASK32
-    values = ((values ^ (values >> 15)) * 0x846CA68B) & _MASK32
-    return values ^ (values >> 16)
-
-
-def _hash64(value: int, more: int) -> int:
-    """A 64-bit hash of two integers (the finaliser of SplitMix64, twice)."""
-    state = value & _MASK64
-    for word in (0x9E3779B97F4A7C15, more & _MASK64):
-        state = (state + word) & _MASK64
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
-        state ^= state >> 31
-    return state
 
 
 def _share(rate: float, size: int) -> int:

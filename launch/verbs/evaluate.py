@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..console import find_device
+from ..console import find_device, print_table
 from ..models import BatchSize, Device, Flip, Source, open_backbone
 
 
@@ -69,21 +69,14 @@ def evaluate(
 
 
 def _print_table(results: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("set")
     rates = sorted({key for result in results for key in result if key.startswith("tar_at_far_")})
     columns = {"pairs": "pairs", "accuracy": "accuracy", "accuracy_flip": "with flip", "accuracy_noflip": "no flip"}
     columns |= {"auc": "AUC", "eer": "EER"}
     columns |= {key: f"TAR@FAR {key.removeprefix('tar_at_far_')}" for key in rates}
-    for title in columns.values():
-        table.add_column(title, justify="right", no_wrap=True)
+    rows = []
     for result in results:
         cells = {key: "–" if result.get(key) is None else f"{result[key]:.4f}" for key in columns}
         cells["pairs"] = f"{result['pairs']:,}"
         cells["accuracy"] += f" ± {result['accuracy_std']:.4f}"
-        table.add_row(str(result["set"]), *cells.values())
-    console = Console()
-    console.print(table, width=console.width if console.is_terminal else 200)
+        rows.append((str(result["set"]), *cells.values()))
+    print_table(("set", *columns.values()), rows)

@@ -31,7 +31,7 @@ def configuration(folder: Path, runs: Path, **sections: Any) -> Config:
         "data": {"train": str(folder / "train"), "batch_size": 6, "threads": 1},
         "backbone": {"name": "small", "embedding_dim": 32, "options": {"width": 8, "norm": "group"}},
         "head": {"objective": {"name": "cosface", "scale": 16.0, "margin": 0.2}},
-        "optimizer": {"backbone": {"name": "sgd", "lr": 0.02}, "head": {"name": "row_sgd", "lr": 0.02}},
+        "optimizer": {"backbone": {"name": "sgd", "lr": 0.005}, "head": {"name": "row_sgd", "lr": 0.005}},
         "schedule": {"steps": 8},
         "evaluation": {"every_steps": 1000, "pairs": []},
         "checkpoint": {"every_steps": 1000},

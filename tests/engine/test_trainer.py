@@ -122,7 +122,7 @@ def test_what_a_run_leaves_behind(folder: Path, tmp_path: Path) -> None:
     assert resolved.head.num_classes == IDENTITIES
     assert resolved.optimizer == config.optimizer
     assert [line["step"] for line in lines] == [1, 3, 6, 8]
-    assert lines[0]["lr"] == pytest.approx(0.02 / 4), "the first step starts low"
+    assert lines[0]["lr"] == pytest.approx(0.005 / 4), "the first step starts low"
     assert {"step", "loss", "lr", "images_per_second", "data_share", "skipped_steps"} <= lines[0].keys()
     evaluations = read_json_lines(run / "evaluation.jsonl")
     assert [(line["step"], line["set"]) for line in evaluations] == [(0, "pairs"), (4, "pairs"), (8, "pairs")]

@@ -23,6 +23,7 @@ def test_head_beside_dense(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     [
         (["--batch", "7"], "--batch 7 does not divide into 2 ranks"),
         (["--precision", "fp8"], "--precision fp8: float32 or bf16"),
+        (["--peer", "nowhere"], "--peer nowhere: no partial_fc_v2.py there"),
         (["--rate", "2"], "--rate 2.0: must lie in (0, 1]"),
     ],
 )

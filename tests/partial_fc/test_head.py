@@ -295,6 +295,13 @@ def test_the_same_centers_begin_whatever_the_world_size() -> None:
     assert len(whole.unique(dim=0)) == 9001, "no two centers begin alike"
 
 
+def test_centers_are_not_what_a_seed_of_the_users_draws() -> None:
+    torch.manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(64, 16))
+    rows = torch.nn.functional.normalize(PartialFC(64, 16, objective=objectives.Softmax(), seed=0).weight)
+    assert (directions * rows).sum(dim=1).max() < 0.9
+
+
 def _initial_rows() -> torch.Tensor:
     return PartialFC(9001, 4, objective=objectives.Softmax(), seed=7).weight.detach()
 
@@ -398,6 +405,7 @@ def test_wrong_shapes_and_types_are_named(embeddings: torch.Tensor, labels: torc
         ({"sample_rate": 0.0}, r"sample_rate must lie in \(0, 1\], found 0.0"),
         ({"batch_rate": 1.5}, r"batch_rate must lie in \(0, 1\], found 1.5"),
         ({"center_dtype": torch.float16}, "center_dtype must be float32 or float64"),
+        ({"compute_dtype": torch.float16}, "compute_dtype must be bfloat16, float32 or float64"),
     ],
 )
 def test_impossible_arguments_are_named(arguments: dict, message: str) -> None:

@@ -1,0 +1,59 @@
+"""The lines that a run prints besides its progress: at its beginning, after an evaluation, at its end."""
+
+from pathlib import Path
+
+from torch import nn
+
+from ..data import RecordDataset
+from .checkpoint import Found
+from .config import Config, Objective
+from .distributed import World
+from .evaluation import VerificationResult
+from .telemetry import read_json_lines
+
+
+def opening(
+    config: Config, dataset: RecordDataset, network: nn.Module, world: World, total_steps: int, start: Found | None
+) -> list[str]:
+    """What the run is made of, and the numbers that follow from its configuration."""
+    head, size = config.head, config.data.image_size or [0, 0]
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    images_per_step = config.images_per_step(world.size)
+    epochs = total_steps * images_per_step / len(dataset)
+    rates = f"sample_rate {head.sample_rate:g}, batch_rate {head.batch_rate:g}"
+    lines = [
+        f"data       {dataset.name}: {len(dataset):,} images of {dataset.num_classes:,} identities",
+        f"backbone   {config.backbone.name}, {parameters / 1e6:.2f} M parameters, input {size[0]}×{size[1]}, "
+        f"{config.precision}",
+        f"head       {_shown(head.objective)}, {dataset.num_classes:,} × {config.backbone.embedding_dim} centers over "
+        f"{world.size} rank(s), {rates}",
+        f"schedule   {total_steps:,} steps of {images_per_step:,} images ({epochs:.1f} epochs) on {world.size} × "
+        f"{world.device.type}",
+    ]
+    return lines if start is None else [*lines, f"resumed    {start.path}"]
+
+
+def evaluated(result: VerificationResult, step: int) -> str:
+    """One evaluation."""
+    metrics = result.metrics
+    parts = [f"evaluated  {result.set} at step {step:,}: accuracy {metrics.accuracy:.4f} ± {metrics.accuracy_std:.4f}"]
+    parts += [f"EER {metrics.eer:.4f}"]
+    parts += [f"TAR@FAR {level:g} {rate:.4f}" for level, rate in list(metrics.tar_at_far.items())[-1:]]
+    return "   ".join(parts)
+
+
+def closing(run_dir: Path, report: Path, sets: list[str]) -> list[str]:
+    """The accuracy on every set beside the untrained network's, and where to look."""
+    told = []
+    evaluations = read_json_lines(run_dir / "evaluation.jsonl")
+    for name in sets:
+        of_set = [line for line in evaluations if line["set"] == name]
+        untrained = f"   (untrained network: {of_set[0]['accuracy']:.4f})" if of_set[0]["step"] == 0 else ""
+        told.append(f"accuracy   {of_set[-1]['accuracy']:.4f} ± {of_set[-1]['accuracy_std']:.4f} on {name}{untrained}")
+    return [*told, f"run        {run_dir}", f"report     {report}"]
+
+
+def _shown(objective: Objective) -> str:
+    """``d_softmax (scale 16.0, stop 0.5)``"""
+    told = [f"{name} {value}" for name, value in (objective.model_extra or {}).items() if value is not None]
+    return f"{objective.name} ({', '.join(told)})" if told else objective.name

@@ -1,0 +1,411 @@
+"""Files as the common implementation writes them, made here from pfc's own network."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pfc.data import pack_synthetic
+from pfc.data.errors import UsageError
+from pfc.engine import checkpoint, piecewise
+from pfc.engine.backbones import build_backbone
+from pfc.engine.backbones.iresnet import DEPTHS
+from pfc.engine.convert import convert
+from pfc.engine.convert_backbone import find_network
+from pfc.engine.telemetry import read_json_lines
+from tests.engine.runs import configuration, new_trainer
+from tests.ranks import run_ranks
+
+CLASSES, DIM, SIZE, STEP = 10, 16, 16, 7
+ROWS = (4, 3, 3)  # of three ranks
+
+Files = dict[int, dict[str, Any]]
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(5)
+    return build_backbone("iresnet18", embedding_dim=DIM, image_size=(SIZE, SIZE))
+
+
+def files_of(weights: dict[str, Tensor], parameters: list[tuple[str, torch.Size]], kind: str = "sgd") -> Files:
+    """Rank → content. All but the centers and their state is stored once, expanded, so that the files stay small."""
+    head = len(parameters)
+    if kind == "sgd":
+        settings: dict[str, Any] = {"dampening": 0, "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4}
+        keys, steps = ["momentum_buffer"], {}
+    else:
+        settings = {"betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.1, "amsgrad": False}
+        keys, steps = ["exp_avg", "exp_avg_sq"], {"step": torch.tensor(float(STEP))}
+    settings |= {"lr": 0.05, "initial_lr": 0.1}
+    state: dict[int, dict[str, Any]] = {
+        number: {key: torch.tensor((number + 1) * 1e-5).expand(shape) for key in keys} | steps
+        for number, (name, shape) in enumerate(parameters)
+        if name != "features.weight"  # which is not trained
+    }
+    generator = torch.Generator().manual_seed(9)
+    files = {}
+    for rank, rows in enumerate(ROWS):
+        own = {key: torch.rand(rows, DIM, generator=generator) for key in keys} | steps
+        files[rank] = {
+            "epoch": 3,
+            "global_step": STEP,
+            "state_dict_backbone": weights,
+            "state_dict_softmax_fc": {"weight": torch.randn(rows, DIM, generator=generator)},
+            "state_optimizer": {
+                "state": state | {head: own},
+                "param_groups": [settings | {"params": list(range(head))}, settings | {"params": [head]}],
+            },
+            "state_lr_scheduler": {"base_lrs": [0.1, 0.1], "last_epoch": STEP, "warmup_steps": 0, "_last_lr": [0.05]},
+        }
+    return files
+
+
+def small_files(kind: str = "sgd") -> Files:
+    with torch.device("meta"):
+        model = network()
+    weights = {
+        name: torch.zeros((), dtype=value.dtype).expand(value.shape) for name, value in model.state_dict().items()
+    }
+    return files_of(weights, [(name, value.shape) for name, value in model.named_parameters()], kind)
+
+
+def write(folder: Path, files: Files) -> Path:
+    folder.mkdir(exist_ok=True)
+    for rank, content in files.items():
+        torch.save(content, folder / f"checkpoint_gpu_{rank}.pt")
+    return folder
+
+
+def joined(files: Files, read: Callable[[dict[str, Any]], Tensor]) -> Tensor:
+    return torch.cat([read(files[rank]) for rank in sorted(files)])
+
+
+def head_state(key: str) -> Callable[[dict[str, Any]], Tensor]:
+    return lambda content: content["state_optimizer"]["state"][len(content["state_optimizer"]["state"])][key]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a run on three ranks leaves it, real weights and random statistics in it."""
+    model = network()
+    for name, value in model.named_buffers():
+        if name.endswith(("mean", "var")):
+            value.uniform_(0.5, 1.5)
+    folder = tmp_path_factory.mktemp("common")
+    weights = model.state_dict()
+    torch.save(weights, folder / "model.pt")
+    files = files_of(weights, [(name, value.shape) for name, value in model.named_parameters()])
+    none = {name: torch.zeros(()).expand(value.shape) for name, value in weights.items()}
+    for rank in (1, 2):
+        files[rank]["state_dict_backbone"] = none  # the first rank's counts
+    return write(folder, files)
+
+
+def read_all(run: Path) -> dict[str, Tensor]:
+    found = checkpoint.find(run)
+    return checkpoint.load(found, {}, ("backbone", "head"))
+
+
+@pytest.mark.parametrize("kind", ["model.pt", "module.", "checkpoints"])
+def test_the_backbone_computes_the_same_bits(source: Path, tmp_path: Path, kind: str) -> None:
+    given = source / "model.pt" if kind == "model.pt" else source
+    if kind == "module.":
+        given = tmp_path / "wrapped.pt"
+        torch.save({f"module.{name}": value for name, value in torch.load(source / "model.pt").items()}, given)
+    summary = convert(given, tmp_path / "out")
+    converted, config = checkpoint.load_backbone(tmp_path / "out")
+    assert (summary.backbone, summary.embedding_dim, summary.image_size) == ("iresnet18", DIM, (SIZE, SIZE))
+    assert (config.backbone.name, config.backbone.embedding_dim) == ("iresnet18", DIM)
+    original = network().eval()
+    original.load_state_dict(torch.load(source / "model.pt"))
+    images = torch.rand(3, 3, SIZE, SIZE) * 2 - 1
+    with torch.inference_mode():
+        assert torch.equal(converted(images), original(images))
+
+
+def test_centers_momentum_and_counters_come_over(tmp_path: Path) -> None:
+    files = small_files()
+    out = tmp_path / "out"
+    summary = convert(write(tmp_path / "in", files), out)
+    assert summary.notes == []
+    assert (summary.num_classes, summary.ranks, summary.step, summary.epoch) == (CLASSES, 3, STEP, 3)
+    assert "epoch 3" in str(summary)
+    tensors = read_all(out)
+    assert torch.equal(tensors["head/centers"], joined(files, lambda of: of["state_dict_softmax_fc"]["weight"]))
+    # features.weight has a number but no state, so the centers' number is the count of states
+    assert torch.equal(tensors["head_optimizer/momentum"], joined(files, head_state("momentum_buffer")))
+    for number, (name, parameter) in enumerate(network().named_parameters()):
+        path = f"backbone_optimizer/{name}/momentum_buffer"
+        if name == "features.weight":
+            assert path not in tensors
+        else:
+            assert torch.equal(tensors[path], torch.tensor((number + 1) * 1e-5).expand(parameter.shape)), name
+    found = checkpoint.find(out)
+    assert found.path.name == f"step-{STEP:08d}"
+    assert found.state()["position"] == 0
+    optimizer = checkpoint.load_config(out / "config.yaml").optimizer
+    assert (optimizer.backbone.lr, optimizer.head.lr, optimizer.head.name) == (0.1, 0.1, "row_sgd")
+
+
+def test_adamw_comes_over_by_the_row_optimizers_names(tmp_path: Path) -> None:
+    files = small_files("adamw")
+    files[1]["state_optimizer"]["state"][len(files[1]["state_optimizer"]["state"])]["step"] = STEP  # as older torch has
+    assert convert(write(tmp_path / "in", files), tmp_path / "out").notes == []
+    tensors = read_all(tmp_path / "out")
+    assert torch.equal(tensors["head_optimizer/first_moment"], joined(files, head_state("exp_avg")))
+    assert torch.equal(tensors["head_optimizer/second_moment"], joined(files, head_state("exp_avg_sq")))
+    assert torch.equal(tensors["head_optimizer/steps"], torch.full((CLASSES, 1), float(STEP)))
+    assert tensors["backbone_optimizer/conv1.weight/step"] == STEP
+    assert tensors["backbone_optimizer/fc.bias/exp_avg"].shape == (DIM,)
+    assert checkpoint.load_config(tmp_path / "out" / "config.yaml").optimizer.head.name == "row_adamw"
+
+
+def test_training_goes_on_as_if_the_tensors_were_set_by_hand(source: Path, tmp_path: Path) -> None:
+    pack_synthetic(tmp_path / "train", identities=CLASSES, images_per_identity=4, size=SIZE, workers=1)
+    convert(source, tmp_path / "out")
+    changes: dict[str, Any] = {"data": {"batch_size": 4}, "schedule": {"steps": 30}, "head": {"sample_rate": 0.5}}
+    changes["backbone"] = {"name": "iresnet18", "embedding_dim": DIM, "options": {}}
+    runs = [configuration(tmp_path, tmp_path / name, **changes).model_dump() for name in ("resumed", "by_hand")]
+    resumed = run_ranks(2, _two_steps, runs[0], str(tmp_path / "out"), None)
+    by_hand = run_ranks(2, _two_steps, runs[1], "never", source)
+    assert np.isfinite(resumed[0][0]).all()
+    for one, other in zip(resumed, by_hand, strict=True):
+        assert one[0] == other[0]
+        assert one[1].keys() == other[1].keys()
+        for name, value in one[1].items():
+            assert torch.equal(value, other[1][name]), name
+
+
+def _two_steps(tree: dict[str, Any], resume: str, folder: Path | None) -> tuple[list[float], dict[str, Tensor]]:
+    """On a rank: the losses of two steps, and the tensors after them."""
+    trainer = new_trainer(tree, resume)
+    if folder is not None:
+        files = {rank: torch.load(folder / f"checkpoint_gpu_{rank}.pt") for rank in range(len(ROWS))}
+        trainer.network.load_state_dict(files[0]["state_dict_backbone"])
+        trainer.head.load_centers(joined(files, lambda of: of["state_dict_softmax_fc"]["weight"]))
+        state = {"momentum": joined(files, head_state("momentum_buffer"))}
+        groups = trainer.head_optimizer.state_dict()["param_groups"]
+        trainer.head_optimizer.load_state_dict({"state": state, "param_groups": groups})
+        states = files[0]["state_optimizer"]["state"]
+        for number, parameter in enumerate(trainer.network.parameters()):
+            if number in states:
+                trainer.backbone_optimizer.state[parameter]["momentum_buffer"] = (
+                    states[number]["momentum_buffer"].contiguous().clone()
+                )
+        trainer.step = trainer.head.steps = STEP
+    assert trainer.step == STEP
+    trainer.train_step()
+    trainer.train_step()
+    trainer.close()
+    tensors = {name: value.clone() for name, value in trainer.network.state_dict().items()}
+    tensors["centers"] = trainer.head.centers.full_tensor()
+    return [line["loss"] for line in read_json_lines(trainer.run_dir / "metrics.jsonl")], tensors
+
+
+def test_a_backbone_alone_cannot_be_resumed(source: Path, tmp_path: Path) -> None:
+    pack_synthetic(tmp_path / "train", identities=CLASSES, images_per_identity=1, size=SIZE, workers=1)
+    assert "--resume" not in str(convert(source / "model.pt", tmp_path / "out"))
+    changes = {"backbone": {"name": "iresnet18", "embedding_dim": DIM, "options": {}}}
+    tree = configuration(tmp_path, tmp_path / "runs", **changes).model_dump()
+    run_ranks(1, _assert_not_resumed, tree, str(tmp_path / "out"))
+
+
+def _assert_not_resumed(tree: dict[str, Any], resume: str) -> None:
+    with pytest.raises(UsageError, match=r"holds a backbone without centers.*checkpoint_gpu_\*.pt"):
+        new_trainer(tree, resume)
+
+
+@pytest.mark.parametrize("layers", DEPTHS)
+def test_the_network_is_told_by_its_blocks(layers: int) -> None:
+    with torch.device("meta"):
+        square = build_backbone(f"iresnet{layers}", embedding_dim=512, image_size=(112, 112)).state_dict()
+        oblong = build_backbone(f"iresnet{layers}", embedding_dim=128, image_size=(112, 96)).state_dict()
+    found = find_network(Path("model.pt"), square)
+    assert (found.name, found.embedding_dim, found.image_size) == (f"iresnet{layers}", 512, (112, 112))
+    with pytest.raises(UsageError, match=r"fc takes 21504 features, .* --size HxW"):
+        find_network(Path("model.pt"), oblong)
+    assert find_network(Path("model.pt"), oblong, image_size=(112, 96)).embedding_dim == 128
+
+
+def test_momentum_follows_the_order_of_the_file(tmp_path: Path) -> None:
+    """Numbers of parameters are those of the network that wrote the file, however it declares its layers."""
+    files = small_files()
+    weights = files[0]["state_dict_backbone"]
+    names = [name for name in weights if not name.endswith(("mean", "var", "tracked"))]
+    files[0]["state_dict_backbone"] = {name: weights[name] for name in reversed(weights)}
+    states, count = files[0]["state_optimizer"]["state"], len(names)
+    turned = {count - 1 - number: state for number, state in states.items() if number < count}
+    files[0]["state_optimizer"]["state"] = turned | {count: states[count]}
+    assert convert(write(tmp_path / "in", files), tmp_path / "out").notes == []
+    momentum = read_all(tmp_path / "out")["backbone_optimizer/conv1.weight/momentum_buffer"]
+    assert (momentum == torch.tensor(1e-5)).all()
+
+
+def _without_state(content: dict[str, Any]) -> None:
+    for state in content["state_optimizer"]["state"].values():
+        state["momentum_buffer"] = None
+
+
+def _sampled_copy(content: dict[str, Any]) -> None:
+    states = content["state_optimizer"]["state"]
+    states[len(states)]["momentum_buffer"] = torch.ones(2, DIM)
+
+
+def _other_optimizer(content: dict[str, Any]) -> None:
+    content["state_optimizer"]["param_groups"] = [{"params": [0], "lr": 1.0, "alpha": 0.99}]
+
+
+@pytest.mark.parametrize(
+    ("change", "told", "backbone"),
+    [
+        (_without_state, ["no optimizer state of the backbone", "no optimizer state of the centers"], False),
+        (_sampled_copy, ["of the centers: momentum_buffer in checkpoint_gpu_0.pt is [2, 16] for [4, 16]"], True),
+        (_other_optimizer, ["state_optimizer is not SGD's or AdamW's"], False),
+        (lambda content: content.pop("state_optimizer"), ["state_optimizer is not SGD's or AdamW's"], False),
+    ],
+)
+def test_state_that_does_not_fit_is_left_out_and_told(
+    tmp_path: Path, change: Callable[[dict[str, Any]], Any], told: list[str], backbone: bool
+) -> None:
+    files = small_files()
+    for content in files.values():
+        change(content)
+    summary = convert(write(tmp_path / "in", files), tmp_path / "out")
+    assert len(summary.notes) == len(told)
+    for note, words in zip(summary.notes, told, strict=True):
+        assert words in note
+        assert note in str(summary)
+    tensors = read_all(tmp_path / "out")
+    assert torch.equal(tensors["head_optimizer/momentum"], torch.zeros(CLASSES, DIM)), "so that training can go on"
+    assert any(name.startswith("backbone_optimizer/") for name in tensors) == backbone
+
+
+class Scheduler:
+    """What a scheduler's state may hold: an object of somebody's class."""
+
+
+class Command:
+    """Runs a command when it is unpickled the usual way."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (self.command,)
+
+
+def test_objects_where_nobody_looks_are_not_loaded(tmp_path: Path) -> None:
+    files = small_files()
+    files[0]["state_lr_scheduler"] = {"anneal": Scheduler(), "rate": np.float64(0.1)}
+    (note,) = convert(write(tmp_path / "in", files), tmp_path / "out").notes
+    assert "Scheduler" in note
+    assert read_all(tmp_path / "out")["head/centers"].shape == (CLASSES, DIM)
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_no_command_in_a_file_is_run(tmp_path: Path, new_format: bool) -> None:
+    files = small_files()
+    files[0]["state_lr_scheduler"] = Command(f"touch {tmp_path / 'was-run'}")
+    write(tmp_path / "in", files)
+    torch.save(files[0], tmp_path / "in/checkpoint_gpu_0.pt", _use_new_zipfile_serialization=new_format)
+    with pytest.raises(UsageError, match=r"posix\.system\); no code in a pickle is run"):
+        convert(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "was-run").exists()
+
+
+def _set(rank: int, **values: Any) -> Callable[[Files], None]:
+    return lambda files: files[rank].update(values)
+
+
+def _weight(rank: int, name: str, value: Tensor | None) -> Callable[[Files], None]:
+    def change(files: Files) -> None:
+        weights = dict(files[rank]["state_dict_backbone"])
+        weights.pop(name, None)
+        files[rank]["state_dict_backbone"] = weights | ({} if value is None else {name: value})
+
+    return change
+
+
+def _rows(rank: int, *shape: int) -> Callable[[Files], None]:
+    return _set(rank, state_dict_softmax_fc={"weight": torch.zeros(shape)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda files: files.pop(1), "checkpoint_gpu_1.pt is missing, there are those of ranks up to 2"),
+        (lambda files: files.clear(), "holds neither checkpoint_gpu_0.pt nor model.pt"),
+        (_rows(1, 5, DIM), r"_1.pt holds 5 centers, expected 4 of 12 over 3 ranks"),
+        (_rows(2, 3, 8), r"_2.pt: state_dict_softmax_fc.weight is \[3, 8\], expected \[rows, 16\]"),
+        (_set(2, state_dict_softmax_fc={}), "_2.pt: state_dict_softmax_fc.weight is missing"),
+        (_set(2, state_dict_softmax_fc=None), "_2.pt: state_dict_softmax_fc is missing, expected a state_dict"),
+        (_set(1, global_step=9), "_1.pt is of step 9, .*_0.pt of step 7"),
+        (_set(0, global_step=None), "_0.pt: global_step is missing, expected a whole number"),
+        (_set(0, state_dict_backbone=Scheduler()), "state_dict_backbone is of type .*Scheduler, .* no code"),
+        (_weight(0, "conv1.weight", None), r"iresnet18 with images of 16×16: conv1.weight is missing$"),
+        (_weight(0, "bn1.scale", torch.zeros(1)), "bn1.scale is not one of its names$"),
+        (_weight(0, "conv1.weight", torch.zeros(64, 1, 3, 3)), r"is \[64, 1, 3, 3\], expected \[64, 3, 3, 3\]$"),
+        (_weight(0, "layer4.2.bn1.weight", torch.zeros(1)), "have 2, 2, 2, 3 blocks, .* --backbone NAME"),
+        (_weight(0, "fc.weight", None), "has no fc.weight"),
+    ],
+)
+def test_wrong_files_are_told_in_one_line(
+    tmp_path: Path, change: Callable[[Files], Any], message: str, source: Path
+) -> None:
+    files = small_files()
+    change(files)
+    write(tmp_path / "in", files)
+    with pytest.raises(UsageError, match=message) as caught:
+        convert(tmp_path / "in", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"], "nothing is left behind"
+
+
+def test_all_differences_are_counted(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"does not fit iresnet34.*layer1\.2\.bn1\.weight is missing \(and \d+ more\)"):
+        convert(source / "model.pt", tmp_path / "out", backbone="iresnet34")
+
+
+def test_what_is_no_source_is_told(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes((source / "model.pt").read_bytes()[:5000])
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    for path, message in (
+        (tmp_path / "lost.pt", "no such file"),
+        (tmp_path / "model.pt", "is damaged, or not a file that torch.save wrote"),
+        (tmp_path / "text.pt", "is damaged, or not a file that torch.save wrote"),
+        (tmp_path / "whole.pt", r"its content is of type torch.nn.modules.linear.Linear, expected a state_dict"),
+        (source / "checkpoint_gpu_1.pt", "is the checkpoint of one rank: give its folder"),
+    ):
+        with pytest.raises(UsageError, match=message) as caught:
+            convert(path, tmp_path / "out")
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_leaves_nothing_behind(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: Path, *_: Any) -> None:
+        (folder / "half").write_text("written")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(piecewise, "save", fail)
+    with pytest.raises(OSError, match="no space left"):
+        convert(source / "model.pt", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_output_is_never_overwritten(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("keep")
+    with pytest.raises(UsageError, match="exists already and is not empty"):
+        convert(source / "model.pt", out)
+    assert [path.name for path in out.iterdir()] == ["mine"]
+    (out / "mine").unlink()
+    convert(source / "model.pt", out)  # an empty directory is taken
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
