@@ -25,7 +25,7 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A plain table, the first column to the left, the others to the right; where no terminal is, as wide as need be."""
+    """A plain table, the first column to the left, the others to the right; without a terminal as wide as need be."""
     from rich.console import Console
     from rich.table import Table
 

@@ -15,6 +15,7 @@ the sums taken over the classes of the step's sample. An objective never sees th
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,14 +32,14 @@ _LARGEST_SCALE = 256.0  # exp(±2·scale) stays inside float64, in which the ran
 
 
 @dataclass(frozen=True)
-class Objective:
+class Objective(ABC):
     """Base of all objectives. ``target`` and ``negatives`` are float tensors [B]; so is what both methods return."""
 
     def intra(self, target: Tensor) -> Tensor:
         return torch.zeros_like(target)
 
-    def inter(self, target: Tensor, negatives: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def inter(self, target: Tensor, negatives: Tensor) -> Tensor: ...
 
     def __call__(self, target: Tensor, negatives: Tensor) -> Tensor:
         """Loss of each sample [B]."""
@@ -48,12 +49,12 @@ class Objective:
         """The objective of that step, for those that change as training goes on."""
         return self
 
+    @abstractmethod
     def kernel(self, batch: int, dim: int, rows: int, compute_dtype: torch.dtype, keep_bytes: int) -> NegativesKernel:
         """What reduces the negatives to the number that ``inter`` receives, for a step of B × D by K rows.
 
         It may keep up to ``keep_bytes`` between the forward pass and the row update, to save a product.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

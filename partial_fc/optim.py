@@ -6,6 +6,7 @@ weight decay too. They are ``torch.optim.Optimizer``s: LR schedulers, ``param_gr
 work on them.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from .kernels.blocked import block_rows
 from .row_gradient import RowGradient, merged
 
 
-class RowOptimizer(torch.optim.Optimizer):
+class RowOptimizer(torch.optim.Optimizer, ABC):
     """Base of the row optimizers: gathers the gradients of all backward passes, skips broken steps, walks the rows.
 
     A subclass names its state in ``_state_shapes`` and computes in ``_update``.
@@ -78,13 +79,13 @@ class RowOptimizer(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved)
 
+    @abstractmethod
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name → shape of the state of one row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
         """Steps rows [n, D] and their state [n, ...] in place; the gradient [n, D] may be overwritten."""
-        raise NotImplementedError
 
     def _scaling(self) -> tuple[Tensor, Tensor]:
         """What the gradients are to be multiplied with, and whether the step is to be skipped (bool)."""
@@ -167,7 +168,7 @@ class RowSGD(RowOptimizer):
             gradient.add_(weight, alpha=group["weight_decay"])
         if momentum:
             (velocity,) = state
-            velocity.mul_(momentum).add_(gradient)
+            torch.add(gradient, velocity, alpha=momentum, out=velocity)
             gradient = gradient.add_(velocity, alpha=momentum) if group["nesterov"] else velocity
         weight.sub_(gradient, alpha=group["lr"])
 

@@ -33,9 +33,9 @@ class StepGradient:
 
     Args:
         rows: the centers that the step used.
-        negatives: ∂loss/∂(normalised rows) over the negatives.
+        negatives: the negatives' part.
         places: the own classes' places among the K, int64 [M], in any order, as often as they occur.
-        own: ∂loss/∂(normalised row) by each of these, [M, D].
+        own: ∂loss/∂ŵ by each of these, [M, D].
     """
 
     def __init__(self, rows: SampledRows, negatives: UnitGradient, places: Tensor, own: Tensor) -> None:
@@ -43,7 +43,7 @@ class StepGradient:
         self.rows = rows
         self.negatives = negatives
         self.places, order = places.sort(stable=True)
-        self.own = own[order]
+        self.own = own[order] * rows.inverse[self.places]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -52,10 +52,9 @@ class StepGradient:
         gradient = self.negatives.block(start, stop, rows)
         first, last = torch.searchsorted(self.places, torch.tensor([start, stop], device=rows.device)).tolist()
         gradient.index_add_(0, self.places[first:last] - start, self.own[first:last])
-        # Through w ↦ ŵ: (g − (g·ŵ) ŵ)/‖w‖, without a normalised copy.
-        inverse = self.rows.inverse[start:stop]
+        # Through w ↦ ŵ: g' − (g'·ŵ) ŵ with g' = (∂loss/∂ŵ)/‖w‖, without a normalised copy.
         along = (gradient * rows).sum(dim=1, keepdim=True)
-        return gradient.mul_(inverse).addcmul_(rows, along * inverse.pow(3), value=-1.0)
+        return gradient.addcmul_(rows, along * self.rows.inverse[start:stop].square(), value=-1.0)
 
 
 class RowSum:

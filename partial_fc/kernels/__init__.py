@@ -15,10 +15,10 @@ from .rows import SampledRows
 
 
 class UnitGradient(Protocol):
-    """∂loss/∂(normalised rows) over the negatives, computed a block of rows at a time."""
+    """(∂loss/∂ŵ)/‖w‖ over the negatives, what the way through normalising asks for; by blocks of rows."""
 
     def block(self, start: int, stop: int, rows: Tensor) -> Tensor:
-        """Its part for the places [start, stop) of the K, [n, D]; ``rows``: the stored centers there, [n, D]."""
+        """Its part for the places [start, stop) of the K, [n, D], given the centers ``rows`` there [n, D]."""
         ...
 
 
@@ -41,7 +41,7 @@ class NegativesKernel(Protocol):
         ...
 
     def backward(self, total: Tensor, slope: Tensor) -> tuple[Tensor, UnitGradient]:
-        """∂loss/∂unit [B, D] by this rank's classes, and ∂loss/∂(normalised rows). May be called once.
+        """∂loss/∂unit [B, D] by this rank's classes, and what makes the rows' gradient. May be called once.
 
         Args:
             total: what ``finish`` returned, float64 [B].

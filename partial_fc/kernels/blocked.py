@@ -56,9 +56,8 @@ class LogSumExpBlocked:
             compute_block = block.to(self.compute_dtype)
             power = powers.make(start, stop, compute_block)
             total += power.sum(dim=0)
-            powers.keep(start, stop, power)
-            power.mul_(rows.inverse[start:stop])
-            weighted += power.to(self.compute_dtype).T @ compute_block
+            scaled = powers.scaled(start, stop, power)
+            weighted += scaled.T @ compute_block
         self.saved.keep(powers, weighted, total)
         return total
 
@@ -74,7 +73,10 @@ class LogSumExpBlocked:
 
 
 class _Powers:
-    """p = exp(scale·z) of the negatives, [K, B], by blocks; and ∂loss/∂(normalised rows) = p · (coefficient·unit)."""
+    """p = exp(scale·z) of the negatives, by blocks; and from it ∂loss/∂ŵ = p · (coefficient·unit).
+
+    What is kept is p/‖w‖ [K, B], which both products with it want.
+    """
 
     def __init__(self, kernel: LogSumExpBlocked, unit: Tensor, rows: SampledRows, columns: Tensor) -> None:
         self.kernel, self.unit, self.rows = kernel, unit, rows
@@ -89,7 +91,10 @@ class _Powers:
 
     def make(self, start: int, stop: int, compute_block: Tensor) -> Tensor:
         """p of the places [start, stop), [n, B], in the dtype of ``unit``; 0 for each sample's own class."""
-        power = (compute_block @ self.compute_unit).to(self.unit.dtype)
+        if self.kept is not None and self.kept.dtype == self.unit.dtype:  # made where it will be kept
+            power = torch.mm(compute_block, self.compute_unit, out=self.kept[start:stop])
+        else:
+            power = (compute_block @ self.compute_unit).to(self.unit.dtype)
         power.mul_(self.rows.inverse[start:stop] * self.kernel.scale)
         if self.kernel.ceiling is not None:
             power.masked_fill_(power > self.kernel.ceiling * self.kernel.scale, -torch.inf)
@@ -99,9 +104,12 @@ class _Powers:
             power[self.places[first:last] - start, self.samples[first:last]] = 0.0
         return power
 
-    def keep(self, start: int, stop: int, power: Tensor) -> None:
-        if self.kept is not None:
-            self.kept[start:stop] = power
+    def scaled(self, start: int, stop: int, power: Tensor) -> Tensor:
+        """p/‖w‖ in the products' dtype, from the p that ``make`` gave; kept where that fits."""
+        scaled = power.mul_(self.rows.inverse[start:stop]).to(self.kernel.compute_dtype)
+        if self.kept is not None and self.kept.dtype != self.unit.dtype:
+            self.kept[start:stop] = scaled
+        return scaled
 
     def weight_unit(self, coefficient: Tensor) -> None:
         """Sets coefficient·unit [B, D], with the coefficient float64 [B, 1]."""
@@ -110,7 +118,7 @@ class _Powers:
     def block(self, start: int, stop: int, rows: Tensor) -> Tensor:
         assert self.weighted_unit is not None
         if self.kept is not None:
-            power = self.kept[start:stop]
+            scaled = self.kept[start:stop]
         else:
-            power = self.make(start, stop, rows.to(self.kernel.compute_dtype)).to(self.kernel.compute_dtype)
-        return (power @ self.weighted_unit).to(rows.dtype)
+            scaled = self.scaled(start, stop, self.make(start, stop, rows.to(self.kernel.compute_dtype)))
+        return (scaled @ self.weighted_unit).to(rows.dtype)

@@ -27,18 +27,18 @@ class _CosinesKernel:
             place = columns.clamp_min(0)[:, None]
             here = (columns >= 0)[:, None]
             cosines.scatter_(1, place, torch.where(here, own, cosines.gather(1, place)))
-        self.saved.keep(cosines, compute_unit, compute_rows)
+        self.saved.keep(cosines, compute_unit, compute_rows, rows.inverse)
         return cosines
 
 
 class _Slopes:
-    """∂loss/∂(normalised rows) = slopesᵀ · unit, with slopes = ∂loss/∂z [B, K]."""
+    """∂loss/∂ŵ = slopesᵀ · unit, with slopes = ∂loss/∂z [B, K]."""
 
-    def __init__(self, slopes: Tensor, unit: Tensor, dtype: torch.dtype) -> None:
-        self.slopes, self.unit, self.dtype = slopes, unit, dtype
+    def __init__(self, slopes: Tensor, unit: Tensor, inverse: Tensor) -> None:
+        self.slopes, self.unit, self.inverse = slopes, unit, inverse
 
     def block(self, start: int, stop: int, rows: Tensor) -> Tensor:
-        return (self.slopes[:, start:stop].T @ self.unit).to(self.dtype)
+        return (self.slopes[:, start:stop].T @ self.unit).to(rows.dtype).mul_(self.inverse[start:stop])
 
 
 class LogSumExp(_CosinesKernel):
@@ -68,12 +68,12 @@ class LogSumExp(_CosinesKernel):
         return summed.log()
 
     def backward(self, total: Tensor, slope: Tensor) -> tuple[Tensor, _Slopes]:
-        cosines, unit, rows = self.saved.take()
+        cosines, unit, rows, inverse = self.saved.take()
         dtype = cosines.dtype
         shift = total.clamp_min(-1e4).to(dtype)[:, None]  # no negative at all: exp(−∞) stays 0
         slopes = cosines.mul_(self.scale).sub_(shift).exp_().mul_((slope * self.scale).to(dtype)[:, None])
         slopes = slopes.to(self.compute_dtype)
-        return (slopes @ rows).to(dtype), _Slopes(slopes, unit, dtype)
+        return (slopes @ rows).to(dtype), _Slopes(slopes, unit, inverse)
 
 
 class SumOfSquares(_CosinesKernel):
@@ -86,7 +86,7 @@ class SumOfSquares(_CosinesKernel):
         return summed
 
     def backward(self, total: Tensor, slope: Tensor) -> tuple[Tensor, _Slopes]:
-        cosines, unit, rows = self.saved.take()
+        cosines, unit, rows, inverse = self.saved.take()
         dtype = cosines.dtype
         slopes = cosines.mul_((2.0 * slope).to(dtype)[:, None]).to(self.compute_dtype)
-        return (slopes @ rows).to(dtype), _Slopes(slopes, unit, dtype)
+        return (slopes @ rows).to(dtype), _Slopes(slopes, unit, inverse)

@@ -58,7 +58,7 @@ class SumOfSquaresByGram:
 
 
 class _Moment:
-    """∂loss/∂(normalised rows) = Ŵ M, less each sample's part in its own class."""
+    """∂loss/∂ŵ = M ŵ, less each sample's part in its own class."""
 
     def __init__(self, moment: Tensor, inverse: Tensor, places: Tensor, own: Tensor) -> None:
         self.moment, self.inverse, self.places, self.own = moment, inverse, places, own
@@ -67,4 +67,5 @@ class _Moment:
         unit = (rows * self.inverse[start:stop]).to(self.moment.dtype)
         gradient = (unit @ self.moment).to(rows.dtype)
         inside = ((self.places >= start) & (self.places < stop)).nonzero()[:, 0]
-        return gradient.index_add_(0, self.places[inside] - start, self.own[inside])
+        gradient.index_add_(0, self.places[inside] - start, self.own[inside])
+        return gradient.mul_(self.inverse[start:stop])

@@ -4,10 +4,13 @@ import torch
 from torch import Tensor
 
 
+_SHORTEST = 1e-10  # times the largest p = e^64 its inverse still fits float32
+
+
 def inverse_norms(rows: Tensor) -> Tensor:
-    """1/‖row‖ of rows [N, D], [N, 1]; 0 for a row of zeros."""
+    """1/‖row‖ of rows [N, D], [N, 1]; 0 for a row shorter than 10⁻¹⁰, which counts as zero."""
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return torch.where(norms > torch.finfo(rows.dtype).tiny ** 0.5, norms.reciprocal(), 0.0)
+    return torch.where(norms > _SHORTEST, norms.reciprocal(), 0.0)
 
 
 def normalize(rows: Tensor) -> tuple[Tensor, Tensor]:

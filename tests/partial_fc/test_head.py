@@ -243,6 +243,18 @@ def test_an_embedding_of_zeros_has_a_defined_loss_and_no_gradient() -> None:
     assert torch.isfinite(dense_row_gradient(head)).all()
 
 
+@pytest.mark.parametrize("length", [0.0, 1e-30, 1e-12, 1e-9])
+def test_very_short_centers_have_finite_gradients(length: float) -> None:
+    head = PartialFC(10, 4, objective=objectives.Softmax(scale=64.0))
+    head.weight.data[3] = torch.tensor([length, 0, 0, 0])
+    embeddings = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1]], requires_grad=True)
+    loss = head(embeddings, torch.tensor([1, 3]))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(embeddings.grad).all()
+    assert torch.isfinite(dense_row_gradient(head)).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_embeddings_get_gradients_of_their_own_type(dtype: torch.dtype) -> None:
     head = PartialFC(10, 8, objective=objectives.CosFace())
