@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-
 _SHORTEST = 1e-10  # times the largest p = e^64 its inverse still fits float32
 
 
