@@ -43,8 +43,9 @@ class PartialFC(nn.Module):
     * in ``embeddings.grad`` W times the gradient of that mean by this rank's samples, W the number of ranks: after
       DistributedDataParallel has averaged over the ranks, the backbone's gradient is exactly that of the mean;
     * in ``head.row_gradients`` the gradient by the centers used, which a row optimizer (``pfc.partial_fc.RowSGD``)
-      makes block by block as it applies it. There is no dense gradient. Several backward passes add up, as everywhere
-      in torch: for the average of n micro-batches divide each loss by n.
+      makes block by block as it applies it, from the centers as they are then: nothing else may change them between
+      the forward pass and the optimizer's step. There is no dense gradient. Several backward passes add up, as
+      everywhere in torch: for the average of n micro-batches divide each loss by n.
 
     Args:
         num_classes: C, over all ranks.
@@ -172,11 +173,8 @@ class PartialFC(nn.Module):
         if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_dim or len(embeddings) == 0:
             raise ValueError(f"embeddings must be [b, {self.embedding_dim}] with b ≥ 1, found {list(embeddings.shape)}")
         if labels.shape != embeddings.shape[:1] or labels.dtype != torch.int64:
-            raise ValueError(
-                f"labels must be int64 [{len(embeddings)}], found {labels.dtype} {list(labels.shape)}".replace(
-                    "torch.", ""
-                )
-            )
+            found = str(labels.dtype).removeprefix("torch.")
+            raise ValueError(f"labels must be int64 [{len(embeddings)}], found {found} {list(labels.shape)}")
         return _HeadLoss.apply(embeddings, self.weight, labels, self)  # type: ignore[return-value]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
