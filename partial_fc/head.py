@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from .beside import SideStream
 from .centers import ClassShard, as_dtensor, initial_rows, read_rows, write_rows
 from .exchange import Exchange
 from .kernels.rows import SampledRows
@@ -23,12 +24,17 @@ class LastSample:
     """What the last step used on this rank.
 
     Attributes:
-        classes: global class ids, int64 [K], ascending.
+        sample: its classes.
         batch: places in the global batch that met the negatives, int64, ascending.
     """
 
-    classes: Tensor
+    sample: ClassSample
     batch: Tensor
+
+    @property
+    def classes(self) -> Tensor:
+        """Global class ids, int64 [K], ascending."""
+        return self.sample.classes
 
 
 class PartialFC(nn.Module):
@@ -104,7 +110,8 @@ class PartialFC(nn.Module):
         self.shard = ClassShard.of(num_classes, self.exchange.rank, self.exchange.world_size)
         rows = initial_rows(self.shard, embedding_dim, seed, center_dtype)
         self.weight = nn.Parameter(rows.to(device or torch.get_default_device()))
-        """This rank's centers [rows, D]. Its ``grad`` stays None: see ``row_gradients``."""
+        """This rank's centers [rows, D]. Its ``grad`` stays None: see ``row_gradients``. On a GPU, see too
+        ``wait_for_update``."""
         self.gradient_scale = nn.Parameter(torch.ones((), device=self.weight.device))
         """Its ``grad`` is the sum of what the losses were multiplied with before backward, NaN on every rank where a
         gradient of any rank is not finite. Row optimizers divide by what GradScaler makes of it."""
@@ -113,10 +120,12 @@ class PartialFC(nn.Module):
         self.row_gradients: list[RowGradient] = []
         self.accumulated_scale: Tensor | None = None
         self.last_sample: LastSample | None = None
+        self.beside: SideStream | None = None
 
     @property
     def centers(self) -> DTensor:
         """All centers, DTensor [C, D] with Shard(0); its local part is this rank's memory."""
+        self.wait_for_update()
         return as_dtensor(self.weight.detach(), self.num_classes, self.exchange)
 
     @property
@@ -151,7 +160,16 @@ class PartialFC(nn.Module):
         Raises:
             ValueError: a shape, or a row of the source, does not fit.
         """
+        self.wait_for_update()
         write_rows(self.weight, self.shard, source, classes)
+
+    def wait_for_update(self) -> None:
+        """On a GPU, where the rows are updated beside the backbone's backward pass, all that comes next waits for it.
+
+        The head does so itself wherever it reads or writes the centers. Who takes ``weight`` as it is must ask for it.
+        """
+        if self.beside is not None:
+            self.beside.join()
 
     def clear_gradients(self) -> None:
         """Forgets the gradients gathered so far; the row optimizer's ``zero_grad`` calls it."""
@@ -175,7 +193,7 @@ class PartialFC(nn.Module):
         if labels.shape != embeddings.shape[:1] or labels.dtype != torch.int64:
             found = str(labels.dtype).removeprefix("torch.")
             raise ValueError(f"labels must be int64 [{len(embeddings)}], found {found} {list(labels.shape)}")
-        return _HeadLoss.apply(embeddings, self.weight, labels, self)  # type: ignore[return-value]
+        return _HeadLoss.apply(embeddings, self.weight, labels, self, torch.is_grad_enabled())  # type: ignore[return-value]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[prefix + "centers"] = self.centers
@@ -190,6 +208,7 @@ class PartialFC(nn.Module):
         unexpected.extend(sorted(there - names))
         if not names <= there:
             return
+        self.wait_for_update()
         try:
             read_rows(self.weight, self.shard, state_dict[prefix + "centers"])
         except ValueError as error:
@@ -202,13 +221,14 @@ class PartialFC(nn.Module):
             f"{self.sample_rate}, batch_rate={self.batch_rate}, rows {self.shard.start}–{self.shard.stop} here"
         )
 
-    def _sample(self, labels: Tensor) -> tuple[ClassSample, Tensor | None]:
+    def _sample(self, labels: Tensor, *, fixed: bool) -> tuple[ClassSample, Tensor | None]:
         """The classes and the part of the batch [B'] (None for all) of this step."""
         class_rate, batch_rate = (self.sample_rate, self.batch_rate) if self.training else (1.0, 1.0)
-        classes = sample_classes(labels, self.shard, rate=class_rate, seed=self.seed, step=self.steps)
-        batch = sample_batch(len(labels), rate=batch_rate, seed=self.seed, step=self.steps, device=labels.device)
-        everyone = torch.arange(len(labels), device=labels.device)
-        self.last_sample = LastSample(classes.classes, everyone if batch is None else batch)
+        seed, step = self.seed, self.steps
+        classes = sample_classes(labels, self.shard, rate=class_rate, seed=seed, step=step, fixed=fixed)
+        size, device = len(labels), labels.device
+        batch = sample_batch(size, rate=batch_rate, seed=seed, step=step, device=device, fixed=fixed)
+        self.last_sample = LastSample(classes, torch.arange(size, device=device) if batch is None else batch)
         return classes, batch
 
     def _check_labels(self, labels: Tensor) -> None:
@@ -235,25 +255,31 @@ class _HeadLoss(torch.autograd.Function):
     """One step of the head, in seven parts."""
 
     @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, weight: Tensor, labels: Tensor, head: PartialFC) -> Tensor:
+    def forward(
+        ctx: Any, embeddings: Tensor, weight: Tensor, labels: Tensor, head: PartialFC, backward: bool
+    ) -> Tensor:
         objective = head.objective.at(head.steps)
+        head.wait_for_update()
         # ① the global batch
         batch, labels = head.exchange.gather_batch(embeddings.detach(), labels)
         head._check_labels(labels)
         unit, inverse = normalize(batch.to(weight.dtype))  # [B, D], [B, 1]
         # ② the sample
-        sample, part = head._sample(labels)
+        fused = objective.fused_kernel(weight, head.compute_dtype, head.keep_bytes)
+        sample, part = head._sample(labels, fixed=fused is not None)
         rows = SampledRows(weight.detach(), sample.rows)
         everyone = slice(None) if part is None else part
         # ③ two numbers per sample
         size = len(unit[everyone])
-        kernel = objective.kernel(size, head.embedding_dim, len(rows), head.compute_dtype, head.keep_bytes)
-        own = (sample.columns >= 0).nonzero()[:, 0]  # samples whose class is here
-        places = sample.columns[own]
-        own_rows, _ = normalize(rows.at(places))
+        kernel = fused or objective.kernel(size, head.embedding_dim, len(rows), head.compute_dtype, head.keep_bytes)
+        here = (sample.columns >= 0)[:, None]  # [B, 1], whether the sample's class is
+        own_rows = torch.zeros_like(unit)
+        if len(rows):
+            own_rows = torch.where(here, normalize(rows.at(sample.columns.clamp_min(0)))[0], 0.0)
         numbers = torch.zeros(2, len(labels), dtype=torch.float64, device=weight.device)
-        numbers[0, own] = (unit[own].double() * own_rows.double()).sum(dim=1)
-        numbers[1, everyone] = kernel.forward(unit[everyone], rows, sample.columns[everyone])
+        numbers[0] = (unit.double() * own_rows.double()).sum(dim=1)
+        columns = sample.columns[everyone]
+        numbers[1, everyone] = kernel.forward(unit[everyone], rows, columns, backward=backward)
         # ④ … of all ranks
         target, negatives = head.exchange.sum(numbers)
         negatives = kernel.finish(negatives[everyone])
@@ -266,30 +292,41 @@ class _HeadLoss(torch.autograd.Function):
         if head.training:
             head.steps += 1
         ctx.head, ctx.kernel, ctx.rows, ctx.everyone = head, kernel, rows, everyone
+        ctx.kernel_is_fused = fused is not None
         ctx.embedding_dtype = embeddings.dtype
         ctx.negatives = negatives.detach(), negatives_slope
-        ctx.save_for_backward(unit, inverse, own, places, own_rows, target_slope)
+        ctx.save_for_backward(unit, inverse, sample.columns, own_rows, target_slope)
         return loss.detach().to(weight.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         head: PartialFC = ctx.head
-        unit, inverse, own, places, own_rows, target_slope = ctx.saved_tensors
+        unit, inverse, columns, own_rows, target_slope = ctx.saved_tensors
         negatives, negatives_slope = ctx.negatives
         part_grad, unit_rows_grad = ctx.kernel.backward(negatives, negatives_slope * grad.double())
-        own_slope = (target_slope[own] * grad.double()).to(unit.dtype)[:, None]  # [own, 1]
+        own_slope = (target_slope * grad.double()).to(unit.dtype)[:, None]  # [B, 1]
         # ⑥ ∂loss/∂embeddings, of all ranks' classes, to each rank its own samples
         unit_grad = torch.zeros_like(unit)  # [B, D]
         unit_grad[ctx.everyone] = part_grad
-        unit_grad.index_add_(0, own, own_slope * own_rows)
+        unit_grad += own_slope * own_rows
         mine_grad, broken = head.exchange.sum_and_scatter(unit_grad, ~torch.isfinite(grad))
         size = len(mine_grad)
         mine = slice(head.exchange.rank * size, (head.exchange.rank + 1) * size)
         embedding_grad = normalize_backward(mine_grad, unit[mine], inverse[mine]) * head.exchange.world_size
         # ⑦ ∂loss/∂rows, when the row optimizer asks for them
-        gradient = StepGradient(ctx.rows, unit_rows_grad, places, own_slope * unit[own])
+        own = own_slope * unit
+        if ctx.kernel_is_fused:
+            from .fused_gradient import FusedGradient
+
+            gradient = FusedGradient(unit_rows_grad, columns, own)
+        else:
+            here = (columns >= 0).nonzero()[:, 0]
+            gradient = StepGradient(ctx.rows, unit_rows_grad, columns[here], own[here])
         _accumulate(head, gradient, torch.where(broken > 0, torch.nan, grad))
-        return embedding_grad.to(ctx.embedding_dtype), None, None, None
+        if unit.device.type == "cuda" and head.gradient_scale.grad is not None:
+            head.beside = head.beside or SideStream(unit.device)
+            head.beside.mark(head.gradient_scale.grad)
+        return embedding_grad.to(ctx.embedding_dtype), None, None, None, None
 
 
 def _accumulate(head: PartialFC, gradient: RowGradient, scale: Tensor) -> None:

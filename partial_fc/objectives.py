@@ -17,16 +17,19 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .functions import angle, psi, softplus
-from .kernels import NegativesKernel
+from .kernels import NegativesKernel, device
 from .kernels.blocked import MAX_SCALE, LogSumExpBlocked
 from .kernels.cosines import LogSumExp, SumOfSquares
 from .kernels.gram import SumOfSquaresByGram, pays
+
+if TYPE_CHECKING:
+    from .kernels.fused import LogSumExpFused
 
 _LARGEST_SCALE = 256.0  # exp(±2·scale) stays inside float64, in which the ranks add their sums
 
@@ -56,6 +59,10 @@ class Objective(ABC):
         It may keep up to ``keep_bytes`` between the forward pass and the row update, to save a product.
         """
 
+    def fused_kernel(self, weight: Tensor, compute_dtype: torch.dtype, keep_bytes: int) -> "LogSumExpFused | None":
+        """The same for the centers ``weight`` [rows, D] on a GPU, made to ask nothing of the host; None for none."""
+        return None
+
 
 @dataclass(frozen=True)
 class LogSumExpObjective(Objective):
@@ -79,6 +86,13 @@ class LogSumExpObjective(Objective):
         if self.scale <= MAX_SCALE:
             return LogSumExpBlocked(compute_dtype, self.scale, self.filter, keep_bytes)
         return LogSumExp(compute_dtype, self.scale, self.filter)
+
+    def fused_kernel(self, weight: Tensor, compute_dtype: torch.dtype, keep_bytes: int) -> "LogSumExpFused | None":
+        if not device.fits(weight, compute_dtype, self.scale):
+            return None
+        from .kernels.fused import LogSumExpFused  # which needs Triton
+
+        return LogSumExpFused(compute_dtype, self.scale, self.filter, keep_bytes)
 
 
 @dataclass(frozen=True)

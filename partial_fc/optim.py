@@ -16,17 +16,18 @@ from torch.distributed.tensor import DTensor
 
 from .centers import as_dtensor, read_rows
 from .head import PartialFC
-from .kernels.blocked import block_rows
+from .kernels.native import RowStep
 from .row_gradient import RowGradient, merged
+from .row_update import apply
 
 
 class RowOptimizer(torch.optim.Optimizer, ABC):
     """Base of the row optimizers: gathers the gradients of all backward passes, skips broken steps, walks the rows.
 
-    A subclass names its state in ``_state_shapes`` and computes in ``_update``.
+    A subclass names its state in ``_state_shapes`` and computes in ``update``.
 
     A step whose gradient is not finite on some rank, or whose GradScaler found an infinity, changes nothing on any
-    rank and is counted in ``skipped_steps`` (an int64 tensor [] on the head's device).
+    rank and is counted in ``skipped_steps``.
 
     Args:
         head: whose centers are optimised.
@@ -38,7 +39,13 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def __init__(self, head: PartialFC, defaults: dict[str, Any]) -> None:
         super().__init__([head.weight, head.gradient_scale], defaults)
         self.head = head
-        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=head.weight.device)
+        self._skipped = torch.zeros((), dtype=torch.int64, device=head.weight.device)
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps were skipped, int64 [] on the head's device."""
+        self.head.wait_for_update()
+        return self._skipped
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.head.clear_gradients()
@@ -52,18 +59,30 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         gradients = self.head.row_gradients
         if not gradients:
             return loss
-        factor, broken = self._scaling()
-        self.skipped_steps += broken
-        if broken.device.type == "cpu" and broken:
+        beside = self.head.beside
+        if beside is None:
+            self._step(gradients)
             return loss
-        self._apply(merged(gradients, self.head.weight.data), factor, broken)
+        late = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)  # GradScaler's, of all gradients
+        in_use = (*gradients, self.head.accumulated_scale, *late)
+        with beside.running(self.head.gradient_scale.grad, in_use, late=any(one is not None for one in late)):
+            self._step(gradients)
         return loss
+
+    def _step(self, gradients: list[RowGradient]) -> None:
+        factor, broken = self._scaling()
+        self._skipped += broken
+        if broken.device.type == "cpu" and broken:
+            return
+        tensors = [self.head.weight.data, *self._row_state().values()]
+        apply(merged(gradients, tensors[0]), tensors, self, factor, broken)
 
     def state_dict(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """``state``: name → DTensor [C, ...] with Shard(0); ``param_groups``: the hyper-parameters.
 
         Every state is there from the start, so that a checkpoint can be read into a fresh optimizer.
         """
+        self.head.wait_for_update()
         state = {name: self._as_dtensor(local) for name, local in self._row_state().items()}
         groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
         return {"state": state, "param_groups": groups}
@@ -71,6 +90,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Takes what ``state_dict`` gave, its states as DTensors of this layout or as full tensors [C, ...]."""
+        self.head.wait_for_update()
         local_state, shard = self._row_state(), self.head.shard
         if state_dict["state"].keys() != local_state.keys():
             raise ValueError(f"state has {sorted(state_dict['state'])}, this optimizer needs {sorted(local_state)}")
@@ -83,9 +103,16 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name → shape of the state of one row."""
 
+    compiled = False
+    """Whether there is a compiled pass over the rows too, ``update_compiled``."""
+
     @abstractmethod
-    def _update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
+    def update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
         """Steps rows [n, D] and their state [n, ...] in place; the gradient [n, D] may be overwritten."""
+
+    def update_compiled(self, rows: RowStep, weight: Tensor, state: list[Tensor]) -> None:
+        """The same for some rows of the whole shard's matrix [N, D] and its state [N, ...], in one pass on a CPU."""
+        raise NotImplementedError
 
     def _scaling(self) -> tuple[Tensor, Tensor]:
         """What the gradients are to be multiplied with, and whether the step is to be skipped (bool)."""
@@ -101,30 +128,6 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         if found_inf is not None:
             broken = broken | (torch.as_tensor(found_inf, device=broken.device) > 0)
         return factor, broken
-
-    def _apply(self, gradient: RowGradient, factor: Tensor, broken: Tensor) -> None:
-        tensors = [self.head.weight.data, *self._row_state().values()]
-        on_cpu = broken.device.type == "cpu"
-        size = block_rows(self.head.weight)
-        for start in range(0, len(gradient), size):
-            stop = min(start + size, len(gradient))
-            place = slice(start, stop) if gradient.index is None else gradient.index[start:stop]
-            weight, *state = [
-                tensor[place] if isinstance(place, slice) else tensor.index_select(0, place) for tensor in tensors
-            ]
-            values = gradient.block(start, stop, weight)
-            if not on_cpu or factor != 1:
-                values.mul_(factor)
-            if on_cpu:
-                self._update(weight, values, state)  # in place, where these are views
-                if isinstance(place, Tensor):
-                    for tensor, after in zip(tensors, [weight, *state], strict=True):
-                        tensor.index_copy_(0, place, after)
-            else:  # whether the step is broken is known to the device alone
-                before = [weight.clone(), *(one.clone() for one in state)]
-                self._update(weight, values, state)
-                for tensor, old, after in zip(tensors, before, [weight, *state], strict=True):
-                    tensor[place] = torch.where(broken, old, after)
 
     def _row_state(self) -> dict[str, Tensor]:
         weight = self.head.weight
@@ -161,7 +164,7 @@ class RowSGD(RowOptimizer):
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"momentum": (self.head.embedding_dim,)} if self.param_groups[0]["momentum"] else {}
 
-    def _update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
+    def update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
         group = self.param_groups[0]
         momentum = group["momentum"]
         if group["weight_decay"]:
@@ -171,6 +174,19 @@ class RowSGD(RowOptimizer):
             torch.add(gradient, velocity, alpha=momentum, out=velocity)
             gradient = gradient.add_(velocity, alpha=momentum) if group["nesterov"] else velocity
         weight.sub_(gradient, alpha=group["lr"])
+
+    compiled = True
+
+    def update_compiled(self, rows: RowStep, weight: Tensor, state: list[Tensor]) -> None:
+        group = self.param_groups[0]
+        rows.sgd(
+            weight,
+            state[0] if state else None,
+            lr=group["lr"],
+            momentum=group["momentum"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+        )
 
 
 class RowAdamW(RowOptimizer):
@@ -200,7 +216,7 @@ class RowAdamW(RowOptimizer):
         dim = self.head.embedding_dim
         return {"first_moment": (dim,), "second_moment": (dim,), "steps": (1,)}
 
-    def _update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
+    def update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
         group = self.param_groups[0]
         first, second, steps = state
         beta1, beta2 = group["betas"]
@@ -212,6 +228,21 @@ class RowAdamW(RowOptimizer):
         denominator = second.sqrt().div_(root).add_(group["eps"])
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         weight.sub_(first / denominator * size.to(weight.dtype))
+
+    compiled = True
+
+    def update_compiled(self, rows: RowStep, weight: Tensor, state: list[Tensor]) -> None:
+        group = self.param_groups[0]
+        first, second, steps = state
+        rows.adamw(
+            weight,
+            (first, second),
+            steps,
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
 
 
 class RowAdagrad(RowOptimizer):
@@ -234,13 +265,19 @@ class RowAdagrad(RowOptimizer):
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"sum": (1,)}
 
-    def _update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
+    def update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
         group = self.param_groups[0]
         if group["weight_decay"]:
             gradient.add_(weight, alpha=group["weight_decay"])
         (total,) = state
         total += gradient.square().mean(dim=1, keepdim=True)
         weight.sub_(gradient.div_(total.sqrt().add_(group["eps"])), alpha=group["lr"])
+
+    compiled = True
+
+    def update_compiled(self, rows: RowStep, weight: Tensor, state: list[Tensor]) -> None:
+        group = self.param_groups[0]
+        rows.adagrad(weight, state[0], lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"])
 
 
 def _check(**values: float) -> None:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-_ROUNDS = 8  # up to 4 let some pairs of a small block meet measurably more often than others; the rest is margin
-_FEWEST_BITS = 5  # below, a Feistel network is measurably uneven
+ROUNDS = 8  # up to 4 let some pairs of a small block meet measurably more often than others; the rest is margin
+FEWEST_BITS = 5  # below, a Feistel network is measurably uneven
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 
@@ -20,7 +20,7 @@ def permute(places: Tensor, size: int, key: Tensor) -> Tensor:
         size: ≥ 1.
         key: int64, broadcast against ``places``; 32 bits of it count.
     """
-    bits = max(_FEWEST_BITS, (size - 1).bit_length())
+    bits = max(FEWEST_BITS, (size - 1).bit_length())
     places = _feistel(places, bits, key)
     if size == 1 << bits:
         return places
@@ -33,7 +33,7 @@ def _feistel(values: Tensor, bits: int, key: Tensor) -> Tensor:
     low_bits = bits // 2
     high_bits = bits - low_bits
     high, low = values >> low_bits, values & ((1 << low_bits) - 1)
-    for index in range(_ROUNDS):
+    for index in range(ROUNDS):
         # The halves change sides by turns, so each is changed by the other; both stay as wide as they are.
         if index % 2 == 0:
             high = high ^ (mix(low + mix(key + 2 * index + 1)) & ((1 << high_bits) - 1))

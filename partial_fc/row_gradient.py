@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .kernels import UnitGradient
-from .kernels.rows import SampledRows
+from .kernels.rows import OwnClasses, SampledRows
 
 
 class RowGradient(Protocol):
@@ -15,16 +15,26 @@ class RowGradient(Protocol):
 
     Attributes:
         index: places of the rows in the shard, int64 [K], ascending, each once; None for all of them.
+        inverse: inverse norms of the rows, [K, 1], where ``raw_block`` is (∂loss/∂ŵ)/‖w‖ and the way through
+            normalising is still to be gone; None where it is ∂loss/∂rows already.
+        needs_rows: whether ``raw_block`` wants the centers.
     """
 
-    index: Tensor | None
+    @property
+    def index(self) -> Tensor | None: ...
+
+    @property
+    def inverse(self) -> Tensor | None: ...
+
+    @property
+    def needs_rows(self) -> bool: ...
 
     def __len__(self) -> int:
         """K."""
         ...
 
-    def block(self, start: int, stop: int, rows: Tensor) -> Tensor:
-        """∂loss/∂rows for the places [start, stop) of the K, [n, D], given the centers ``rows`` there [n, D]."""
+    def raw_block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:
+        """What ``inverse`` says, for the places [start, stop) of the K: [n, D], to be changed until the next call."""
         ...
 
 
@@ -40,25 +50,28 @@ class StepGradient:
 
     def __init__(self, rows: SampledRows, negatives: UnitGradient, places: Tensor, own: Tensor) -> None:
         self.index = rows.index
-        self.rows = rows
+        self.inverse = rows.inverse
+        self.needs_rows = negatives.needs_rows
         self.negatives = negatives
-        self.places, order = places.sort(stable=True)
-        self.own = own[order] * rows.inverse[self.places]
+        self.own_classes = OwnClasses(places)
+        self.own = own[self.own_classes.order] * rows.inverse[self.own_classes.places]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.inverse)
 
-    def block(self, start: int, stop: int, rows: Tensor) -> Tensor:
+    def raw_block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:
         gradient = self.negatives.block(start, stop, rows)
-        first, last = torch.searchsorted(self.places, torch.tensor([start, stop], device=rows.device)).tolist()
-        gradient.index_add_(0, self.places[first:last] - start, self.own[first:last])
-        # Through w ↦ ŵ: g' − (g'·ŵ) ŵ with g' = (∂loss/∂ŵ)/‖w‖, without a normalised copy.
-        along = (gradient * rows).sum(dim=1, keepdim=True)
-        return gradient.addcmul_(rows, along * self.rows.inverse[start:stop].square(), value=-1.0)
+        inside = self.own_classes.within(start, stop)
+        if inside is not None:
+            gradient.index_add_(0, self.own_classes.places[inside] - start, self.own[inside])
+        return gradient
 
 
 class RowSum:
     """Gradients that stand in memory: [K, D] of the rows ``index`` [K], or of all rows where that is None."""
+
+    inverse = None
+    needs_rows = False
 
     def __init__(self, index: Tensor | None, values: Tensor) -> None:
         self.index = index
@@ -67,8 +80,15 @@ class RowSum:
     def __len__(self) -> int:
         return len(self.values)
 
-    def block(self, start: int, stop: int, rows: Tensor) -> Tensor:
+    def raw_block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:
         return self.values[start:stop].clone()
+
+
+def project(values: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
+    """From (∂loss/∂ŵ)/‖w‖ [n, D] to ∂loss/∂w, in place, for the rows w [n, D] with their inverse norms [n, 1]."""
+    # Through w ↦ ŵ: g' − (g'·ŵ) ŵ with g' = (∂loss/∂ŵ)/‖w‖, without a normalised copy.
+    along = (values * rows).sum(dim=1, keepdim=True)
+    return values.addcmul_(rows, along * inverse.square(), value=-1.0)
 
 
 def merged(gradients: Sequence[RowGradient], weight: Tensor) -> RowGradient:
@@ -92,4 +112,6 @@ def merged(gradients: Sequence[RowGradient], weight: Tensor) -> RowGradient:
 
 def materialized(gradient: RowGradient, weight: Tensor) -> Tensor:
     """All of ∂loss/∂rows at once, [K, D], for the shard's centers ``weight`` [rows, D]."""
-    return gradient.block(0, len(gradient), weight if gradient.index is None else weight[gradient.index])
+    rows = weight if gradient.index is None else weight[gradient.index]
+    values = gradient.raw_block(0, len(gradient), rows)
+    return values if gradient.inverse is None else project(values, rows, gradient.inverse)

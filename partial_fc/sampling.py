@@ -8,6 +8,7 @@ sample, O(K). See docs/sampling.md.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from .permutation import hash64, mix, permute
 
 _BLOCK_BITS = 12
 _BLOCK = 1 << _BLOCK_BITS
+_MASK32 = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -24,18 +26,28 @@ class ClassSample:
     """The classes that this rank uses in one step.
 
     Attributes:
-        rows: their places in this rank's shard, int64 [K], ascending; None when they are all of the shard's rows.
-        classes: their global ids, int64 [K], ascending.
+        shard: the classes that this rank stores.
+        rows: their places in the shard, int64 [K], ascending, each once; None when they are all of the shard's rows.
+            Of a sample with fixed shapes in any order, with −1 here and there, which is no row.
         columns: for each sample of the global batch the place of its class among ``rows``, int64 [B]; −1 where the
             class lives on another rank.
     """
 
+    shard: ClassShard
     rows: Tensor | None
-    classes: Tensor
     columns: Tensor
 
+    @cached_property
+    def classes(self) -> Tensor:
+        """Their global ids, int64 [K], ascending; made when somebody asks."""
+        if self.rows is None:
+            return torch.arange(self.shard.start, self.shard.stop, device=self.columns.device)
+        return self.rows[self.rows >= 0].sort().values + self.shard.start
 
-def sample_classes(labels: Tensor, shard: ClassShard, *, rate: float, seed: int, step: int) -> ClassSample:
+
+def sample_classes(
+    labels: Tensor, shard: ClassShard, *, rate: float, seed: int, step: int, fixed: bool = False
+) -> ClassSample:
     """The classes of one step on one shard: a random share ``rate`` of them, and the batch's own.
 
     Every class is equally likely to be among the random ones, with probability exactly ``rate``, without replacement;
@@ -47,53 +59,125 @@ def sample_classes(labels: Tensor, shard: ClassShard, *, rate: float, seed: int,
         rate: in (0, 1]; 1 takes every class.
         seed: of the run.
         step: any integer; another step, another sample.
+        fixed: whether shapes must follow from all but the labels, for a GPU: the same classes, with padding.
     """
-    if rate >= 1.0:
-        rows, classes = None, torch.arange(shard.start, shard.stop, device=labels.device)
-        place = labels - shard.start
-    else:
-        negatives = _random_classes(shard, rate, seed, step, labels.device)
-        own = labels[(labels >= shard.start) & (labels < shard.stop)]
-        classes = torch.unique(torch.cat([negatives, own]))
-        rows = classes - shard.start
-        place = torch.searchsorted(classes, labels)
     mine = (labels >= shard.start) & (labels < shard.stop)
-    return ClassSample(rows, classes, torch.where(mine, place, -1))
+    if rate >= 1.0:
+        return ClassSample(shard, None, torch.where(mine, labels - shard.start, -1))
+    if fixed and shard.rows:
+        return _fixed_sample(labels, mine, shard, _Draw.of(shard, rate, seed, step))
+    negatives = _random_classes(shard, rate, seed, step, labels.device)
+    classes = torch.unique(torch.cat([negatives, labels[mine]]))
+    return ClassSample(shard, classes - shard.start, torch.where(mine, torch.searchsorted(classes, labels), -1))
 
 
-def sample_batch(size: int, *, rate: float, seed: int, step: int, device: torch.device) -> Tensor | None:
+def sample_batch(
+    size: int, *, rate: float, seed: int, step: int, device: torch.device, fixed: bool = False
+) -> Tensor | None:
     """The part of the global batch that meets the negatives (D-Softmax-B): ⌈rate·size⌉ places, int64, ascending.
 
-    None stands for the whole batch.
+    None stands for the whole batch. ``fixed`` as in ``sample_classes``.
     """
     if rate >= 1.0:
         return None
     count = _share(rate, size)
-    key = hash64(hash64(seed, 1), step)
-    places = permute(torch.arange(count, device=device), size, torch.tensor(key & 0xFFFFFFFF, device=device))
+    key = hash64(hash64(seed, 1), step) & _MASK32
+    if fixed:
+        from .kernels.draw import permuted
+
+        return permuted(count, size, key, device).sort().values
+    places = permute(torch.arange(count, device=device), size, torch.tensor(key, device=device))
     return places.sort().values
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """How many random classes each block of a shard gives in a step.
+
+    Block by block ⌊rate·end + u⌋ − ⌊rate·start + u⌋ ids with one random u per step: on average exactly rate times the
+    block, so that no class is favoured by rounding, and in all blocks together rate·C to within one.
+
+    Attributes:
+        key: of the step, 32 bits.
+        first: the shard's first block; last: its last.
+        most: no block gives more.
+        total: what the blocks give together.
+    """
+
+    rate: float
+    u: float
+    key: int
+    first: int
+    last: int
+    most: int
+    total: int
+    num_classes: int
+
+    @classmethod
+    def of(cls, shard: ClassShard, rate: float, seed: int, step: int) -> "_Draw":
+        key = hash64(hash64(seed, 0), step)
+        first, last = shard.start >> _BLOCK_BITS, (shard.stop - 1) >> _BLOCK_BITS
+        u = (hash64(key, 0) >> 11) / (1 << 53)
+        start, stop = first << _BLOCK_BITS, min((last + 1) << _BLOCK_BITS, shard.num_classes)
+        total = math.floor(rate * stop + u) - math.floor(rate * start + u)
+        most = min(_share(rate, _BLOCK) + 1, _BLOCK)  # one more for u
+        return cls(rate, u, key & _MASK32, first, last, most, total, shard.num_classes)
+
+    def bounds(self, device: torch.device) -> Tensor:
+        """⌊rate·edge + u⌋ at the blocks' edges, int64 [blocks + 1]."""
+        edges = torch.arange(self.first, self.last + 2, device=device) << _BLOCK_BITS
+        return torch.floor(self.rate * edges.clamp_max(self.num_classes).double() + self.u).long()
 
 
 def _random_classes(shard: ClassShard, rate: float, seed: int, step: int, device: torch.device) -> Tensor:
     """Global ids of the random classes that fall into the shard, int64, in no particular order."""
     if shard.rows == 0:
         return torch.empty(0, dtype=torch.int64, device=device)
-    key = hash64(hash64(seed, 0), step)
-    first, last = shard.start >> _BLOCK_BITS, (shard.stop - 1) >> _BLOCK_BITS
-    starts = torch.arange(first, last + 1, device=device) << _BLOCK_BITS
-    ends = (starts + _BLOCK).clamp_max(shard.num_classes)
-    # Block by block ⌊rate·end + u⌋ − ⌊rate·start + u⌋ ids with one random u per step: on average exactly rate times
-    # the block, so that no class is favoured by rounding, and in all blocks together rate·C to within one.
-    u = (hash64(key, 0) >> 11) / (1 << 53)
-    counts = torch.floor(rate * ends.double() + u).long() - torch.floor(rate * starts.double() + u).long()
-    keys = mix((starts >> _BLOCK_BITS) + (key & 0xFFFFFFFF))
-    place = torch.arange(min(_share(rate, _BLOCK) + 1, _BLOCK), device=device)  # one more for u
+    draw = _Draw.of(shard, rate, seed, step)
+    blocks = torch.arange(draw.first, draw.last + 1, device=device)
+    starts = blocks << _BLOCK_BITS
+    counts = draw.bounds(device).diff()
+    keys = mix(blocks + draw.key)
+    place = torch.arange(draw.most, device=device)
     grid = starts[:, None] + permute(place.expand(len(starts), -1), _BLOCK, keys[:, None])
-    size = shard.num_classes - (last << _BLOCK_BITS)
+    size = shard.num_classes - (draw.last << _BLOCK_BITS)
     if size < _BLOCK:  # the last block of all is shorter and has a permutation of its own
         grid[-1, :size] = starts[-1] + permute(place[:size], size, keys[-1])
     chosen = (place < counts[:, None]) & (grid >= shard.start) & (grid < shard.stop)
     return grid[chosen]
+
+
+def _fixed_sample(labels: Tensor, mine: Tensor, shard: ClassShard, draw: _Draw) -> ClassSample:
+    """The same classes in a shape that the step and the shard alone decide.
+
+    First stand the ids that the shard's blocks give, −1 for those of another shard's part of a block; then one place
+    for each of the batch, −1 where its class is another rank's, or stands before.
+    """
+    from .kernels.draw import draw as draw_classes
+
+    size = len(labels)
+    rows = labels.new_empty(draw.total + size)
+    bounds = draw.bounds(labels.device)
+    found = draw_classes(
+        rows,
+        labels,
+        bounds - bounds[0],
+        first_block=draw.first,
+        block_bits=_BLOCK_BITS,
+        most=draw.most,
+        shard=(shard.start, shard.stop),
+        num_classes=shard.num_classes,
+        key=draw.key,
+    )
+    # Of equal labels the first in the batch has the place.
+    ascending, order = labels.sort(stable=True)
+    first = torch.empty_like(order)
+    first[order] = order[torch.searchsorted(ascending, ascending)]
+    here = torch.arange(size, device=labels.device)
+    joins = mine & (found < 0)
+    rows[draw.total :] = torch.where(joins & (first == here), labels - shard.start, -1)
+    columns = torch.where(joins, draw.total + first, found)  # of another rank's class nothing is found: −1
+    return ClassSample(shard, rows, columns)
 
 
 def _share(rate: float, size: int) -> int:

@@ -18,14 +18,22 @@ ROOMS = ("partial_fc", "data", "engine", "launch")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, so that the checkout stays as it is and an older build cannot slip in."""
     folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "checkout"
-    for room in ROOMS:
-        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source), cwd=folder)
+    checkout(folder / "checkout")
+    build(folder / "checkout", folder)
     (built,) = folder.glob("*.whl")
     return built
+
+
+def checkout(folder: Path) -> None:
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+
+
+def build(source: Path, out: Path, **variables: str) -> None:
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    run(*command, cwd=out, **variables)
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +49,9 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin"
 
 
-def run(*command: str, cwd: Path) -> str:
+def run(*command: str, cwd: Path, **more: str) -> str:
     """Its stdout; fails with its stderr. Nothing of this process's Python settings reaches it."""
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | more
     done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -57,6 +65,16 @@ def test_the_wheel_holds_every_module_and_nothing_at_top_level(wheel: Path):
     modules = {f"pfc/{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob("*.py")}
     assert modules <= set(names)
     assert any(name.endswith("LICENSE") for name in names)
+    if shutil.which("gcc"):
+        assert any(name.startswith("pfc/partial_fc/kernels/_native.") for name in names)
+
+
+def test_without_a_compiler_the_wheel_is_built_all_the_same(tmp_path: Path):
+    checkout(tmp_path / "checkout")
+    build(tmp_path / "checkout", tmp_path, CC="no-such-compiler")
+    (built,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(built) as archive:
+        assert not any(name.endswith(".so") for name in archive.namelist())
 
 
 def test_the_wheel_works_from_anywhere(environment: Path, tmp_path: Path):

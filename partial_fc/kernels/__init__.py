@@ -15,17 +15,27 @@ from .rows import SampledRows
 
 
 class UnitGradient(Protocol):
-    """(∂loss/∂ŵ)/‖w‖ over the negatives, what the way through normalising asks for; by blocks of rows."""
+    """(∂loss/∂ŵ)/‖w‖ over the negatives, what the way through normalising asks for; by blocks of rows.
 
-    def block(self, start: int, stop: int, rows: Tensor) -> Tensor:
-        """Its part for the places [start, stop) of the K, [n, D], given the centers ``rows`` there [n, D]."""
+    Attributes:
+        needs_rows: whether ``block`` wants the centers.
+    """
+
+    needs_rows: bool
+
+    def block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:
+        """Its part for the places [start, stop) of the K, [n, D], which the caller may change until the next call.
+
+        Args:
+            rows: the centers there, [n, D]; may be None where they are not needed.
+        """
         ...
 
 
 class NegativesKernel(Protocol):
     """One reduction over the negatives, of one step on one rank."""
 
-    def forward(self, unit: Tensor, rows: SampledRows, columns: Tensor) -> Tensor:
+    def forward(self, unit: Tensor, rows: SampledRows, columns: Tensor, *, backward: bool) -> Tensor:
         """This rank's part of the sum over the negatives, float64 [B], to be added to the other ranks'.
 
         Args:
@@ -33,6 +43,7 @@ class NegativesKernel(Protocol):
             rows: the centers [K, D] as they are stored; their inverse norms are measured on the way.
             columns: place of each sample's own class among the K, int64 [B]; −1 where another rank has it. That class
                 is no negative.
+            backward: whether ``backward`` will follow. Where it will not, less may be computed and kept.
         """
         ...
 

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from . import Once
-from .rows import SampledRows
+from .exponentials import exponentials
+from .keeping import keeps_probabilities
+from .products import operand_dtype, products_in
+from .rows import OwnClasses, SampledRows
 
 MAX_SCALE = 64.0
 # Of a block of rows. On a CPU it, its product and its update stay in the cache; a GPU wants large launches.
@@ -25,7 +28,12 @@ _BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 27}
 
 def block_rows(weight: Tensor) -> int:
     """How many rows of a matrix [N, D] make a block."""
-    return max(64, _BLOCK_BYTES[weight.device.type] // (weight.shape[1] * weight.element_size()))
+    return max(64, _block_bytes(weight) // (weight.shape[1] * weight.element_size()))
+
+
+def _block_bytes(weight: Tensor) -> int:
+    # On a CPU every thread has a cache of its own, and too small a block is not worth waking them.
+    return _BLOCK_BYTES[weight.device.type] * (torch.get_num_threads() if weight.device.type == "cpu" else 1)
 
 
 class LogSumExpBlocked:
@@ -41,31 +49,36 @@ class LogSumExpBlocked:
     def __init__(self, compute_dtype: torch.dtype, scale: float, ceiling: float | None, keep_bytes: int) -> None:
         self.compute_dtype = compute_dtype
         self.scale = scale
-        self.ceiling = ceiling
+        self.ceiling = torch.inf if ceiling is None else ceiling
         self.keep_bytes = keep_bytes
         self.saved = Once()
 
-    def forward(self, unit: Tensor, rows: SampledRows, columns: Tensor) -> Tensor:
-        powers = _Powers(self, unit, rows, columns)
+    def forward(self, unit: Tensor, rows: SampledRows, columns: Tensor, *, backward: bool) -> Tensor:
+        powers = _Powers(self, unit, rows, columns, keep=backward)
         total = torch.zeros(len(unit), dtype=torch.float64, device=unit.device)
         weighted = torch.zeros_like(unit)  # U, [B, D]
         size = block_rows(unit)
+        buffer = unit.new_empty(min(size, len(rows)), unit.shape[1]) if rows.index is not None else None
         for start in range(0, len(rows), size):
             stop = min(start + size, len(rows))
-            block = rows.measure(start, stop)
-            compute_block = block.to(self.compute_dtype)
-            power = powers.make(start, stop, compute_block)
-            total += power.sum(dim=0)
-            scaled = powers.scaled(start, stop, power)
-            weighted += scaled.T @ compute_block
-        self.saved.keep(powers, weighted, total)
+            block = rows.measure(start, stop, buffer).to(powers.dtype)
+            power = powers.make(start, stop, block, total)
+            if not backward:
+                continue
+            with products_in(self.compute_dtype, unit.device):
+                if weighted.dtype == powers.dtype:
+                    weighted.addmm_(power.T, block)
+                else:
+                    weighted += power.T @ block
+        if backward:
+            self.saved.keep(powers, weighted)
         return total
 
     def finish(self, summed: Tensor) -> Tensor:
         return summed.log()
 
     def backward(self, total: Tensor, slope: Tensor) -> tuple[Tensor, "_Powers"]:
-        powers, weighted, _ = self.saved.take()
+        powers, weighted = self.saved.take()
         # ∂loss/∂z = coefficient·p; where a sample has no negative at all, p is 0 and ℓ −∞.
         coefficient = (slope * self.scale * torch.exp(-total.clamp_min(-600.0)))[:, None]
         powers.weight_unit(coefficient)
@@ -73,52 +86,59 @@ class LogSumExpBlocked:
 
 
 class _Powers:
-    """p = exp(scale·z) of the negatives, by blocks; and from it ∂loss/∂ŵ = p · (coefficient·unit).
+    """p/‖w‖ [K, B] of the negatives, by blocks; and from it (∂loss/∂ŵ)/‖w‖ = p/‖w‖ · (coefficient·unit)."""
 
-    What is kept is p/‖w‖ [K, B], which both products with it want.
-    """
-
-    def __init__(self, kernel: LogSumExpBlocked, unit: Tensor, rows: SampledRows, columns: Tensor) -> None:
+    def __init__(
+        self, kernel: LogSumExpBlocked, unit: Tensor, rows: SampledRows, columns: Tensor, *, keep: bool
+    ) -> None:
         self.kernel, self.unit, self.rows = kernel, unit, rows
-        self.compute_unit = unit.to(kernel.compute_dtype).T.contiguous()  # [D, B]
+        self.dtype = operand_dtype(kernel.compute_dtype, unit.device)
+        self.columns = unit.to(self.dtype).T.contiguous()  # [D, B]
         here = (columns >= 0).nonzero()[:, 0]
-        self.places, order = columns[here].sort()  # each sample's own class, in the order of the rows
-        self.samples = here[order]
-        bytes_needed = len(rows) * len(unit) * kernel.compute_dtype.itemsize
-        fits = bytes_needed <= kernel.keep_bytes
-        self.kept = unit.new_empty(len(rows), len(unit), dtype=kernel.compute_dtype) if fits else None
+        self.own = OwnClasses(columns[here])
+        self.samples = here[self.own.order]
+        fits = keep and keeps_probabilities(len(unit), len(rows), self.dtype, kernel.keep_bytes)
+        size = min(block_rows(unit), len(rows))
+        self.kept = unit.new_empty(len(rows), len(unit), dtype=self.dtype) if fits else None
+        self.needs_rows = not fits
+        in_place = fits and self.dtype == unit.dtype
+        self.scratch = None if in_place else unit.new_empty(size, len(unit))
+        self.gradients = unit.new_empty(size, unit.shape[1], dtype=self.dtype)
         self.weighted_unit: Tensor | None = None
 
-    def make(self, start: int, stop: int, compute_block: Tensor) -> Tensor:
-        """p of the places [start, stop), [n, B], in the dtype of ``unit``; 0 for each sample's own class."""
-        if self.kept is not None and self.kept.dtype == self.unit.dtype:  # made where it will be kept
-            power = torch.mm(compute_block, self.compute_unit, out=self.kept[start:stop])
-        else:
-            power = (compute_block @ self.compute_unit).to(self.unit.dtype)
-        power.mul_(self.rows.inverse[start:stop] * self.kernel.scale)
-        if self.kernel.ceiling is not None:
-            power.masked_fill_(power > self.kernel.ceiling * self.kernel.scale, -torch.inf)
-        power.exp_()
-        first, last = torch.searchsorted(self.places, torch.tensor([start, stop], device=power.device)).tolist()
-        if last > first:
-            power[self.places[first:last] - start, self.samples[first:last]] = 0.0
-        return power
+    def make(self, start: int, stop: int, block: Tensor, total: Tensor) -> Tensor:
+        """p/‖w‖ of the places [start, stop), [n, B], in the products' dtype; Σ p is added to ``total`` [B].
 
-    def scaled(self, start: int, stop: int, power: Tensor) -> Tensor:
-        """p/‖w‖ in the products' dtype, from the p that ``make`` gave; kept where that fits."""
-        scaled = power.mul_(self.rows.inverse[start:stop]).to(self.kernel.compute_dtype)
-        if self.kept is not None and self.kept.dtype != self.unit.dtype:
-            self.kept[start:stop] = scaled
-        return scaled
+        Args:
+            block: the stored rows there [n, D], in the products' dtype.
+        """
+        kept = None if self.kept is None else self.kept[start:stop]
+        products = kept if self.scratch is None else self.scratch[: stop - start]
+        assert products is not None
+        with products_in(self.kernel.compute_dtype, self.unit.device):
+            if products.dtype == self.dtype:
+                torch.mm(block, self.columns, out=products)
+            else:
+                products.copy_(block @ self.columns)
+        here = self.own.within(start, stop)
+        own = None if here is None else (self.own.places[here] - start, self.samples[here])
+        exponentials(products, self.rows.inverse[start:stop], self.kernel.scale, self.kernel.ceiling, own, total)
+        if kept is None or kept is products:
+            return products.to(self.dtype)
+        return kept.copy_(products)
 
     def weight_unit(self, coefficient: Tensor) -> None:
         """Sets coefficient·unit [B, D], with the coefficient float64 [B, 1]."""
-        self.weighted_unit = (coefficient * self.unit.double()).to(self.kernel.compute_dtype)
+        self.weighted_unit = (coefficient * self.unit.double()).to(self.dtype)
 
-    def block(self, start: int, stop: int, rows: Tensor) -> Tensor:
+    def block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:
         assert self.weighted_unit is not None
         if self.kept is not None:
-            scaled = self.kept[start:stop]
+            power = self.kept[start:stop]
         else:
-            scaled = self.scaled(start, stop, self.make(start, stop, rows.to(self.kernel.compute_dtype)))
-        return (scaled @ self.weighted_unit).to(rows.dtype)
+            assert rows is not None
+            power = self.make(start, stop, rows.to(self.dtype), torch.zeros_like(self.unit[:, 0], dtype=torch.float64))
+        small = stop - start <= len(self.gradients)
+        with products_in(self.kernel.compute_dtype, self.unit.device):
+            product = torch.mm(power, self.weighted_unit, out=self.gradients[: stop - start] if small else None)
+        return product.to(self.unit.dtype)

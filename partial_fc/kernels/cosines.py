@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import Once
+from .products import operand_dtype, products_in
 from .rows import SampledRows
 
 
@@ -20,8 +21,10 @@ class _CosinesKernel:
 
     def _cosines(self, unit: Tensor, rows: SampledRows, columns: Tensor, own: float) -> Tensor:
         """z [B, K] in the dtype of ``unit``, with the value ``own`` in place of each sample's own class."""
-        compute_unit, compute_rows = unit.to(self.compute_dtype), rows.normalized(0, len(rows)).to(self.compute_dtype)
-        cosines = (compute_unit @ compute_rows.T).to(unit.dtype)
+        dtype = operand_dtype(self.compute_dtype, unit.device)
+        compute_unit, compute_rows = unit.to(dtype), rows.normalized(0, len(rows)).to(dtype)
+        with products_in(self.compute_dtype, unit.device):
+            cosines = (compute_unit @ compute_rows.T).to(unit.dtype)
         if len(rows):
             # A sample whose class lives elsewhere writes back what stands in its first column.
             place = columns.clamp_min(0)[:, None]
@@ -30,15 +33,24 @@ class _CosinesKernel:
         self.saved.keep(cosines, compute_unit, compute_rows, rows.inverse)
         return cosines
 
+    def _unit_gradient(self, slopes: Tensor, rows: Tensor) -> Tensor:
+        """∂loss/∂unit [B, D] from ∂loss/∂z [B, K] and the normalised rows [K, D]."""
+        with products_in(self.compute_dtype, slopes.device):
+            return slopes @ rows
+
 
 class _Slopes:
     """∂loss/∂ŵ = slopesᵀ · unit, with slopes = ∂loss/∂z [B, K]."""
 
-    def __init__(self, slopes: Tensor, unit: Tensor, inverse: Tensor) -> None:
-        self.slopes, self.unit, self.inverse = slopes, unit, inverse
+    needs_rows = False
 
-    def block(self, start: int, stop: int, rows: Tensor) -> Tensor:
-        return (self.slopes[:, start:stop].T @ self.unit).to(rows.dtype).mul_(self.inverse[start:stop])
+    def __init__(self, slopes: Tensor, unit: Tensor, inverse: Tensor, compute_dtype: torch.dtype) -> None:
+        self.slopes, self.unit, self.inverse, self.compute_dtype = slopes, unit, inverse, compute_dtype
+
+    def block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:
+        with products_in(self.compute_dtype, self.unit.device):
+            gradient = self.slopes[:, start:stop].T @ self.unit
+        return gradient.to(self.inverse.dtype).mul_(self.inverse[start:stop])
 
 
 class LogSumExp(_CosinesKernel):
@@ -54,7 +66,7 @@ class LogSumExp(_CosinesKernel):
         self.scale = scale
         self.ceiling = ceiling
 
-    def forward(self, unit: Tensor, rows: SampledRows, columns: Tensor) -> Tensor:
+    def forward(self, unit: Tensor, rows: SampledRows, columns: Tensor, *, backward: bool) -> Tensor:
         cosines = self._cosines(unit, rows, columns, -torch.inf)
         if self.ceiling is not None:
             cosines.masked_fill_(cosines > self.ceiling, -torch.inf)
@@ -72,14 +84,14 @@ class LogSumExp(_CosinesKernel):
         dtype = cosines.dtype
         shift = total.clamp_min(-1e4).to(dtype)[:, None]  # no negative at all: exp(−∞) stays 0
         slopes = cosines.mul_(self.scale).sub_(shift).exp_().mul_((slope * self.scale).to(dtype)[:, None])
-        slopes = slopes.to(self.compute_dtype)
-        return (slopes @ rows).to(dtype), _Slopes(slopes, unit, inverse)
+        slopes = slopes.to(unit.dtype)
+        return self._unit_gradient(slopes, rows).to(dtype), _Slopes(slopes, unit, inverse, self.compute_dtype)
 
 
 class SumOfSquares(_CosinesKernel):
     """q = Σ z² over the negatives."""
 
-    def forward(self, unit: Tensor, rows: SampledRows, columns: Tensor) -> Tensor:
+    def forward(self, unit: Tensor, rows: SampledRows, columns: Tensor, *, backward: bool) -> Tensor:
         return self._cosines(unit, rows, columns, 0.0).square().sum(dim=1, dtype=torch.float64)
 
     def finish(self, summed: Tensor) -> Tensor:
@@ -88,5 +100,5 @@ class SumOfSquares(_CosinesKernel):
     def backward(self, total: Tensor, slope: Tensor) -> tuple[Tensor, _Slopes]:
         cosines, unit, rows, inverse = self.saved.take()
         dtype = cosines.dtype
-        slopes = cosines.mul_((2.0 * slope).to(dtype)[:, None]).to(self.compute_dtype)
-        return (slopes @ rows).to(dtype), _Slopes(slopes, unit, inverse)
+        slopes = cosines.mul_((2.0 * slope).to(dtype)[:, None]).to(unit.dtype)
+        return self._unit_gradient(slopes, rows).to(dtype), _Slopes(slopes, unit, inverse, self.compute_dtype)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import Once
-from .rows import SampledRows
+from .products import operand_dtype, products_in
+from .rows import OwnClasses, SampledRows
 
 _BLOCK = 4096  # rows normalised at a time
 
@@ -30,11 +31,13 @@ class SumOfSquaresByGram:
         self.compute_dtype = compute_dtype
         self.saved = Once()
 
-    def forward(self, unit: Tensor, rows: SampledRows, columns: Tensor) -> Tensor:
+    def forward(self, unit: Tensor, rows: SampledRows, columns: Tensor, *, backward: bool) -> Tensor:
         gram = unit.new_zeros(unit.shape[1], unit.shape[1])
-        for start in range(0, len(rows), _BLOCK):
-            block = rows.normalized(start, min(start + _BLOCK, len(rows))).to(self.compute_dtype)
-            gram += (block.T @ block).to(unit.dtype)
+        dtype = operand_dtype(self.compute_dtype, unit.device)
+        with products_in(self.compute_dtype, unit.device):
+            for start in range(0, len(rows), _BLOCK):
+                block = rows.normalized(start, min(start + _BLOCK, len(rows))).to(dtype)
+                gram += (block.T @ block).to(unit.dtype)
         mapped = unit @ gram  # G x̂, [B, D]
         here = (columns >= 0).nonzero()[:, 0]  # whose own class must be taken out again
         places = columns[here]
@@ -54,18 +57,28 @@ class SumOfSquaresByGram:
         weight = (2.0 * slope).to(unit.dtype)[:, None]  # c, [B, 1]
         moment = unit.T @ (weight * unit)  # M, [D, D]
         own = -(weight[here] * target) * unit[here]
-        return weight * mapped, _Moment(moment.to(self.compute_dtype), rows.inverse, places, own)
+        return weight * mapped, _Moment(moment, self.compute_dtype, rows.inverse, places, own)
 
 
 class _Moment:
     """∂loss/∂ŵ = M ŵ, less each sample's part in its own class."""
 
-    def __init__(self, moment: Tensor, inverse: Tensor, places: Tensor, own: Tensor) -> None:
-        self.moment, self.inverse, self.places, self.own = moment, inverse, places, own
+    needs_rows = True
 
-    def block(self, start: int, stop: int, rows: Tensor) -> Tensor:
+    def __init__(
+        self, moment: Tensor, compute_dtype: torch.dtype, inverse: Tensor, places: Tensor, own: Tensor
+    ) -> None:
+        self.compute_dtype, self.inverse = compute_dtype, inverse
+        self.moment = moment.to(operand_dtype(compute_dtype, moment.device))
+        self.own_classes = OwnClasses(places)
+        self.own = own[self.own_classes.order]
+
+    def block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:
+        assert rows is not None
         unit = (rows * self.inverse[start:stop]).to(self.moment.dtype)
-        gradient = (unit @ self.moment).to(rows.dtype)
-        inside = ((self.places >= start) & (self.places < stop)).nonzero()[:, 0]
-        gradient.index_add_(0, self.places[inside] - start, self.own[inside])
+        with products_in(self.compute_dtype, unit.device):
+            gradient = (unit @ self.moment).to(rows.dtype)
+        inside = self.own_classes.within(start, stop)
+        if inside is not None:
+            gradient.index_add_(0, self.own_classes.places[inside] - start, self.own[inside])
         return gradient.mul_(self.inverse[start:stop])

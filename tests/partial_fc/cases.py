@@ -102,7 +102,12 @@ def dense_row_gradient(head: PartialFC) -> Tensor:
 
 def check(case: Case, world_size: int, tolerance: float | None = None) -> None:
     """The head on ``world_size`` ranks against the oracle: the loss and both gradients."""
-    results: list[StepResult] = [step_on_rank(case)] if world_size == 1 else run_ranks(world_size, step_on_rank, case)
+    compare(case, [step_on_rank(case)] if world_size == 1 else run_ranks(world_size, step_on_rank, case), tolerance)
+
+
+def compare(case: Case, results: list[StepResult], tolerance: float | None = None) -> None:
+    """What the ranks made of a step against the oracle."""
+    world_size = len(results)
     classes = torch.cat([result.classes for result in results])
     assert torch.equal(classes, classes.unique()), "the ranks' classes, one after the other, ascend, each once"
     for result in results[1:]:

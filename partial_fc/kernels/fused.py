@@ -1,0 +1,153 @@
+"""ℓ = log Σ exp(scale·z) on a GPU: the twin of ``blocked.LogSumExpBlocked``, with the same numbers.
+
+A block of rows is read once in float32, and normalised and rounded for the tensor cores (``fused_rows.py``); one
+product with the embeddings makes p = exp(scale·z) and its sums (``fused_powers.py``); a second, pᵀ·ŵ, adds to U. Then
+∂loss/∂ŵ = p · (coefficient·unit) is made for a block when the row update wants it, from the p that were kept or are
+made again. Every product adds in float32. Cosines and logits are never written; p alone is, in the products' dtype.
+
+Attention keeps its two products in one kernel. Here the sum U of a tile of 64 samples at D = 512 would take half the
+registers of a multiprocessor, and each such tile would read, normalise and round all rows again, 16 times for a batch
+of 1024: more than the two products cost. Written once, in blocks about as large as the cache, p costs less.
+
+No shape depends on the device's numbers, nothing asks for them, and each offset into the stored rows has 64 bits.
+"""
+
+import torch
+from torch import Tensor
+
+from . import Once
+from .fused_powers import TILES, powers
+from .fused_rows import normalized_rows
+from .keeping import keeps_probabilities
+from .rows import SampledRows
+
+_PAD = 64  # rows; so that a block splits evenly
+# How large a block of the forward pass may be, as numbers of p or ŵ, whichever is wider: 32,768 rows at B = 1024, few
+# launches, and the rounded rows stay in the cache of a large card.
+BLOCK_NUMBERS = 1 << 25
+
+
+class LogSumExpFused:
+    """The same numbers as ``cosines.LogSumExp``. Rows whose index is −1 are none.
+
+    Args:
+        compute_dtype: of the products, float32 or bfloat16.
+        scale: s, at most 64.
+        ceiling: negatives with a larger cosine are left out; none when None.
+        keep_bytes: the most memory that the kept p may take.
+    """
+
+    def __init__(self, compute_dtype: torch.dtype, scale: float, ceiling: float | None, keep_bytes: int) -> None:
+        self.compute_dtype = compute_dtype
+        self.scale = scale
+        self.ceiling = ceiling
+        self.keep_bytes = keep_bytes
+        self.saved = Once()
+
+    def forward(self, unit: Tensor, rows: SampledRows, columns: Tensor, *, backward: bool) -> Tensor:
+        with torch.cuda.device_of(unit):
+            probabilities = FusedPowers(self, unit, rows, columns, keep=backward)
+            total, weighted = probabilities.sums(weighted=backward)
+        if backward:
+            self.saved.keep(probabilities, weighted)
+        return total
+
+    def finish(self, summed: Tensor) -> Tensor:
+        return summed.log()
+
+    def backward(self, total: Tensor, slope: Tensor) -> tuple[Tensor, "FusedPowers"]:
+        probabilities, weighted = self.saved.take()
+        # ∂loss/∂z = coefficient·p; where a sample has no negative at all, p is 0 and ℓ −∞.
+        coefficient = (slope * self.scale * torch.exp(-total.clamp_min(-600.0)))[:, None]
+        probabilities.weight_unit(coefficient)
+        return (coefficient * weighted.double()).to(weighted.dtype), probabilities
+
+
+class FusedPowers:
+    """p [K, B] of the negatives, by blocks; and from it ∂loss/∂ŵ = p · (coefficient·unit)."""
+
+    needs_rows = False
+
+    def __init__(self, kernel: LogSumExpFused, unit: Tensor, rows: SampledRows, columns: Tensor, *, keep: bool) -> None:
+        self.kernel, self.rows, self.columns = kernel, rows, columns.contiguous()
+        self.unit = unit.contiguous()
+        self.compute_unit = self.unit.to(kernel.compute_dtype)
+        fits = keep and keeps_probabilities(len(unit), _padded(len(rows)), kernel.compute_dtype, kernel.keep_bytes)
+        self.kept = self._empty(_padded(len(rows))) if fits else None
+        self.weighted_unit: Tensor | None = None
+
+    def sums(self, *, weighted: bool) -> tuple[Tensor, Tensor]:
+        """Σ p, float64 [B], and U = Σ p·ŵ, float32 [B, D], where it is asked for; inverse norms are measured too."""
+        batch, dim = self.unit.shape
+        tile = TILES[self.kernel.compute_dtype].rows
+        block = max(1024, BLOCK_NUMBERS // max(batch, dim) // 1024 * 1024)
+        partial = self.unit.new_zeros(-(-_padded(len(self.rows)) // tile), batch)
+        total = self.unit.new_zeros(batch, dim)
+        for start in range(0, len(self.rows), block):
+            stop = min(start + block, len(self.rows))
+            power, rows = self._make(start, stop, partial[start // tile :])
+            if weighted:
+                total += _sum_of_products(power, rows)
+        return partial.sum(dim=0, dtype=torch.float64), total
+
+    def weight_unit(self, coefficient: Tensor) -> None:
+        """Sets coefficient·unit [B, D], with the coefficient float64 [B, 1]."""
+        self.weighted_unit = (coefficient * self.unit.double()).to(self.kernel.compute_dtype)
+
+    def slope(self, start: int, stop: int) -> Tensor:
+        """∂loss/∂ŵ of the places [start, stop), float32 [n, D]."""
+        assert self.weighted_unit is not None
+        power = self._make(start, stop, None)[0] if self.kept is None else self.kept[start:stop]
+        return _product(power[: stop - start], self.weighted_unit)
+
+    def block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:
+        with torch.cuda.device_of(self.unit):
+            return self.slope(start, stop).mul_(self.rows.inverse[start:stop])
+
+    def _make(self, start: int, stop: int, sums: Tensor | None) -> tuple[Tensor, Tensor]:
+        """p [n, B] and ŵ [n, D] of the places [start, stop), with zeros behind up to a whole number of ``_PAD``."""
+        padded = _padded(stop - start)
+        power = self._empty(padded) if self.kept is None else self.kept[start : start + padded]
+        rows = normalized_rows(self.rows, start, stop, padded, self.kernel.compute_dtype)
+        index = None if self.rows.index is None else self.rows.index[start:stop]
+        powers(
+            rows,
+            self.compute_unit,
+            self.columns,
+            index,
+            power,
+            sums,
+            first=start,
+            count=stop - start,
+            scale=self.kernel.scale,
+            ceiling=self.kernel.ceiling,
+        )
+        return power, rows
+
+    def _empty(self, rows: int) -> Tensor:
+        return self.compute_unit.new_empty(rows, len(self.unit))
+
+
+def _padded(rows: int) -> int:
+    return -(-rows // _PAD) * _PAD
+
+
+def _sum_of_products(power: Tensor, rows: Tensor) -> Tensor:
+    """powerᵀ · rows: [N, B] and [N, D] → [B, D] in float32.
+
+    The sum over N is cut, so that a result of few tiles still keeps every multiprocessor at work.
+    """
+    (count, batch), dim = power.shape, rows.shape[1]
+    tiles = -(-batch // 128) * -(-dim // 256)
+    parts = 1
+    while parts < 16 and parts * tiles < 128:
+        parts *= 2  # at most 16, which divides _PAD
+    left = power.view(parts, count // parts, batch).transpose(1, 2)
+    return _product(left, rows.view(parts, count // parts, dim)).sum(dim=0)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left · right in float32, of matrices or of as many of them on both sides."""
+    if left.device.type != "cuda" or left.dtype == torch.float32:  # bfloat16 on a CPU would round the result too
+        return left.float() @ right.float()
+    return (torch.mm if left.ndim == 2 else torch.bmm)(left, right, out_dtype=torch.float32)

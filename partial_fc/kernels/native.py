@@ -1,0 +1,203 @@
+"""The compiled passes of ``native.c``, for float32 on a CPU; torch makes the same ones where they are not there.
+
+They are compiled when pfc is installed, if a C compiler is there: once for every kind of processor that ``VARIANTS``
+names, and the best that this one can run is taken. ``None`` in place of a library is an ordinary state: no compiler, no
+installation (the folder alone), another platform.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# What torch calls a processor's abilities → the suffix of the file compiled for it; best first (setup.py builds them).
+VARIANTS = {"AVX512": "_v4", "AVX2": "_v3", "DEFAULT": ""}
+_VERSION = 1  # pfc_native_version of native.c
+_FEWEST_ROWS = 64  # of a thread; fewer are not worth waking it
+
+_POINTER, _INT, _FLOAT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double
+_SIGNATURES: dict[str, list[type]] = {
+    "pfc_measure_rows": [_POINTER, _POINTER, _INT, _INT, _POINTER, _POINTER],
+    "pfc_exponentials": [_POINTER, _POINTER, _INT, _INT, _FLOAT, _FLOAT, _POINTER, _POINTER],
+    "pfc_sgd": [_POINTER] * 3 + [_INT] * 2 + [_POINTER] * 2 + [_FLOAT] * 4 + [ctypes.c_int],
+    "pfc_adamw": [_POINTER] * 5 + [_INT] * 2 + [_POINTER] * 2 + [_FLOAT] + [_DOUBLE] * 3 + [_FLOAT, _DOUBLE],
+    "pfc_adagrad": [_POINTER] * 3 + [_INT] * 2 + [_POINTER] * 2 + [_FLOAT] * 4,
+}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled passes, or None where this installation has none."""
+    able = list(VARIANTS).index(torch.backends.cpu.get_cpu_capability()) if _is_x86() else len(VARIANTS) - 1
+    for suffix in list(VARIANTS.values())[able:]:
+        for path in sorted(Path(__file__).parent.glob(f"_native{suffix}.*so")):
+            try:
+                loaded = ctypes.CDLL(str(path))
+            except OSError:  # compiled elsewhere
+                continue
+            if loaded.pfc_native_version() != _VERSION:
+                continue
+            for name, arguments in _SIGNATURES.items():
+                function = getattr(loaded, name)
+                function.argtypes, function.restype = arguments, None
+            return loaded
+    return None
+
+
+def supports(matrix: Tensor) -> bool:
+    """Whether rows of this matrix can be walked by the compiled passes."""
+    return matrix.device.type == "cpu" and matrix.dtype == torch.float32 and library() is not None
+
+
+def measure_rows(
+    matrix: Tensor, index: Tensor | None, start: int, stop: int, out: Tensor | None, inverse: Tensor
+) -> None:
+    """Inverse norms of the rows at the places [start, stop), and where asked the rows themselves.
+
+    Args:
+        matrix: [N, D] float32, contiguous.
+        index: places in the matrix, int64 [K], of which those of [start, stop) are walked; None for the places
+            themselves.
+        out: [≥ stop − start, D] or None.
+        inverse: [K, 1]; written at [start, stop); 0 for a row shorter than 10⁻¹⁰.
+    """
+    function, dim = _functions().pfc_measure_rows, matrix.shape[1]
+    index = None if index is None else index.contiguous()
+
+    def walk(first: int, last: int) -> None:
+        place = _Place(index, first)
+        target = None if out is None else _row(out, first - start)
+        function(_row(matrix, place.start), place.index, last - first, dim, target, _row(inverse, first))
+
+    _each_thread(start, stop, walk)
+
+
+def exponentials(products: Tensor, inverse: Tensor, scale: float, ceiling: float, total: Tensor) -> None:
+    """p = exp(scale·z) with z = products·inverse, 0 where z > ceiling or the product is −∞, summed over the rows.
+
+    Args:
+        products: [n, B] float32, contiguous; p·inverse when it returns.
+        inverse: [n, 1].
+        total: float64 [B], to which Σ p is added.
+    """
+    function, batch = _functions().pfc_exponentials, products.shape[1]
+    sums: dict[int, Tensor] = {}
+
+    def walk(first: int, last: int) -> None:
+        partial, mine = torch.empty(batch), torch.zeros(batch, dtype=torch.float64)
+        addresses = partial.data_ptr(), mine.data_ptr()
+        function(_row(products, first), _row(inverse, first), last - first, batch, scale, ceiling, *addresses)
+        sums[first] = mine
+
+    _each_thread(0, len(products), walk)
+    for first in sorted(sums):  # not in the order in which the threads ended: the same run, bit for bit
+        total += sums[first]
+
+
+class RowStep:
+    """The rows [start, stop) of a step, to be stepped in place by one of the three optimizers.
+
+    Args:
+        index: places of all the step's rows in the shard, int64 [K]; None for all rows.
+        gradient: [stop − start, D] float32, changed.
+        inverse: inverse norms [K, 1], where the gradient is that by ŵ over ‖w‖ and the projection is still to be made;
+            None where it is that by the rows.
+        factor: multiplies the gradient.
+    """
+
+    def __init__(
+        self, index: Tensor | None, start: int, stop: int, gradient: Tensor, inverse: Tensor | None, factor: float
+    ) -> None:
+        self.index = None if index is None else index.contiguous()
+        self.start, self.stop = start, stop
+        self.gradient, self.inverse, self.factor = gradient, inverse, factor
+
+    def sgd(
+        self,
+        weight: Tensor,
+        velocity: Tensor | None,
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        nesterov: bool,
+    ) -> None:
+        self._walk(_functions().pfc_sgd, [weight, velocity], lr, momentum, weight_decay, nesterov)
+
+    def adamw(
+        self,
+        weight: Tensor,
+        moments: tuple[Tensor, Tensor],
+        steps: Tensor,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        self._walk(_functions().pfc_adamw, [weight, *moments, steps], lr, *betas, eps, weight_decay)
+
+    def adagrad(self, weight: Tensor, total: Tensor, *, lr: float, eps: float, weight_decay: float) -> None:
+        self._walk(_functions().pfc_adagrad, [weight, total], lr, eps, weight_decay)
+
+    def _walk(self, function: Callable[..., None], tensors: list[Tensor | None], *numbers: float) -> None:
+        dim = self.gradient.shape[1]
+
+        def walk(first: int, last: int) -> None:
+            place = _Place(self.index, first)
+            rows = [None if tensor is None else _row(tensor, place.start) for tensor in tensors]
+            gradient = _row(self.gradient, first - self.start)
+            inverse = None if self.inverse is None else _row(self.inverse, first)
+            function(*rows, place.index, last - first, dim, gradient, inverse, self.factor, *numbers)
+
+        _each_thread(self.start, self.stop, walk)
+
+
+class _Place:
+    """Where a walk begins: at an address in the index, with places counted from row 0; without an index at a row."""
+
+    def __init__(self, index: Tensor | None, first: int) -> None:
+        self.start = first if index is None else 0
+        self.index = None if index is None else index.data_ptr() + index.element_size() * first
+
+
+def _row(tensor: Tensor, row: int) -> int:
+    """The address of a row."""
+    return tensor.data_ptr() + tensor.element_size() * tensor.stride(0) * row
+
+
+def _functions() -> ctypes.CDLL:
+    loaded = library()
+    assert loaded is not None
+    return loaded
+
+
+def _is_x86() -> bool:
+    return os.uname().machine in ("x86_64", "AMD64")
+
+
+def _each_thread(start: int, stop: int, walk: Callable[[int, int], None]) -> None:
+    """Cuts [start, stop) into as many parts as torch has threads. The walks let go of the interpreter's lock."""
+    threads = min(torch.get_num_threads(), (stop - start) // _FEWEST_ROWS)
+    if threads <= 1:
+        walk(start, stop)
+        return
+    cuts = [start + (stop - start) * part // threads for part in range(threads + 1)]
+    waiting = [_pool().submit(walk, *cut) for cut in pairwise(cuts[1:])]
+    walk(cuts[0], cuts[1])
+    for one in waiting:
+        one.result()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="pfc-rows")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads

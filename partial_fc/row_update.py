@@ -1,0 +1,96 @@
+"""The walk of a row optimizer over the rows of a step: a block of rows at a time, in place, and no other row."""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .kernels import native
+from .kernels.blocked import block_rows
+from .row_gradient import RowGradient, project
+
+
+class RowRule(Protocol):
+    """What an optimizer does to rows.
+
+    Attributes:
+        compiled: whether ``update_compiled`` is there.
+    """
+
+    compiled: bool
+
+    def update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
+        """Steps rows [n, D] and their state [n, ...] in place; the gradient [n, D] may be overwritten."""
+        ...
+
+    def update_compiled(self, rows: native.RowStep, weight: Tensor, state: list[Tensor]) -> None:
+        """The same for some rows of the whole matrix [N, D] and its state [N, ...], float32 on a CPU, in one pass."""
+        ...
+
+
+@runtime_checkable
+class WalksItself(Protocol):
+    """A gradient that knows a way into the rows of its own."""
+
+    def apply(self, tensors: Sequence[Tensor], rule: RowRule, factor: Tensor, broken: Tensor) -> None: ...
+
+
+def apply(gradient: RowGradient, tensors: Sequence[Tensor], rule: RowRule, factor: Tensor, broken: Tensor) -> None:
+    """One step.
+
+    Args:
+        gradient: of the step's rows.
+        tensors: the shard's centers [N, D], then their state [N, ...].
+        rule: what is done to them.
+        factor: multiplies the gradient, [].
+        broken: bool []; on a GPU, where the host does not know it, a step that is broken leaves all as it was.
+    """
+    if isinstance(gradient, WalksItself):
+        gradient.apply(tensors, rule, factor, broken)
+        return
+    weight, *state = tensors
+    compiled = rule.compiled and native.supports(weight)
+    number = float(factor) if compiled else 1.0
+    size = block_rows(weight)
+    for start in range(0, len(gradient), size):
+        stop = min(start + size, len(gradient))
+        if compiled:
+            rows = _rows(weight, gradient.index, start, stop) if gradient.needs_rows else None
+            values = gradient.raw_block(start, stop, rows)
+            step = native.RowStep(gradient.index, start, stop, values, gradient.inverse, number)
+            rule.update_compiled(step, weight, state)
+        else:
+            _by_torch(gradient, start, stop, tensors, rule, factor, broken)
+
+
+def _by_torch(
+    gradient: RowGradient,
+    start: int,
+    stop: int,
+    tensors: Sequence[Tensor],
+    rule: RowRule,
+    factor: Tensor,
+    broken: Tensor,
+) -> None:
+    weight, *state = [_rows(tensor, gradient.index, start, stop) for tensor in tensors]
+    values = gradient.raw_block(start, stop, weight)
+    if gradient.inverse is not None:
+        project(values, weight, gradient.inverse[start:stop])
+    values.mul_(factor)
+    on_device = broken.device.type != "cpu"  # whether the step is broken is known there alone
+    before = [weight.clone(), *(one.clone() for one in state)] if on_device else []
+    rule.update(weight, values, state)  # in place, where these are views
+    after = [weight, *state]
+    if on_device:
+        after = [torch.where(broken, old, new) for old, new in zip(before, after, strict=True)]
+    for tensor, rows in zip(tensors, after, strict=True):
+        if gradient.index is not None:
+            tensor.index_copy_(0, gradient.index[start:stop], rows)
+        elif on_device:
+            tensor[start:stop] = rows
+
+
+def _rows(matrix: Tensor, index: Tensor | None, start: int, stop: int) -> Tensor:
+    """Rows [n, ...] of the places [start, stop): a view where the step uses all rows, else a copy."""
+    return matrix[start:stop] if index is None else matrix.index_select(0, index[start:stop])

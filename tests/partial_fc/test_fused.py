@@ -1,0 +1,188 @@
+"""The fused kernels of a GPU against the plain ones, interpreted on a CPU; and, where there is a GPU, on it."""
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.partial_fc import fused_cases
+from tests.partial_fc.cases import Case, compare, relative_error
+from tests.partial_fc.fused_cases import KernelCase
+from tests.ranks import RankPool
+
+pytest.importorskip("triton")
+
+Call = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def pools() -> Iterator[dict[int, RankPool]]:
+    """Ranks in whose processes Triton interprets: it decides that when it is imported."""
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    started = {world_size: RankPool(world_size) for world_size in (1, 2)}
+    if before is None:
+        del os.environ["TRITON_INTERPRET"]
+    else:
+        os.environ["TRITON_INTERPRET"] = before
+    yield started
+    for pool in started.values():
+        pool.close()
+
+
+@pytest.fixture
+def call(pools: dict[int, RankPool]) -> Call:
+    """Calls a function in a process where Triton interprets."""
+    return lambda function, *args: pools[1].call(function, *args)[0]
+
+
+def test_a_sample_with_fixed_shapes_is_the_same_sample(call: Call) -> None:
+    assert call(fused_cases.same_samples) > 20, "labels that the draw had chosen anyway"
+    call(fused_cases.same_batches)
+
+
+EXACT = [
+    KernelCase(),
+    KernelCase(keep=False),
+    KernelCase(stored=150),
+    KernelCase(stored=150, keep=False, dim=40),
+    KernelCase(ceiling=0.3),
+    KernelCase(batch=70, rows=150, dim=100, scale=20.0),
+]
+
+
+@pytest.mark.parametrize("case", EXACT, ids=str)
+def test_in_float32_every_number_is_the_plain_kernels(call: Call, case: KernelCase) -> None:
+    for name, (value, expected) in call(fused_cases.fused_beside_plain, case).items():
+        assert value.dtype == expected.dtype
+        assert relative_error(value, expected.double()) < 1e-5, name
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("stored", [150, 200])
+def test_with_bfloat16_products_every_number_is_close(call: Call, keep: bool, stored: int) -> None:
+    """An operand's rounding moves a cosine by up to 2⁻⁸, mostly far less, and p by 16 times as much at this scale."""
+    case = KernelCase(batch=64, dim=96, stored=stored, keep=keep, dtype=torch.bfloat16, scale=16.0)
+    numbers = call(fused_cases.fused_beside_plain, case)
+    for name in ("total", "unit", "rows"):
+        value, expected = numbers[name]
+        assert 0 < relative_error(value, expected.double()) < 0.02, name
+
+
+@pytest.mark.parametrize("name", fused_cases.OPTIMIZERS)
+@pytest.mark.parametrize("rate", [1.0, 0.2])
+def test_rows_and_state_are_stepped_as_by_the_plain_path(call: Call, name: str, rate: float) -> None:
+    factor = 0.25 if rate == 1.0 else 1.0
+    plain = fused_cases.trained(name, False, rate, factor)
+    bound = 1e-4 if name == "adamw" else 1e-5  # whose step is ±lr for a gradient of any size, rounding included
+    for key, value in call(fused_cases.trained, name, True, rate, factor).items():
+        assert relative_error(value, plain[key].double()) < bound, key
+
+
+@pytest.mark.parametrize("name", fused_cases.OPTIMIZERS)
+@pytest.mark.parametrize("rate", [1.0, 0.2])
+def test_a_broken_step_writes_nothing(call: Call, name: str, rate: float) -> None:
+    assert call(fused_cases.broken_step, name, rate)
+
+
+def test_offsets_have_64_bits(call: Call, tmp_path: Path) -> None:
+    call(fused_cases.far_rows, str(tmp_path))
+
+
+HEADS = [
+    Case("cosface", {"scale": 64.0, "margin": 0.35}),
+    Case("arcface", {"scale": 64.0, "margin": 0.5}, sample_rate=0.3, labels="same"),
+    Case("d_softmax", {"scale": 32.0, "stop": 0.9}, sample_rate=0.3, batch_rate=0.5, keep_bytes=0),
+    Case("cosface", {"scale": 32.0, "margin": 0.35, "filter": 0.2}, sample_rate=0.5, labels="low"),
+    Case("softmax", {"scale": 30.0}, num_classes=1, sample_rate=0.5),
+    Case("softmax", {"scale": 30.0}, num_classes=9001, dim=8, sample_rate=0.02),
+]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("case", HEADS, ids=str)
+def test_the_whole_head_is_the_oracles(pools: dict[int, RankPool], case: Case, world_size: int) -> None:
+    results = pools[world_size].call(fused_cases.step_fused, case)
+    compare(case, results)
+
+
+# What a kernel is compiled for, as Triton writes types; flags are constants.
+ROWS = {"HAS_INDEX": True, "TILE": 4, "WIDTH": 512}
+UPDATE = "slopes:*fp32 weight:*fp32 inverse:*fp32 index:*i64 factor:*fp32 broken:*u8 count:i32 dim:i32 "
+POWERS = "index:*i64 columns:*i64 sums:*fp32 count:i32 padded:i32 batch:i32 dim:i32 first:i32 scale:fp32 ceiling:fp32 "
+FLAGS = {"HAS_INDEX": True, "HAS_CEILING": True, "HAS_SUMS": True, "EVEN": True, "WIDEN": False}
+DRAW = (
+    "rows:*i64 offsets:*i64 labels:*i64 found:*i64 values:*i64 batch:i32 first_block:i32 start:i32 stop:i32 key:i64 "
+    "last_block:i32 last_size:i32 last_bits:i32 count:i32 size:i32 bits:i32"
+)
+COMPILED: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("fused_powers", "powers_kernel", POWERS + "rows:*bf16 unit:*bf16 power:*bf16", FLAGS | {"bf16": True}),
+    ("fused_powers", "powers_kernel", POWERS + "rows:*fp32 unit:*fp32 power:*fp32", FLAGS | {"bf16": False}),
+    ("fused_rows", "normalize_kernel", UPDATE + "unit:*bf16 padded:i32", ROWS),
+    ("fused_update", "project_kernel", UPDATE, ROWS),
+    (
+        "fused_update",
+        "sgd_kernel",
+        UPDATE + "velocity:*fp32 lr:fp32 momentum:fp32 decay:fp32",
+        ROWS | {"HAS_MOMENTUM": True, "NESTEROV": True},
+    ),
+    (
+        "fused_update",
+        "adamw_kernel",
+        UPDATE + "first:*fp32 second:*fp32 steps:*fp32 lr:fp32 beta1:fp32 beta2:fp32 log1:fp32 log2:fp32 eps:fp32 "
+        "decay:fp32",
+        ROWS,
+    ),
+    ("fused_update", "adagrad_kernel", UPDATE + "total:*fp32 lr:fp32 eps:fp32 decay:fp32", ROWS),
+    ("fused_update", "write_kernel", UPDATE + "values:*fp32 target:*fp32", ROWS),
+    (
+        "fused_update",
+        "own_kernel",
+        UPDATE + "places:*i64 begin:*i64 end:*i64 own:*fp32 start:i32",
+        {"WIDTH": 512},
+    ),
+    ("draw", "draw_kernel", DRAW, {"BITS": 12, "PLACES": 512}),
+    ("draw", "find_kernel", DRAW, {"BITS": 12, "PLACES": 128}),
+    ("draw", "permute_kernel", DRAW, {"PLACES": 128}),
+]
+
+
+def test_every_kernel_compiles_for_a_card_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes what the compiler refuses. For compute capability 9.0, to machine code."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for module, name, types, constants in COMPILED:
+        kernel = getattr(importlib.import_module(f"pfc.partial_fc.kernels.{module}"), name)
+        assert len(_machine_code(kernel, types, dict(constants))) > 1000
+
+
+def _machine_code(kernel: Any, types: str, constants: dict[str, Any]) -> bytes:
+    from triton import compile as build
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = {}
+    if "bf16" in constants:
+        from pfc.partial_fc.kernels.fused_powers import TILES
+
+        tiles = TILES[torch.bfloat16 if constants.pop("bf16") else torch.float32]
+        constants |= {"ROWS": tiles.rows, "BATCH": tiles.batch, "DIM": tiles.dim}
+        options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    given = dict(pair.split(":") for pair in types.split())
+    signature = {name: "constexpr" if name in constants else given[name] for name in kernel.arg_names}
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    divisible = [name for name in kernel.arg_names if signature[name].startswith("*") or name == "dim"]
+    hints = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    source = ASTSource(kernel, signature, values, hints)  # pyright: ignore[reportArgumentType]
+    return build(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]  # pyright: ignore
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", EXACT, ids=str)
+def test_compiled_kernels_too(case: KernelCase) -> None:
+    for name, (value, expected) in fused_cases.fused_beside_plain(replace(case, device="cuda")).items():
+        assert relative_error(value, expected.double()) < 1e-5, name
