@@ -2,18 +2,19 @@
 # make test    run the tests
 # make lint    ruff and pyright
 # make bench   time the head on this machine
+# make image   build the container image, pfc:VERSION
 #
 # Everything is installed into .venv; VENV=/path uses another virtual environment, PYTHON=... another Python (>= 3.11).
 
 VENV   ?= .venv
 PYTHON ?= python3
 PIP     = $(VENV)/bin/python -m pip --disable-pip-version-check -qq
-# What was installed, and from which setup.py: a changed setup.py installs again.
+# What was installed, and from what: a changed setup.py or C file installs again.
 STAMP   = $(VENV)/.pfc-installed-with
 
 GLYPHS  = work/glyphs
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench image clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)-demo $(GLYPHS)/heldout.bin
@@ -31,7 +32,10 @@ lint: $(STAMP)-dev
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 bench: $(STAMP)-demo
-	$(VENV)/bin/pfc bench head
+	$(VENV)/bin/pfc bench head --classes 50000 --rate 1 --rate 0.1
+
+image:
+	docker build --file docker/Dockerfile --tag pfc:$$(sed -n 's/^ *version="\(.*\)",/\1/p' setup.py) .
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -41,12 +45,12 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pfc needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 
-$(STAMP)-demo: setup.py | $(VENV)/bin/python
+$(STAMP)-demo: setup.py partial_fc/kernels/native.c | $(VENV)/bin/python
 	@echo "Installing pfc and the demo's fonts into $(VENV) (PyTorch and DALI are large: a few minutes the first time)"
 	@$(PIP) install --editable '.[demo]'
 	@touch $@
 
-$(STAMP)-dev: setup.py | $(VENV)/bin/python
+$(STAMP)-dev: setup.py partial_fc/kernels/native.c | $(VENV)/bin/python
 	@echo "Installing pfc and the tools for its tests into $(VENV) (PyTorch and DALI are large: a few minutes the first time)"
 	@$(PIP) install --editable '.[demo,export,dev]'
 	@touch $@ $(STAMP)-demo

@@ -10,26 +10,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .dataset import RecordDataset
-    from .errors import UsageError
+    from .errors import DamagedRecord, UsageError
     from .glyphs import pack_glyphs
     from .inspect import InspectReport, inspect_dataset
+    from .mixture import JointDataset
     from .order import SampleOrder
-    from .packing import PackSummary, pack_folder
+    from .packing import pack_folder, pack_list, pack_recordio, pack_table
     from .pairs import Pairs, make_pairs, pairs_from_list, read_pairs, write_pairs
     from .pipeline import Batch, TrainLoader, decode_images
-    from .recordio import RecordError
+    from .rebuild import rebuild_index
     from .shards import ShardedWriter
+    from .summary import PackSummary
     from .synthetic import pack_synthetic
 
 _HOME = {
     "RecordDataset": "dataset",
+    "DamagedRecord": "errors",
     "UsageError": "errors",
     "pack_glyphs": "glyphs",
     "InspectReport": "inspect",
+    "JointDataset": "mixture",
     "inspect_dataset": "inspect",
     "SampleOrder": "order",
-    "PackSummary": "packing",
+    "PackSummary": "summary",
     "pack_folder": "packing",
+    "pack_list": "packing",
+    "pack_recordio": "packing",
+    "pack_table": "packing",
     "Pairs": "pairs",
     "make_pairs": "pairs",
     "pairs_from_list": "pairs",
@@ -38,18 +45,19 @@ _HOME = {
     "Batch": "pipeline",
     "TrainLoader": "pipeline",
     "decode_images": "pipeline",
-    "RecordError": "recordio",
+    "rebuild_index": "rebuild",
     "ShardedWriter": "shards",
     "pack_synthetic": "synthetic",
 }
 
 __all__ = [
     "Batch",
+    "DamagedRecord",
     "InspectReport",
+    "JointDataset",
     "PackSummary",
     "Pairs",
     "RecordDataset",
-    "RecordError",
     "SampleOrder",
     "ShardedWriter",
     "TrainLoader",
@@ -59,9 +67,13 @@ __all__ = [
     "make_pairs",
     "pack_folder",
     "pack_glyphs",
+    "pack_list",
+    "pack_recordio",
     "pack_synthetic",
+    "pack_table",
     "pairs_from_list",
     "read_pairs",
+    "rebuild_index",
     "write_pairs",
 ]
 

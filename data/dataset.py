@@ -7,14 +7,17 @@ from bisect import bisect_right
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
+from .all_labels import load_labels
 from .errors import UsageError
 from .index import Shard, open_shard
 from .labels import FLOAT32_EXACT, LabelEncoding, decode_label
 from .manifest import LABEL_NAMES_NAME, Manifest, read_manifest
-from .recordio import MAGIC, ImageRecord
+from .recordio import ImageRecord
+from .workers import Progress
 
 
 class RecordDataset:
@@ -49,11 +52,13 @@ class RecordDataset:
         self._starts = [0, *accumulate(shard.images for shard in shards)]
 
     @staticmethod
-    def open(path: str | Path) -> RecordDataset:
+    def open(path: str | Path, *, strict: bool = True) -> RecordDataset:
         """Open a directory of shards, by pfc or by the tools of MXNet or InsightFace, or one ``.rec``.
 
-        Cheap: the ``.rec`` files are mapped into memory, only the ``.idx`` files are read. UsageError where
-        something is missing, or the files do not belong together.
+        Cheap: the ``.rec`` files are mapped into memory, only the ``.idx`` files are read, and a large one only
+        once (see ``index.load_index``). UsageError where something is missing, or the files do not belong together.
+        A ``.rec`` that was cut short opens, as long as most of it is there: its lost records are damaged ones. Not
+        ``strict``: the same however much of it is lost.
         """
         path = Path(path)
         if path.is_dir():
@@ -73,7 +78,7 @@ class RecordDataset:
             raise UsageError(f"{path} holds no .rec file: pack images with 'pfc pack', or give the shards' directory")
 
         if manifest is None or not entries.keys() >= set(recs):
-            shards = [open_shard(rec, rec.with_suffix(".idx")) for rec in recs]
+            shards = [open_shard(rec, rec.with_suffix(".idx"), strict=strict) for rec in recs]
             classes, image_size = _read_property(folder)
             identities = max((_header_identities(shard) for shard in shards), default=0)
             return RecordDataset(
@@ -87,13 +92,14 @@ class RecordDataset:
         shards = []
         for rec in recs:
             entry = entries[rec]
-            shard = open_shard(rec, folder / entry.idx)
-            if shard.file.size != entry.bytes:
+            shard = open_shard(rec, folder / entry.idx, strict=strict)
+            if strict and shard.file.size > entry.bytes:
                 raise UsageError(
-                    f"{rec} has {shard.file.size} bytes, {entry.bytes} by its dataset.json: "
-                    "cut short or changed; copy or pack it again"
+                    f"{rec} has {shard.file.size} bytes, {entry.bytes} by its dataset.json: changed; "
+                    f"copy or pack it again, or save what is good: pfc inspect {folder} --repair OUT"
                 )
-            if len(shard.keys) != entry.images:
+            # An index made anew from a file that was cut short cannot know what was lost.
+            if strict and len(shard.keys) != entry.images and shard.file.size == entry.bytes:
                 raise UsageError(
                     f"{folder / entry.idx} lists {len(shard.keys)} records, {entry.images} by its dataset.json; "
                     f"bring the .idx that was written with {rec.name}"
@@ -117,29 +123,36 @@ class RecordDataset:
         """How many identities there are: labels are 0 … num_classes − 1.
 
         By dataset.json, the ``property`` file or the header record, whichever comes first; else the largest
-        label plus one, for which every image's label is read once.
+        label plus one, for which every image's label is read once; damaged records do not count.
         """
-        return self.told_classes if self.told_classes is not None else int(self.labels().max()) + 1
+        if self.told_classes is not None:
+            return self.told_classes
+        return max(1, int(self.labels(damaged=-1).max()) + 1)
 
     def read(self, index: int) -> tuple[int, np.ndarray]:
         """Label and encoded image (uint8 [bytes], read-only) of image ``index``.
 
-        RecordError (a UsageError) with file, key and offset where the record is damaged or its label is none
+        DamagedRecord (a UsageError) with file, key and offset where the record is damaged or its label is none
         of 0 … num_classes − 1. IndexError where index is not in [0, len).
         """
         shard, position = self.locate(index)
-        record = shard.read_record(position)
-        return self._label(record, shard, position), record.image
+        record = shard.read_image(position)
+        return self.decode_label(record, shard, position), record.image
 
     def label(self, index: int) -> int:
         """The label of image ``index``; errors as ``read``."""
         return self.read(index)[0]
 
-    def labels(self) -> np.ndarray:
-        """All labels, int64 [len]. Reads the first bytes of every record; errors as ``read``."""
-        labels = np.empty(len(self), dtype=np.int64)
-        for shard, start in zip(self.shards, self._starts, strict=False):
-            labels[start : start + shard.images] = self._shard_labels(shard)
+    def labels(self, *, damaged: Literal[-1] | None = None, progress: Progress | None = None) -> np.ndarray:
+        """All labels [len], read-only: int32, or int64 where there are identities from 2³¹ on.
+
+        Reads the first bytes of every record (progress counts them), and of a large data set only once: the labels
+        are then kept beside it and mapped from there as long as its files do not change. DamagedRecord at the first
+        record whose label cannot be read; or, with ``damaged=-1``, that number in its place.
+        """
+        labels = load_labels(self, progress)
+        if damaged is None and labels.min(initial=0) < 0:
+            self.read(int(np.argmin(labels)))  # raises what is wrong with it
         return labels
 
     def locate(self, index: int) -> tuple[Shard, int]:
@@ -155,7 +168,8 @@ class RecordDataset:
         path = (self.path if self.path.is_dir() else self.path.parent) / LABEL_NAMES_NAME
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
-    def _label(self, record: ImageRecord, shard: Shard, position: int) -> int:
+    def decode_label(self, record: ImageRecord, shard: Shard, position: int) -> int:
+        """The label in an image's record; DamagedRecord where it is none of 0 … num_classes − 1."""
         try:
             label = decode_label(record.labels, self.label_encoding)
         except ValueError as error:
@@ -167,33 +181,16 @@ class RecordDataset:
             )
         return label
 
-    def _shard_labels(self, shard: Shard) -> np.ndarray:
-        """Labels of one shard, int64 [images]: plain records in one sweep, the few others one by one."""
-        offsets = shard.offsets[shard.first : shard.first + shard.images]
-        labels = np.zeros(shard.images, dtype=np.int64)
-        known = np.zeros(shard.images, dtype=bool)
-        if self.label_encoding == "float32":
-            # A record in one piece (cflag 0) with one label (flag 0) keeps it in its fourth 32-bit word.
-            words = shard.file.bytes[: shard.file.size // 4 * 4].view("<u4")
-            fits = np.flatnonzero((offsets % 4 == 0) & (offsets + 32 <= shard.file.size))
-            at = offsets[fits] // 4
-            stored = words[at + 3].view("<f4")
-            whole = (words[at] == MAGIC) & (words[at + 1] >> 29 == 0) & (words[at + 1] >= 24) & (words[at + 2] == 0)
-            below = FLOAT32_EXACT if self.told_classes is None else min(self.told_classes, FLOAT32_EXACT)
-            plain = whole & (stored >= 0) & (stored == np.floor(stored)) & (stored < below)
-            labels[fits[plain]] = stored[plain]
-            known[fits[plain]] = True
-        for image in np.flatnonzero(~known):
-            position = shard.first + int(image)
-            labels[image] = self._label(shard.read_record(position), shard, position)
-        return labels
-
 
 def _header_identities(shard: Shard) -> int:
-    """Identities that a header record counts: from the first identity record's key to one past the last's."""
+    """Identities by the header record, where it agrees with the identity records; else 0.
+
+    Its float32 count is exact up to 2²⁴ records; beyond, the identity records are counted.
+    """
     if shard.header is None or shard.header.flag < 2:
         return 0
-    return max(0, int(shard.header.labels[1] - shard.header.labels[0]))
+    first, stop = shard.header.labels[:2]
+    return shard.identity_records if stop >= FLOAT32_EXACT or stop - first == shard.identity_records else 0
 
 
 def _read_property(folder: Path) -> tuple[int | None, tuple[int, int] | None]:

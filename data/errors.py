@@ -1,4 +1,6 @@
-"""The one exception for what the person at the keyboard can mend."""
+"""The exceptions for what the person at the keyboard can mend."""
+
+from pathlib import Path
 
 
 class UsageError(Exception):
@@ -7,3 +9,21 @@ class UsageError(Exception):
     Its message is one line that says what is wrong and what to do. The command line prints that line, without a
     traceback, and exits with code 2.
     """
+
+
+class DamagedRecord(UsageError):
+    """A record that cannot be read: damaged, or not what its place in the file promises.
+
+    Whoever reads many records may catch it, count it and go on with the next record.
+
+    Attributes: ``shard``, the ``.rec`` file; ``key`` of the record, None where unknown; ``offset`` in bytes;
+    ``reason``, what is wrong with it.
+    """
+
+    def __init__(self, shard: Path, key: int | None, offset: int, reason: str) -> None:
+        super().__init__(shard, key, offset, reason)  # as arguments, so that it can be sent between processes
+        self.shard, self.key, self.offset, self.reason = shard, key, offset, reason
+
+    def __str__(self) -> str:
+        record = "record" if self.key is None else f"key {self.key}"
+        return f"{self.shard}: {record} at byte {self.offset}: {self.reason}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -17,16 +16,16 @@ _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 _BACKGROUND = "white"  # behind transparent images
 
 
-def encode_file(path: Path, *, size: tuple[int, int] | None, quality: int, encoding: Encoding) -> bytes:
-    """The image in ``path`` as JPEG or PNG of ``size`` (height, width), as RGB; None keeps its own size.
+def reencode(data: bytes, *, size: tuple[int, int] | None, quality: int, encoding: Encoding) -> bytes:
+    """The image file ``data`` as JPEG or PNG of ``size`` (height, width), as RGB; None keeps its own size.
 
     An image that is that already keeps its bytes untouched. Raises whatever Pillow raises where it cannot be
     read.
     """
-    with Image.open(path) as image:
+    with Image.open(io.BytesIO(data)) as image:
         if _is_ready(image, size, encoding):
             image.load()
-            return path.read_bytes()
+            return data
         if size is not None:
             # JPEG can be decoded at 1/2, 1/4, 1/8: much faster, and as good at twice the size.
             image.draft("RGB", (2 * max(size), 2 * max(size)))

@@ -1,198 +1,105 @@
-"""Packs a folder of images, one sub-folder an identity, into RecordIO shards."""
+"""Packs images into RecordIO shards: from a folder, a list file, other RecordIO, or a table.
+
+All functions take the keyword arguments that ``PackOptions`` explains, and give a ``PackSummary``. What is packed from
+one source with one seed is the same to the byte, whatever the number of workers and however often it was interrupted:
+a call that was interrupted goes on when it is made again. UsageError on everything that the caller can mend: a source
+that is not what it should be, impossible options, an ``out`` that holds something.
+"""
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
-
-import numpy as np
+from typing import Unpack
 
 from .errors import UsageError
-from .images import SUFFIXES, Encoding, encode_file, why_unreadable
-from .manifest import printable
-from .shards import ShardedWriter, check_output
-from .workers import Progress, parallel_map
+from .pack_options import PackArguments, PackOptions
+from .pack_run import check_apart, pack
+from .sources.folder import FolderSource
+from .sources.listing import ListSource
+from .sources.records import Joining, RecordSource
+from .sources.table import table_source
+from .summary import PackSummary
 
 
-@dataclass(frozen=True)
-class PackSummary:
-    """What a pack verb did; ``bytes`` of all ``.rec`` files, ``skipped`` images as (file, reason)."""
+def pack_folder(src: str | Path, out: str | Path, **arguments: Unpack[PackArguments]) -> PackSummary:
+    """Pack ``src``, whose sub-folders are the identities; ``size`` is 112 by default.
 
-    path: Path
-    images: int
-    identities: int
-    shards: int
-    bytes: int
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    ignored_files: int = 0  # files in the source that are no images by their names
-    empty_identities: list[str] = field(default_factory=list)  # all of their images were unreadable
-
-    def __str__(self) -> str:
-        lines = [
-            f"packed {self.images:,} images of {self.identities:,} identities into {self.shards} shard(s), "
-            f"{self.bytes / 1e6:,.1f} MB: {self.path}"
-        ]
-        if self.skipped:
-            lines.append(f"skipped {len(self.skipped):,} unreadable image(s):")
-            lines += [f"  {file}: {reason}" for file, reason in self.skipped[:10]]
-            if len(self.skipped) > 10:
-                lines.append(f"  and {len(self.skipped) - 10:,} more: {self.path / SKIPPED_NAME}")
-        if self.empty_identities:
-            lines.append(f"identities without a readable image: {_some(self.empty_identities)}")
-        if self.ignored_files:
-            lines.append(f"ignored {self.ignored_files:,} file(s) that are no images by their names")
-        return printable("\n".join(lines))
+    Labels are the places of the sub-folders' names in sorted order. Images are jpg, jpeg, png, bmp, webp, pgm, at any
+    depth in a sub-folder. A sub-folder without an image is refused, unless ``min_images`` is given.
+    """
+    src, out = Path(src), Path(out)
+    options = _options_for_files(arguments)
+    check_apart(out, [src], options)
+    store = options.storing()
+    return pack(FolderSource(src, allow_empty="min_images" in arguments), out, store, options)
 
 
-SKIPPED_NAME = "skipped.tsv"
+def pack_list(
+    src: str | Path, out: str | Path, *, root: str | Path | None = None, **arguments: Unpack[PackArguments]
+) -> PackSummary:
+    """Pack the images of ``src``, a list file as im2rec reads it: index TAB label [TAB more labels] TAB path.
+
+    Paths are relative to ``root``, by default the list's own folder. ``size`` is 112 by default.
+    """
+    src, out = Path(src), Path(out)
+    options = _options_for_files(arguments)
+    check_apart(out, [src], options)
+    store = options.storing()
+    return pack(ListSource(src, src.parent if root is None else Path(root)), out, store, options)
 
 
-def pack_folder(
+def pack_table(
     src: str | Path,
     out: str | Path,
     *,
-    size: int | tuple[int, int] | None = 112,
-    quality: int = 95,
-    encoding: Encoding = "jpeg",
-    shards: int = 1,
-    workers: int | None = None,
-    seed: int = 0,
-    name: str | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
+    root: str | Path | None = None,
+    path_column: str | None = None,
+    label_column: str = "label",
+    **arguments: Unpack[PackArguments],
 ) -> PackSummary:
-    """Pack ``src``, whose sub-folders are the identities, into a data set at ``out``.
+    """Pack the images of a table: .csv or .tsv with a header line, .parquet, or a folder of .parquet files.
 
-    Labels are the places of the sub-folders' names in sorted order. Images (jpg, jpeg, png, bmp, webp, pgm,
-    at any depth in a sub-folder) become upright RGB of ``size`` (pixels; a number for squares, or (height,
-    width)): scaled until they cover it, the rest cut off on both sides alike, so nothing is distorted. None
-    keeps each image's size. An image that has format and size already keeps its bytes. The order on disk is a
-    shuffle of all images by ``seed``; the result does not depend on ``workers`` (None: one a core).
-
-    An unreadable image is skipped, and named in the summary and in ``out``/skipped.tsv. UsageError where src
-    is not such a folder, a sub-folder has no image, or ``out`` holds something (``overwrite`` replaces a
-    packed data set, nothing else).
+    ``path_column`` (default: ``path``, else ``image``) has paths relative to ``root`` (default: the table's folder),
+    or in Parquet the images themselves. ``label_column`` has whole numbers or names. ``size`` is 112 by default.
     """
     src, out = Path(src), Path(out)
-    target = _target_size(size)
-    if not 1 <= quality <= 100:
-        raise UsageError(f"quality {quality}: JPEG qualities go from 1 to 100")
-    if encoding not in get_args(Encoding):
-        raise UsageError(f"encoding {encoding!r}: it is one of {', '.join(get_args(Encoding))}")
-    check_output(out, overwrite=overwrite)
-    _check_apart(src, out)
-    names, files, ignored = _find_images(src)
-
-    order = np.random.default_rng(seed).permutation(len(files))
-    encode = partial(_encode_or_explain, size=target, quality=quality, encoding=encoding)
-    encoded = parallel_map(encode, (files[i][1] for i in order), workers=workers)
-
-    skipped: list[tuple[str, str]] = []
-    readable = np.zeros(len(names), dtype=bool)
-    writer = ShardedWriter(
-        out,
-        identities=names,
-        image_size=target,
-        source=printable(f"folder {src.resolve()}"),
-        name=name,
-        creation={"size": target, "quality": quality, "encoding": encoding, "shards": shards, "seed": seed},
-        shards=shards,
-        overwrite=overwrite,
+    options = _options_for_files(arguments)
+    check_apart(out, [src], options)
+    store = options.storing()
+    source = table_source(
+        src, root=None if root is None else Path(root), path_column=path_column, label_column=label_column
     )
-    with writer:
-        for done, (i, result) in enumerate(zip(order, encoded, strict=True), start=1):
-            label, path = files[i]
-            if isinstance(result, bytes):
-                writer.write(label, result)
-                readable[label] = True
-            else:
-                skipped.append((str(path.relative_to(src)), result))
-            if progress is not None and (done % 64 == 0 or done == len(files)):
-                progress(done, len(files))
-        skipped.sort()
-        if not readable.any():
-            raise UsageError(f"{src}: none of its {len(files)} images can be read, e.g. {': '.join(skipped[0])}")
-        if skipped:
-            lines = [f"{file}\t{reason}\n" for file, reason in skipped]
-            (writer.folder / SKIPPED_NAME).write_text(printable("".join(lines)), encoding="utf-8")
-    return PackSummary(
-        path=out,
-        images=writer.images,
-        identities=writer.identities,
-        shards=shards,
-        bytes=writer.bytes,
-        skipped=skipped,
-        ignored_files=ignored,
-        empty_identities=[names[label] for label in np.flatnonzero(~readable)],
-    )
+    return pack(source, out, store, options)
 
 
-def _encode_or_explain(path: Path, *, size: tuple[int, int] | None, quality: int, encoding: Encoding) -> bytes | str:
-    """The encoded image, or why it cannot be read."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks about odd metadata of an image that it can read
-            return encode_file(path, size=size, quality=quality, encoding=encoding)
-    except Exception as error:  # Pillow's decoders raise nearly anything about a damaged file
-        return why_unreadable(error)
+def pack_recordio(
+    sources: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    joining: Joining = "apart",
+    **arguments: Unpack[PackArguments],
+) -> PackSummary:
+    """Pack one or several RecordIO data sets anew: other shards, another order, fewer identities, all in one.
+
+    Images keep their bytes, and are not decoded unless ``check`` or ``size`` asks for it; a record whose label stays
+    is the same to the byte. ``joining`` says whether the identities of several sets are all different ("apart", then
+    named set/name) or the same where their names are ("shared").
+    """
+    paths = [Path(path) for path in ([sources] if isinstance(sources, str | Path) else sources)]
+    out = Path(out)
+    if not paths:
+        raise UsageError("no data set to pack: name at least one")
+    converting = arguments.get("size") is not None or "encoding" in arguments or "quality" in arguments
+    defaults: PackArguments = {"check": False, "keep_bytes": not converting}
+    given: PackArguments = {**defaults, **arguments}
+    options = PackOptions(**given)
+    check_apart(out, paths, options)
+    store = options.storing()
+    return pack(RecordSource(paths, joining=joining), out, store, options)
 
 
-def _target_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    height, width = (size, size) if isinstance(size, int) else size
-    if height < 1 or width < 1:
-        raise UsageError(f"size {height}×{width}: height and width are at least 1 pixel")
-    return height, width
-
-
-def _check_apart(src: Path, out: Path) -> None:
-    here, there = src.resolve(), out.resolve()
-    if here.is_relative_to(there) or there.is_relative_to(here):
-        raise UsageError(f"{out} and the source {src} lie one in the other: give a place outside")
-
-
-def _find_images(src: Path) -> tuple[list[str], list[tuple[int, Path]], int]:
-    """Identity names in sorted order, (label, file) of every image, and the number of files that are none."""
-    if not src.exists():
-        raise UsageError(f"{src}: no such folder; check the path")
-    if not src.is_dir():
-        raise UsageError(f"{src} is a file; give the folder whose sub-folders are the identities")
-    names = sorted(entry.name for entry in os.scandir(src) if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise UsageError(f"{src} has no sub-folders: put the images of each identity into a sub-folder of its own")
-    files: list[tuple[int, Path]] = []
-    ignored = 0
-    without: list[str] = []
-    for label, name in enumerate(names):
-        before = len(files)
-        for path in _walk(src / name):
-            if path.suffix.lower() in SUFFIXES:
-                files.append((label, path))
-            else:
-                ignored += 1
-        if len(files) == before:
-            without.append(name)
-    if without:
-        raise UsageError(
-            f"{src}: no image in the sub-folder(s) {_some(without)}: add images "
-            f"({', '.join(sorted(s[1:] for s in SUFFIXES))}) or remove the sub-folder(s)"
-        )
-    ignored += sum(entry.is_file() and not entry.name.startswith(".") for entry in os.scandir(src))
-    return names, files, ignored
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """All visible files under ``folder``, in an order that does not depend on the file system."""
-    for place, folders, files in os.walk(folder):
-        folders.sort()
-        yield from (Path(place, file) for file in sorted(files) if not file.startswith("."))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+def _options_for_files(arguments: PackArguments) -> PackOptions:
+    defaults: PackArguments = {} if arguments.get("keep_bytes") else {"size": 112}
+    given: PackArguments = {**defaults, **arguments}
+    return PackOptions(**given)

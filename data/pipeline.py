@@ -7,28 +7,33 @@ or on restarts.
 
 from __future__ import annotations
 
-import io
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import UsageError
-from .order import SampleOrder, counter_hash
+from .augment import Augment, draw_flips
+from .dali import PREFETCH, as_batch, build_pipeline, run_pipeline, undecodable
+from .damage import DamageLimit
+from .errors import DamagedRecord, UsageError
+from .headers import header_problem, pillow_problem
+from .order import Order, SampleOrder
+from .readahead import ReadAhead
+from .slices import Slice, SliceReader
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from .dataset import RecordDataset
-
-_PREFETCH = 2
-_FLIP_STREAM = 1  # keeps the flips independent of any other random numbers drawn from the same seed
+    from .slices import Dataset
 
 Encoded = bytes | np.ndarray
+
+_REFUSED = "DALI refuses it"  # what Pillow can decode
 
 
 @dataclass
@@ -38,26 +43,23 @@ class Batch:
     Attributes:
         images: float32 [b, 3, H, W], RGB, each value in [-1, 1], on the loader's device.
         labels: int64 [b], on the loader's device.
+        samples: int64 [b], which images of the data set they are.
     """
 
     images: Tensor
     labels: Tensor
-
-
-@dataclass
-class _Pending:
-    """What was handed to DALI and has not come back yet."""
-
     samples: NDArray[np.int64]
-    labels: NDArray[np.int64]
 
 
 class TrainLoader:
     """Endless iterator over one rank's slices of the global batches.
 
-    With b = ``batch_size`` and B = b · ``world_size``, a step takes the next B positions of the sample
-    order and rank r gets the r-th b of them. Epochs follow each other without a gap, so a batch may hold
-    the end of one and the beginning of the next, and every rank takes the same number of steps.
+    With b = ``batch_size`` and B = b · ``world_size``, a step takes the next B positions of the order and rank r gets
+    the r-th b of them. Epochs follow each other without a gap (unless ``drop``), so a batch may hold the end of one and
+    the beginning of the next, and every rank takes the same number of steps.
+
+    A damaged sample (a record that cannot be read, a label out of range, an image without bytes or that DALI cannot
+    decode) is replaced by a good one, the same at any world size and after a restart.
 
     Args:
         dataset: images and labels; must stay open while the loader is used.
@@ -65,53 +67,81 @@ class TrainLoader:
         image_size: (height, width) of the tensors; stored images of another size are scaled, keeping their
             proportions, to cover it and cropped at the centre.
         rank, world_size: which part of each global batch is this process's.
-        seed: of the sample order and of the flips.
+        seed: of the order (where none is given), of the flips and of the augmentations.
+        order: of the samples; by default a permutation of the whole data set for every epoch.
+        drop: leave out the rest of each epoch that does not fill a global batch.
         flip: mirror half of the images; which ones depends on (seed, epoch, sample).
+        augment: what else is done to the pictures; nothing by default.
+        max_damaged: share of damaged images that is borne, see ``DamageLimit``.
         device: where decoding ends and the tensors lie.
         threads: CPU threads that DALI may use.
         position: global samples consumed before this loader starts; 0 for a new run.
 
+    Attributes:
+        position: where the next global batch begins.
+
     Raises:
-        UsageError: DALI is not installed; the data set holds no image; a record is damaged or its label is outside
-            [0, num_classes).
-        RuntimeError: an image cannot be decoded; names the data set and, where it can be found, the image.
+        UsageError: DALI is not installed; the data set holds no image, or with ``drop`` fewer than a global batch;
+            too many images are damaged.
+        RuntimeError: DALI fails without any image being to blame.
     """
 
     def __init__(
         self,
-        dataset: RecordDataset,
+        dataset: Dataset,
         *,
         batch_size: int,
         image_size: tuple[int, int],
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
+        order: Order | None = None,
+        drop: bool = False,
         flip: bool = True,
+        augment: Augment | None = None,
+        max_damaged: float = 0.02,
         device: torch.device | None = None,
         threads: int = 2,
         position: int = 0,
     ) -> None:
         if len(dataset) == 0:
             raise UsageError(f"data set {dataset.name!r} holds no image: pack it again from a folder with images")
-        self.position = position
+        self._order = order or SampleOrder(len(dataset), seed)
+        self._global_batch, self._drop = batch_size * world_size, drop
+        if drop and self._global_batch > self._order.epoch_size:
+            raise UsageError(
+                f"data.remainder: drop leaves nothing of the {self._order.epoch_size} images of an epoch at a global "
+                f"batch of {self._global_batch}: carry the rest over, or take a smaller batch"
+            )
         self._dataset = dataset
-        self._batch_size = batch_size
-        self._world_size = world_size
         self._seed = seed
         self._flip = flip
+        self._augment = augment or Augment()
         self._device = device or torch.device("cpu")
-        self._image_size = image_size
-        self._order = SampleOrder(len(dataset), seed)
-        self._next_position = position + rank * batch_size  # where this rank's next slice to be read begins
-        self._pending: deque[_Pending] = deque()
-        self._pipeline: Any = _build_pipeline(
-            self._read_slice,
-            batch_size=batch_size,
-            image_size=image_size,
-            resize=dataset.image_size != image_size,
-            device=self._device,
-            threads=threads,
+        self._options: dict[str, Any] = {
+            "batch_size": batch_size,
+            "image_size": image_size,
+            "resize": dataset.image_size != image_size,
+            "device": self._device,
+            "threads": threads,
+            "drawn": self._augment.drawn,
+        }
+        self._reader = SliceReader(
+            dataset, self._order, batch_size=batch_size, rank=rank, world_size=world_size, drop=drop, position=position
         )
+        self.position = self._reader.position
+        self._limit = DamageLimit(max_damaged, dataset.name)
+        self._replaced = 0
+        self._untold: dict[int, DamagedRecord] = {}
+        self._told: set[int] = set()
+        self._ahead = ReadAhead(dataset, self._order)
+        # Slices are read by a thread of their own, one ahead of DALI, while this one waits for DALI or trains.
+        self._thread = ThreadPoolExecutor(1, "pfc-reader")
+        self._reading = self._thread.submit(self._read_slice)
+        self._pending: deque[Slice] = deque()  # handed to DALI, and not come back yet
+        # DALI reads what it is given where it lies; a GPU may still be at it when the batch has come back.
+        self._held: deque[list[Any]] = deque(maxlen=2 * PREFETCH + 2)
+        self._pipeline: Any = build_pipeline(self._next_slice, **self._options)
 
     def __iter__(self) -> TrainLoader:
         return self
@@ -119,49 +149,87 @@ class TrainLoader:
     def __next__(self) -> Batch:
         if self._pipeline is None:
             raise RuntimeError("this TrainLoader is closed: make a new one at its position to go on")
-        try:
-            images = _run(self._pipeline, self._device)
-        except RuntimeError as error:
-            self.close()
-            self._explain(error)
-        labels = torch.from_numpy(self._pending.popleft().labels)
+        while True:
+            try:
+                images = run_pipeline(self._pipeline, self._device)
+                break
+            except RuntimeError as error:
+                self._leave_out_undecodable(error)
+            except UsageError:
+                self.close()
+                raise
+        slice = self._pending.popleft()
+        self._replaced += len(slice.damaged)
+        self._untold.update((sample, record) for sample, record in slice.damaged if sample not in self._told)
+        self._limit.count(len(slice.labels), [record for _, record in slice.damaged])
+        labels = torch.from_numpy(slice.labels)
         if self._device.type == "cuda":
             labels = labels.pin_memory().to(self._device, non_blocking=True)
-        self.position += self._batch_size * self._world_size
-        return Batch(images, labels)
+        self.position = slice.end
+        return Batch(images, labels, slice.samples)
+
+    @property
+    def epoch_size(self) -> int:
+        """Positions of an epoch."""
+        return self._order.epoch_size
+
+    @property
+    def epoch(self) -> float:
+        """Epochs before ``position``, a fraction."""
+        return self.position / self._order.epoch_size
+
+    def batches_until(self, epochs: float) -> int:
+        """How many global batches there are from ``position`` to the end of that many epochs of the run."""
+        end = round(epochs * self._order.epoch_size)
+        return self._order.batches(self.position, end, self._global_batch, drop=self._drop)
+
+    def take_damage(self) -> tuple[int, dict[int, DamagedRecord]]:
+        """What this rank met since the last call: how many images were replaced, and which damaged samples it met for
+        the first time."""
+        replaced, met = self._replaced, self._untold
+        self._told.update(met)
+        self._replaced, self._untold = 0, {}
+        return replaced, met
 
     def close(self) -> None:
         """Free DALI's threads and buffers; batches already handed out stay valid."""
         self._pipeline = None
+        self._thread.shutdown(cancel_futures=True)
+        self._ahead.close()
 
-    def _read_slice(self) -> tuple[list[NDArray[np.uint8]], list[NDArray[np.int32]]]:
-        """The next encoded images and their flips; DALI asks ahead of what ``__next__`` returns."""
-        positions = self._next_position + np.arange(self._batch_size, dtype=np.int64)
-        self._next_position += self._batch_size * self._world_size
-        samples = self._order.at(positions)
-        labels = np.empty(len(samples), dtype=np.int64)
-        images = []
-        for place, sample in enumerate(samples.tolist()):
-            labels[place], image = self._dataset.read(sample)
-            images.append(image)
-        self._pending.append(_Pending(samples, labels))
-        flips = np.zeros(len(samples), dtype=np.int32)
+    def _next_slice(self) -> list[Any]:
+        """What DALI asks for, ahead of what ``__next__`` returns: encoded images, flips, drawn numbers."""
+        slice, given = self._reading.result()
+        self._reading = self._thread.submit(self._read_slice)
+        self._pending.append(slice)
+        self._held.append(given)
+        return given
+
+    def _read_slice(self) -> tuple[Slice, list[Any]]:
+        self._ahead.move(self._reader.position)
+        slice = self._reader.read()
+        flips = np.zeros(len(slice.labels), dtype=np.int32)
         if self._flip:
-            bits = counter_hash(self._seed, _FLIP_STREAM, self._order.epoch(positions), samples)
-            flips = (bits >> np.uint64(63)).astype(np.int32)
-        return images, [np.asarray(flip) for flip in flips]
+            flips = draw_flips(self._seed, slice.visits, slice.samples)
+        drawn = self._augment.draw(self._seed, slice.visits, slice.samples).values()
+        return slice, [as_batch(slice.images), flips, *drawn]
 
-    def _explain(self, error: RuntimeError) -> NoReturn:
-        """DALI does not say which image broke a batch: find it among the images that were under way."""
-        for batch in self._pending:
-            for sample in batch.samples.tolist():
-                problem = _decoding_problem(self._dataset.read(sample)[1])
-                if problem:
-                    shard, position = self._dataset.locate(sample)
-                    where = shard.error(position, f"image {sample} cannot be decoded ({problem})")
-                    raise RuntimeError(
-                        f"data set {self._dataset.name!r}: {where}; `pfc inspect` lists every image that is damaged"
-                    ) from error
+    def _leave_out_undecodable(self, error: RuntimeError) -> None:
+        """DALI does not say which image broke a batch: find it among those under way, and begin again without it."""
+        wait([self._reading])
+        first = self._pending[0].start if self._pending else None
+        for slice in self._pending:
+            bad = undecodable(slice.images, self._device)
+            for place in bad:
+                self._reader.mark(int(slice.samples[place]), pillow_problem(slice.images[place]) or _REFUSED)
+            if bad and first is not None:
+                self._pipeline = None  # before what it may still be reading goes
+                self._pending.clear()
+                self._reader.rewind(first)
+                self._reading = self._thread.submit(self._read_slice)
+                self._pipeline = build_pipeline(self._next_slice, **self._options)
+                return
+        self.close()
         raise RuntimeError(f"data set {self._dataset.name!r}: DALI could not make a batch: {error}") from error
 
 
@@ -192,91 +260,25 @@ def decode_images(
     device = device or torch.device("cpu")
     starts = range(0, len(images), batch_size)
 
-    def slices() -> Iterator[tuple[list[NDArray[np.uint8]], list[NDArray[np.int32]]]]:
+    def slices() -> Iterator[list[Any]]:
         for start in starts:
             encoded = [np.frombuffer(image, dtype=np.uint8) for image in images[start : start + batch_size]]
-            yield encoded, [np.zeros((), dtype=np.int32)] * len(encoded)
+            if any(header_problem(image) for image in encoded):
+                raise RuntimeError("not to be given to DALI")  # what it would do to such an image: see headers
+            held.append(encoded)
+            yield [encoded, np.zeros(len(encoded), dtype=np.int32)]
 
-    pipeline = _build_pipeline(
+    held: deque[list[NDArray[np.uint8]]] = deque(maxlen=2 * PREFETCH + 2)  # DALI reads them where they lie
+    pipeline = build_pipeline(
         slices(), batch_size=batch_size, image_size=image_size, resize=True, device=device, threads=threads
     )
     for start in starts:
         try:
-            yield _run(pipeline, device)
+            yield run_pipeline(pipeline, device)
         except RuntimeError as error:
-            ahead = min(len(images), start + (_PREFETCH + 1) * batch_size)
-            for place in range(start, ahead):
-                problem = _decoding_problem(images[place])
-                if problem:
-                    raise RuntimeError(f"image {place} cannot be decoded ({problem})") from error
+            under_way = images[start : start + (PREFETCH + 1) * batch_size]
+            encoded = [np.frombuffer(image, dtype=np.uint8) for image in under_way]
+            for place in undecodable(encoded, device):
+                problem = header_problem(encoded[place]) or pillow_problem(encoded[place]) or _REFUSED
+                raise RuntimeError(f"image {start + place} cannot be decoded: {problem}") from error
             raise
-
-
-def _build_pipeline(
-    source: Callable[[], Any] | Iterable[Any],
-    *,
-    batch_size: int,
-    image_size: tuple[int, int],
-    resize: bool,
-    device: torch.device,
-    threads: int,
-) -> Any:
-    """The DALI pipeline: (encoded images, flips) from ``source`` to float32 [b, 3, H, W] in [-1, 1]."""
-    Pipeline, fn, types = _import_dali()
-    on_gpu = device.type == "cuda"
-    device_id = (torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None
-    height, width = image_size
-    pipeline = Pipeline(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=_PREFETCH)
-    with pipeline:
-        encoded, flips = fn.external_source(source=source, num_outputs=2, batch=True)
-        images = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
-        if resize:
-            images = fn.resize(images, resize_x=width, resize_y=height, mode="not_smaller")
-        images = fn.crop_mirror_normalize(
-            images,
-            crop=(height, width),
-            mirror=flips,
-            mean=[127.5] * 3,
-            std=[127.5] * 3,
-            dtype=types.FLOAT,
-            output_layout="CHW",
-        )
-        pipeline.set_outputs(images)
-    pipeline.build()
-    return pipeline
-
-
-def _import_dali() -> tuple[Any, Any, Any]:
-    """DALI's Pipeline, fn and types: imported here alone, because the rest of pfc works without it."""
-    try:
-        from nvidia.dali import fn, types
-        from nvidia.dali.pipeline import Pipeline
-    except ImportError as error:
-        raise UsageError(
-            "NVIDIA DALI is not installed: `pip install nvidia-dali-cuda130` "
-            "(or nvidia-dali-cuda120 for CUDA 12); it decodes on machines without a GPU too"
-        ) from error
-    return Pipeline, fn, types
-
-
-def _run(pipeline: Any, device: torch.device) -> Tensor:
-    """The next batch as a tensor of the caller's own."""
-    if device.type != "cuda":
-        (images,) = pipeline.run()
-        return torch.from_dlpack(images.as_tensor())  # keeps DALI's buffer alive; the next run uses another one
-    stream = torch.cuda.current_stream(device)
-    (images,) = pipeline.run(cuda_stream=stream)
-    # A copy, because DALI's allocator does not know which torch streams still read its memory.
-    return torch.from_dlpack(images.as_tensor()).clone()
-
-
-def _decoding_problem(image: Encoded) -> str | None:
-    """What is wrong with an encoded image, or None where Pillow can decode it."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(bytes(image))) as picture:
-            picture.load()
-    except Exception as error:  # a damaged file can raise nearly anything from within a decoder
-        return str(error) or type(error).__name__
-    return None

@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
 import numpy as np
 
-from .errors import UsageError
+from .errors import DamagedRecord, UsageError
 
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -30,19 +32,8 @@ MAX_PAYLOAD = (1 << 29) - 1  # bytes: the length has 29 bits
 _FRAME = struct.Struct("<II")
 _IMAGE = struct.Struct("<IfQQ")
 _WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
-
-
-class RecordError(UsageError):
-    """A record that cannot be read: damaged, or not what its place in the file promises.
-
-    Attributes: ``path`` of the file, ``key`` of the record (None where unknown), ``offset`` in bytes,
-    ``what`` is wrong.
-    """
-
-    def __init__(self, path: Path, key: int | None, offset: int, what: str) -> None:
-        record = "record" if key is None else f"key {key}"
-        super().__init__(f"{path}: {record} at byte {offset}: {what}")
-        self.path, self.key, self.offset, self.what = path, key, offset, what
+_JPEG_END = b"\xff\xd9"
+_PNG_END = b"IEND\xaeB`\x82"
 
 
 class ImageRecord(NamedTuple):
@@ -123,74 +114,125 @@ class RecordFile:
 
     def starts_record(self, offset: int) -> bool:
         """Whether a record, whole or in parts, may start at ``offset``."""
-        if offset % 4 or not 0 <= offset <= self.size - 8:
+        if not 0 <= offset <= self.size - 8:
             return False
         magic, word = _FRAME.unpack_from(self._map, offset)
         return magic == MAGIC and word >> 29 in (_WHOLE, _FIRST)
 
-    def read(self, offset: int, *, key: int | None = None, limit: int | None = None) -> np.ndarray:
+    def read(self, offset: int, *, key: int | None = None, listed: Callable[[int], bool] | None = None) -> np.ndarray:
         """The payload (uint8 [bytes], read-only) of the record at ``offset``.
 
-        ``limit`` is the offset of the next record that the index knows (default: the end of the file): a
-        record that runs into it has a damaged length.
+        ``listed`` tells whether the index lists a record at a place: it is asked where a record ends and none
+        starts, which is either's damage.
         """
-        return self._read(offset, key, self.size if limit is None else limit)[0]
+        return self._read(offset, key, listed)[0]
 
-    def end(self, offset: int, *, key: int | None = None) -> int:
+    def end(self, offset: int, *, key: int | None = None, listed: Callable[[int], bool] | None = None) -> int:
         """Where the record at ``offset`` ends, its padding included: the next record starts there."""
-        return self._read(offset, key, self.size)[1]
+        return self._read(offset, key, listed)[1]
 
-    def _read(self, offset: int, key: int | None, limit: int) -> tuple[np.ndarray, int]:
-        start, size, cflag = self._part(offset, offset, key, limit)
+    def walk(self, start: int = 0) -> Iterator[tuple[int, int, np.ndarray | None]]:
+        """(offset, end, payload) of every record from ``start`` on, by the file alone; payload None for a damaged
+        stretch, which ends where the next record that is whole begins."""
+        at = start
+        while at < self.size:
+            try:
+                payload, end = self._read(at, None)
+            except DamagedRecord:
+                payload, end = None, self._next_record(max(start, at - 3))  # the padding before may have lost a byte
+            if payload is not None or end > at:
+                yield at, end, payload
+            at = end
+
+    def _next_record(self, at: int) -> int:
+        """Where the first whole record from ``at`` on starts, at any alignment; the file's end if there is none."""
+        while (at := self._map.find(MAGIC_BYTES, at)) >= 0:
+            with suppress(DamagedRecord):
+                self._read(at, None)
+                return at
+            at += 1
+        return self.size
+
+    def _read(
+        self, offset: int, key: int | None, listed: Callable[[int], bool] | None = None
+    ) -> tuple[np.ndarray, int]:
+        start, size, cflag = self._part(offset, offset, key)
         end = start + size + -size % 4
         if cflag == _WHOLE:
             payload = self.bytes[start : start + size]
         elif cflag == _FIRST:
             parts = [bytes(self._map[start : start + size])]
             while cflag != _LAST:
-                start, size, cflag = self._part(end, offset, key, limit)
+                start, size, cflag = self._part(end, offset, key)
                 if cflag not in (_MIDDLE, _LAST):
-                    raise RecordError(self.path, key, offset, "its last part is missing")
+                    raise DamagedRecord(self.path, key, offset, "its last part is missing")
                 parts.append(bytes(self._map[start : start + size]))
                 end = start + size + -size % 4
             payload = np.frombuffer(MAGIC_BYTES.join(parts), dtype=np.uint8)
         else:
-            raise RecordError(self.path, key, offset, "the middle of a record, not its start")
-        # Between the end and the limit there may be records that the index leaves out, never anything else.
-        if end < min(limit, self.size) and not self.starts_record(end):
-            raise RecordError(self.path, key, offset, f"damaged: no record follows where it should end, at byte {end}")
-        return payload, end
+            raise DamagedRecord(self.path, key, offset, "the middle of a record, not its start")
+        followed = end >= self.size or self.starts_record(end)
+        # Otherwise this length is damaged or the next record's start: the picture's end or the index may tell.
+        if not (followed or _is_finished(payload) or (listed is not None and listed(end))):
+            what = f"damaged: no record follows where it should end, at byte {end}"
+            raise DamagedRecord(self.path, key, offset, what)
+        return payload, min(end, self.size)
 
-    def _part(self, at: int, offset: int, key: int | None, limit: int) -> tuple[int, int, int]:
+    def _part(self, at: int, offset: int, key: int | None) -> tuple[int, int, int]:
         """(start of the payload, its bytes, cflag) of the part at ``at`` of the record at ``offset``."""
         if at < 0 or at + 8 > self.size:
-            raise RecordError(self.path, key, offset, f"runs past the end of the file, at byte {self.size}")
+            raise DamagedRecord(self.path, key, offset, f"runs past the end of the file, at byte {self.size}")
         magic, word = _FRAME.unpack_from(self._map, at)
         if magic != MAGIC:
-            raise RecordError(self.path, key, offset, f"damaged: no record starts at byte {at}")
+            raise DamagedRecord(self.path, key, offset, f"damaged: no record starts at byte {at}")
         size = word & MAX_PAYLOAD
-        end = at + 8 + size
-        if end > self.size:
-            raise RecordError(self.path, key, offset, f"runs past the end of the file, at byte {self.size}")
-        if end > limit:
-            raise RecordError(self.path, key, offset, f"damaged: runs into the next record, at byte {limit}")
-        return at + 8, size, word >> 29
+        start = at + 8
+        if start + size > self.size:
+            raise DamagedRecord(self.path, key, offset, f"runs past the end of the file, at byte {self.size}")
+        if size >= 4:  # where the payload had the magic, it was cut: what stands here belongs to another record
+            inside = np.flatnonzero(np.frombuffer(self._map, "<u4", size // 4, start) == MAGIC)
+            if len(inside):
+                what = f"damaged: runs into the next record, at byte {start + 4 * int(inside[0])}"
+                raise DamagedRecord(self.path, key, offset, what)
+        return start, size, word >> 29
+
+
+def _is_finished(payload: np.ndarray) -> bool:
+    """Whether the payload ends as an image record does: behind its labels, or with the last bytes of a JPEG or PNG."""
+    try:
+        image = unpack_image(payload).image
+    except ValueError:
+        return False
+    return len(image) == 0 or image[-8:].tobytes().endswith((_JPEG_END, _PNG_END))
 
 
 class RecordWriter:
     """Writes one ``.rec`` file and the ``.idx`` beside it.
 
     Attributes: ``records`` and ``size`` (bytes) written so far; ``sha256``, the hexadecimal digest of the
-    ``.rec``. Neither file may exist.
+    ``.rec``. Neither file may exist, except to go on with them: ``start`` is then what ``sync`` returned, and
+    what was written after that call is cut off.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, start: tuple[int, int, int] | None = None) -> None:
         self.path = path
-        self._rec = path.open("xb")
-        self._idx = path.with_suffix(".idx").open("x", encoding="ascii", newline="\n")
+        self.records, self.size, index_size = start or (0, 0, 0)
         self._hash = hashlib.sha256()
-        self.records = 0
-        self.size = 0
+        self._rec = path.open("xb" if start is None else "r+b")
+        self._idx = path.with_suffix(".idx").open("xb" if start is None else "r+b")
+        if start is not None:
+            for file, size in ((self._rec, self.size), (self._idx, index_size)):
+                file.truncate(size)
+            while block := self._rec.read(1 << 20):
+                self._hash.update(block)
+            self._idx.seek(index_size)
+
+    def sync(self) -> tuple[int, int, int]:
+        """Bring all records to the disk; returns where the files stand, for ``start``."""
+        for file in (self._rec, self._idx):
+            file.flush()
+            os.fsync(file.fileno())
+        return self.records, self.size, self._idx.tell()
 
     @property
     def sha256(self) -> str:
@@ -201,7 +243,7 @@ class RecordWriter:
         stored = frame(payload)
         offset = self.size
         self._rec.write(stored)
-        self._idx.write(f"{key}\t{offset}\n")
+        self._idx.write(b"%d\t%d\n" % (key, offset))
         self._hash.update(stored)
         self.records += 1
         self.size += len(stored)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,7 @@ from uuid import uuid4
 from .errors import UsageError
 from .labels import LabelEncoding, encode_label, encoding_for
 from .manifest import LABEL_NAMES_NAME, MANIFEST_NAME, Manifest, ShardEntry, printable
+from .partial import PartialFolder, StoppedPacking
 from .recordio import RecordWriter, pack_image
 
 
@@ -33,6 +35,9 @@ class ShardedWriter:
     image_size: (height, width) of every image, None where they differ.
     creation: parameters to keep in dataset.json.
     overwrite: replace a packed data set at ``out``; anything else there is refused (UsageError).
+    resume_key: text that stands for everything that decides about the result. Then ``save`` may be called between
+    images, an interrupted block leaves its folder, and the next writer with the same key goes on from the last
+    ``save``, with what was given to it in ``resumed``.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class ShardedWriter:
         creation: Mapping[str, Any] | None = None,
         shards: int = 1,
         overwrite: bool = False,
+        resume_key: str | None = None,
     ) -> None:
         if shards < 1:
             raise UsageError(f"{shards} shards: it takes at least 1")
@@ -54,7 +60,7 @@ class ShardedWriter:
         self.identities = identities if isinstance(identities, int) else len(identities)
         self.images = 0
         self.bytes = 0  # of all .rec files; known when the writer is closed
-        self._names = None if isinstance(identities, int) else list(identities)
+        self._names = None if isinstance(identities, int) else identities
         self._image_size = image_size
         self._about = {
             "source": source,
@@ -64,16 +70,25 @@ class ShardedWriter:
         self._encoding: LabelEncoding = encoding_for(self.identities)
         check_output(self.out, overwrite=overwrite)
         self._place = self.out.resolve()
-        self.folder = self._place.parent / f".{self._place.name}.{uuid4().hex[:8]}.partial"
         # One shard has the names that InsightFace's own tools look for.
         stems = ["train"] if shards == 1 else [f"train-{shard:05d}" for shard in range(shards)]
         self._writers: list[RecordWriter] = []
+        self.partial: PartialFolder | None = None
+        self.resumed: dict[str, Any] | None = None
+        token = "" if resume_key is not None else f".{uuid4().hex[:8]}"
+        self.folder = self._place.parent / f".{self._place.name}{token}.partial"
+        starts: list[Any] = [None] * shards
         try:
-            self.folder.mkdir(parents=True)
-            for stem in stems:
-                self._writers.append(RecordWriter(self.folder / f"{stem}.rec"))
+            if resume_key is None:
+                self.folder.mkdir(parents=True)
+            else:
+                self.partial = PartialFolder(self.folder, resume_key)
+            if self.partial is not None and (kept := self.partial.state) is not None:
+                self.resumed, self.images, starts = kept["resumed"], kept["images"], kept["files"]
+            for stem, start in zip(stems, starts, strict=True):
+                self._writers.append(RecordWriter(self.folder / f"{stem}.rec", start))
         except OSError as error:
-            self._discard()
+            self._leave(keep=True)
             raise UsageError(f"{self.out} with {shards} shard(s) cannot be written: {error}") from None
 
     def write(self, label: int, image: bytes) -> None:
@@ -85,24 +100,44 @@ class ShardedWriter:
         self._writers[key % len(self._writers)].write(key, payload)
         self.images += 1
 
+    def write_record(self, payload: bytes) -> None:
+        """Append one image record that is packed already, with a label in the encoding of this data set."""
+        self._writers[self.images % len(self._writers)].write(self.images, payload)
+        self.images += 1
+
+    def save(self, resumed: dict[str, Any]) -> None:
+        """Bring all images so far to the disk; ``resumed`` (for JSON) is what the next writer shall know."""
+        assert self.partial is not None, "only a writer with a resume_key saves"
+        files = [writer.sync() for writer in self._writers]
+        self.partial.save({"resumed": resumed, "images": self.images, "files": files})
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        keep = True
         try:
             if kind is None:
                 for writer in self._writers:
                     writer.close()
                 self._finish()
+            keep = not isinstance(error, UsageError) or isinstance(error, StoppedPacking)
+        except UsageError:
+            keep = False
+            raise
         finally:
-            self._discard()
+            self._leave(keep=keep)
 
-    def _discard(self) -> None:
+    def _leave(self, *, keep: bool) -> None:
         for writer in self._writers:
-            writer.close()
-        shutil.rmtree(self.folder, ignore_errors=True)  # after a good end it has moved away already
+            with suppress(OSError):  # a full disk; what went wrong has been raised already
+                writer.close()
+        if self.partial is not None:
+            self.partial.close(keep=keep)
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)  # after a good end it has moved away already
 
     def _finish(self) -> None:
         shards = len(self._writers)
@@ -130,11 +165,14 @@ class ShardedWriter:
             **self._about,
         ).write(self.folder)
         if self._names is not None:
-            names = json.dumps(self._names, ensure_ascii=True, indent=0)
-            (self.folder / LABEL_NAMES_NAME).write_text(names + "\n", encoding="ascii")
+            with (self.folder / LABEL_NAMES_NAME).open("w", encoding="ascii") as file:
+                file.writelines(("[\n" if i == 0 else ",\n") + json.dumps(name) for i, name in enumerate(self._names))
+                file.write("\n]\n")
         if self._image_size is not None:
             height, width = self._image_size
             (self.folder / "property").write_text(f"{self.identities},{height},{width}\n", encoding="ascii")
+        if self.partial is not None:
+            self.partial.finish()
         if self.overwrite and self._place.exists():
             shutil.rmtree(self._place)
         os.replace(self.folder, self._place)

@@ -10,8 +10,8 @@ from PIL import Image
 
 from .errors import UsageError
 from .images import encode_image
-from .packing import PackSummary
 from .shards import ShardedWriter
+from .summary import PackSummary
 from .workers import Progress, parallel_map
 
 _GRID = 6  # random colours a side that a pattern is smoothed from

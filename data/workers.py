@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from typing import TypeVar
 
 Task = TypeVar("Task")
@@ -39,10 +40,7 @@ def parallel_map(
         return
     rest = iter(tasks)
     # Spawned, not forked: a forked child inherits the locks of threads that it does not have.
-    # Ctrl-C reaches this process, which ends the workers; they would only add tracebacks of their own.
-    pool = ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-    )
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start)
     flying: deque[Future[list[Result]]] = deque()
     try:
         while True:
@@ -55,6 +53,21 @@ def parallel_map(
         raise RuntimeError("a worker process died (killed, or out of memory): use fewer workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _start() -> None:
+    """Of a worker process: it ends with the process that started it, and by nothing else."""
+    # Ctrl-C reaches that process, which ends the workers; they would only add tracebacks of their own.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Killed, it cannot end them, and they would wait for tasks for ever: each holds both ends of the queue.
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run(function: Callable[[Task], Result], tasks: list[Task]) -> list[Result]:

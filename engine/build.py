@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..data import RecordDataset
+from ..data import JointDataset, RecordDataset
 from ..data.errors import UsageError
 from ..partial_fc import PartialFC, RowAdagrad, RowAdamW, RowOptimizer, RowSGD
 from .backbones import build_backbone
@@ -13,14 +13,17 @@ from .config import Adagrad, AdamW, Config
 from .distributed import World
 
 
-def completed(config: Config, dataset: RecordDataset) -> Config:
+def completed(config: Config, dataset: RecordDataset | JointDataset) -> Config:
     """The configuration with what the data set says filled in, as it is written beside the run and its checkpoints."""
     size, classes = config.data.image_size, config.head.num_classes
     if size is None and dataset.image_size is None:
-        raise UsageError(f"{config.data.train} does not say how large its images are: give data.image_size")
+        raise UsageError(
+            f"data set {dataset.name!r} does not say how large its images are (or its parts differ): give "
+            "data.image_size"
+        )
     if classes is not None and classes != dataset.num_classes:
         raise UsageError(
-            f"head.num_classes is {classes}, but {config.data.train} has {dataset.num_classes} identities: "
+            f"head.num_classes is {classes}, but data set {dataset.name!r} has {dataset.num_classes} identities: "
             "leave it out, or give the right data set"
         )
     return config.model_copy(
@@ -87,6 +90,7 @@ def build_head(config: Config, world: World) -> PartialFC:
         seed=config.run.seed,
         device=world.device,
         compute_dtype=torch.bfloat16 if config.precision == "bf16" else None,
+        keep_bytes=None if section.keep_mib is None else section.keep_mib << 20,
         payload_dtype={"float32": torch.float32, "bf16": torch.bfloat16, None: None}[section.payload_dtype],
     )
 

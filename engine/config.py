@@ -10,8 +10,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
+from ..data.augment import Augment
 from ..data.errors import UsageError
 from ..partial_fc import objectives
 from .config_errors import explain, shown
@@ -36,23 +46,94 @@ class Run(Section):
     """Folder of all runs."""
     seed: CountOrZero = 0
     """Seed of everything random: centers, weights, the order of samples, class samples, flips."""
+    timeout_seconds: Annotated[float, Field(ge=1)] = 600.0
+    """A run that stands still for so long ends, and says which rank everyone waited for: see docs/failures.md."""
 
     @property
     def path(self) -> Path:
         return Path(self.dir) / self.name
 
 
-class Data(Section):
-    train: str
+class Source(Section):
+    """One of several training sets."""
+
+    path: str
     """A packed data set (folder or .rec)."""
+    weight: Positive = 1.0
+    """How many times an epoch goes through it."""
+
+
+class GlobalSampling(Section):
+    """A random permutation of all images for every epoch."""
+
+    name: Literal["global"] = "global"
+
+
+class BlockSampling(Section):
+    """For slow disks: blocks of neighbouring images in random order, shuffled within a window."""
+
+    name: Literal["blocks"]
+    block_size: Count = 1024
+    """Images of a block."""
+    window: Count = 32768
+    """Images that are shuffled among themselves."""
+
+    @model_validator(mode="after")
+    def _window_of_blocks(self) -> "BlockSampling":
+        if self.window < self.block_size:
+            raise ValueError(f"window ({self.window}) is less than block_size ({self.block_size})")
+        return self
+
+
+class BalancedSampling(Section):
+    """Batches of P identities with K images each."""
+
+    name: Literal["balanced"]
+    identities: Count
+    """P; P · K is the global batch."""
+    images: Annotated[int, Field(ge=2)]
+    """K."""
+
+
+def _one_or_many(value: Any) -> str:
+    return "many" if isinstance(value, list) else "one"
+
+
+Sources = Annotated[
+    list[Annotated[Source, BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v)]], Field(min_length=1)
+]
+
+
+class Data(Section):
+    train: Annotated[Annotated[str, Tag("one")] | Annotated[Sources, Tag("many")], Discriminator(_one_or_many)]
+    """A packed data set (folder or .rec), or a list of them: paths, or {path, weight}. Labels are offset set by set."""
+    order: Annotated[GlobalSampling | BlockSampling | BalancedSampling, Field(discriminator="name")] = GlobalSampling()
+    """In which order the images come; a name alone takes that order's defaults."""
+    remainder: Literal["carry", "drop"] = "carry"
+    """The rest of an epoch that does not fill a global batch: goes on into the next epoch, or is left out."""
     batch_size: Count = 64
     """Images per rank and step (per micro-batch when gradients are accumulated)."""
     image_size: Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
     """Height and width of the network's input; that of the data set when absent."""
     flip: bool = True
     """Mirror half of the images, left to right."""
+    augment: Augment = Augment()
+    """What else is done to the pictures: see docs/data.md."""
+    max_damaged: Annotated[float, Field(ge=0, le=1)] = 0.02
+    """Share of damaged images that are replaced by good ones; more end the run."""
     threads: Count = 2
     """Decoding threads per rank."""
+
+    @property
+    def sources(self) -> list[Source]:
+        return [Source(path=self.train)] if isinstance(self.train, str) else self.train
+
+    @model_validator(mode="before")
+    @classmethod
+    def _order_by_name(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and isinstance(tree.get("order"), str):
+            return {**tree, "order": {"name": tree["order"]}}
+        return tree
 
 
 class Backbone(Section):
@@ -106,6 +187,10 @@ class Head(Section):
     """How the centers are stored."""
     payload_dtype: Literal["float32", "bf16"] | None = None
     """What embeddings and their gradients travel in between the ranks; their own types when absent."""
+    keep_mib: CountOrZero | None = None
+    """Memory in MiB that the probabilities of a step may take on a rank until the centers are updated; where they need
+    more they are computed again, at the cost of one more matrix product. A sixteenth of a GPU's memory, or 1024 on a
+    CPU, when absent."""
 
     @model_validator(mode="after")
     def _rates_in_order(self) -> "Head":
@@ -165,6 +250,9 @@ class Optimizer(Section):
     """Micro-batches per step; their gradients are averaged."""
     clip_norm: Positive | None = None
     """Largest norm of the backbone's gradient; no clipping when absent."""
+    max_skipped_in_a_row: Count = 20
+    """Steps in a row that may be skipped because the loss or a gradient is not finite; then the run ends with a
+    diagnosis. In fp16 16 more, as many as the search for the loss's scale can take."""
 
     @model_validator(mode="before")
     @classmethod
@@ -208,6 +296,19 @@ class Schedule(Section):
         return self
 
 
+class Spike(Section):
+    """What to do about a loss far above those before it."""
+
+    factor: Annotated[float, Field(gt=1)] = 3.0
+    """How many times the median of the last losses a spike is."""
+    window: Annotated[int, Field(ge=2)] = 100
+    """How many these are; nothing is a spike before there are so many."""
+    rollback: bool = True
+    """Go back to the last checkpoint, and on with the data that follow the spike; else it is only told."""
+    max_rollbacks: Count = 3
+    """So many in a run; at one more spike it ends."""
+
+
 class Evaluation(Section):
     every_steps: Count = 500
     """Steps between evaluations; the first step and the last are always evaluated."""
@@ -219,11 +320,47 @@ class Evaluation(Section):
     """Add the mirror image's embedding; both accuracies are reported, this one leads."""
 
 
+class BestCheckpoint(Section):
+    """The checkpoint that stays because it measured best."""
+
+    metric: Annotated[str, Field(pattern=r"^(accuracy|accuracy_flip|accuracy_noflip|auc|eer|tar_at_far_1e-\d)$")] = (
+        "accuracy"
+    )
+    """A field of evaluation.jsonl."""
+    set: str | None = None
+    """The verification set, by its file's name without .bin; the first of evaluation.pairs when absent."""
+    mode: Literal["max", "min"] | None = None
+    """Which is best, the largest or the smallest; the smallest eer and the largest of the others when absent."""
+
+
 class Checkpoint(Section):
     every_steps: Count = 500
     """Steps between checkpoints; the last step is always saved."""
+    every_minutes: Positive | None = None
+    """Minutes between checkpoints, by the first rank's clock, besides those of every_steps."""
     keep: Count = 3
     """How many of the latest stay."""
+    best: BestCheckpoint | None = None
+    """Keep the best one too, saved as soon as it is measured."""
+    asynchronous: bool = False
+    """Copy the state into host memory and write it beside training."""
+    check_labels: bool = True
+    """Refuse to go on with the centers of other identities than the data set's, where both are known by name."""
+
+
+class Init(Section):
+    """What a new run begins with; a run that goes on from a checkpoint of its own has begun already."""
+
+    path: str | None = None
+    """A run, a checkpoint, or a file of the backbone's weights (.safetensors, or a state_dict in .pt)."""
+    centers: Literal["new", "keep", "by_name"] = "new"
+    """The centers: new ones; those of the same identities; or those that the names of the identities lead to."""
+
+    @model_validator(mode="after")
+    def _centers_of_something(self) -> "Init":
+        if self.path is None and self.centers != "new":
+            raise ValueError(f"centers is {self.centers!r}, which needs path: the run or checkpoint that has them")
+        return self
 
 
 class Log(Section):
@@ -237,6 +374,7 @@ class Config(Section):
     """One run, whole."""
 
     run: Run = Run()
+    init: Init = Init()
     data: Data
     backbone: Backbone = Backbone()
     head: Head = Head()
@@ -244,6 +382,8 @@ class Config(Section):
     schedule: Schedule
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     """Arithmetic of the backbone: bf16 and fp16 under autocast, fp16 with a GradScaler (GPU only)."""
+    spike: Spike | None = None
+    """A loss far above those before it; nothing is done about it when absent."""
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
@@ -251,6 +391,11 @@ class Config(Section):
     def images_per_step(self, world_size: int) -> int:
         """Images of all ranks in one optimizer step."""
         return self.data.batch_size * self.optimizer.accumulate * world_size
+
+    @property
+    def max_skipped_in_a_row(self) -> int:
+        """Of ``optimizer``, and room for fp16: from 65536 down to 1 the loss's scale is halved 16 times."""
+        return self.optimizer.max_skipped_in_a_row + (16 if self.precision == "fp16" else 0)
 
     def to_yaml(self) -> str:
         """The configuration with every default filled in."""

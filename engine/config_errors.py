@@ -3,7 +3,7 @@
 import difflib
 from typing import Any, get_args
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Tag
 
 
 def explain(detail: Any, root: type[BaseModel]) -> str:
@@ -42,12 +42,26 @@ def _locate(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[lis
             current, members = members[part], {}
             continue
         path.append(str(part))
+        if isinstance(part, int):  # a place in a list
+            current = _plain(get_args(current)[0])
+            continue
         model = current
         field = getattr(current, "model_fields", {}).get(part)
         current = field.annotation if field else None
-        union = [kind for kind in get_args(current) if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        members = {tag: kind for kind in union for tag in get_args(kind.model_fields["name"].annotation)}
+        members = {tag: _plain(kind) for kind in get_args(current) for tag in _tags(kind)}
     return path, model
+
+
+def _tags(kind: Any) -> list[str]:
+    """What pydantic calls a member of a union: the values of its ``name``, or its own tag."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return list(get_args(kind.model_fields["name"].annotation))
+    return [extra.tag for extra in getattr(kind, "__metadata__", ()) if isinstance(extra, Tag)]
+
+
+def _plain(kind: Any) -> Any:
+    """The type without what ``Annotated`` says about it."""
+    return kind.__origin__ if hasattr(kind, "__metadata__") else kind
 
 
 def shown(value: Any) -> str:

@@ -4,6 +4,7 @@ Its files: ``model.pt``, the backbone's state_dict; and ``checkpoint_gpu_{rank}.
 backbone, that rank's rows of the centers, and the state of one optimizer over both.
 """
 
+import itertools
 import os
 import re
 import shutil
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ..data.errors import UsageError
-from . import piecewise
+from .checkpoint import Piece, save_alone
 from .config import Config, parse_config
 from .convert_backbone import find_network
 from .convert_optimizer import OptimizerState, read_optimizer
+from .run_state import versions
 from .torch_files import TorchFile, listed
 
 _RANK_FILE = re.compile(r"checkpoint_gpu_(\d+)\.pt")
@@ -167,6 +169,13 @@ def _config(result: Conversion, optimizer: OptimizerState) -> Config:
     )
 
 
+def _joined(parts: list[Tensor]) -> list[Piece]:
+    """Each rank's rows as a piece, float32 on disk."""
+    total = sum(len(rows) for rows in parts)
+    starts = itertools.accumulate((len(rows) for rows in parts), initial=0)
+    return [Piece(rows, start, total, torch.float32) for rows, start in zip(parts, starts, strict=False)]
+
+
 def _write(result: Conversion, tensors: dict[str, Tensor], pieces: dict[str, list[Tensor]], config: Config) -> None:
     """The run, under a temporary name until it is complete."""
     place = result.out.resolve()
@@ -181,10 +190,12 @@ def _write(result: Conversion, tensors: dict[str, Tensor], pieces: dict[str, lis
         "skipped_steps": 0,
         "scaler": torch.amp.GradScaler("cpu").state_dict(),  # a fresh one, for a run that goes on in fp16
         "world_size": max(1, result.ranks),
+        "converted": True,
+        "versions": versions(),
     }
     try:
         checkpoint.mkdir(parents=True)
-        piecewise.save(checkpoint, tensors, pieces)
+        save_alone(checkpoint, tensors, {name: _joined(parts) for name, parts in pieces.items()})
         for folder in (partial, checkpoint):
             (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         (checkpoint / "state.json").write_text(dumps(state, indent=1), encoding="utf-8")

@@ -3,13 +3,14 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-_TIMEOUT = timedelta(minutes=30)
+from . import failures
+from .watchdog import Heartbeat, Watchdog
 
 
 @dataclass(frozen=True)
@@ -20,28 +21,36 @@ class World:
         rank: 0 … size − 1.
         size: number of ranks, W.
         device: where this rank computes.
+        heartbeat: where the work says how far it is, see ``Watchdog``.
     """
 
     rank: int
     size: int
     device: torch.device
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on some rank. A collective on the host: the device is not waited for."""
-        told = torch.tensor(int(flag))
+    def largest(self, *values: int) -> list[int]:
+        """The largest of each value over all ranks. A collective on the host: the device is not waited for."""
+        told = torch.tensor(values)
         dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        return bool(told)
+        return told.tolist()
 
 
 @contextmanager
-def start() -> Iterator[World]:
+def start(timeout_seconds: float = 600.0) -> Iterator[World]:
     """Joins the process group (nccl for GPUs, gloo for the host), and leaves it at the end.
 
     Reads torchrun's environment variables; without them the world is this process alone.
+
+    Args:
+        timeout_seconds: how long the run may stand still before the ranks' watchdogs end it.
+
+    Raises:
+        PeerFailed: another rank failed before, and this one could not go on.
     """
     on_gpu = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -49,10 +58,29 @@ def start() -> Iterator[World]:
     if on_gpu:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    # The watchdogs end a run that stands still, and know who is to blame; a collective waits longer than they do.
+    timeout = timedelta(seconds=max(7200.0, 2 * timeout_seconds))
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     else:
-        dist.init_process_group(backend, timeout=_TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
-    yield World(dist.get_rank(), dist.get_world_size(), device)
-    # Not after an exception: the others would fail on the closed connection before this rank's own error is told.
+        store, rank, size = dist.HashStore(), 0, 1
+    between_ranks = dist.PrefixStore("pfc", store.clone())  # its own connection: another's waiting does not block it
+    world = World(rank, size, device)
+    watchdog = Watchdog(world.heartbeat, between_ranks, rank, size, timeout_seconds)
+    watchdog.start()
+    world.heartbeat.enter("joining the other ranks")
+    try:
+        dist.init_process_group(
+            backend, timeout=timeout, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=size
+        )
+        yield world
+    except Exception as error:
+        # The group is left standing: the others would fail on the closed connection before this rank's own error is
+        # told. So is the watchdog, for whatever may keep the process from ending.
+        world.heartbeat.enter("ending after an error")
+        blamed = failures.blame(error, between_ranks, rank)
+        if blamed is error:
+            raise
+        raise blamed from None
     dist.destroy_process_group()
+    watchdog.stop()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -66,6 +66,7 @@ def evaluate_pairs(
     batch_size: int = 128,
     flip: bool = True,
     threads: int = 2,
+    moved: Callable[[], object] = lambda: None,
 ) -> tuple[VerificationResult, NDArray[np.float32]]:
     """Embeds both images of every pair and compares them.
 
@@ -82,6 +83,7 @@ def evaluate_pairs(
         flip: whether the metrics are those of the image's and its mirror image's embeddings added, the custom for
             faces, or of the image's alone, for what a mirror makes something else of, such as writing.
         threads: decoding threads per rank.
+        moved: called at every batch.
 
     Returns:
         the result, and the cosines [P] that its metrics are of, float32.
@@ -91,7 +93,14 @@ def evaluate_pairs(
         RuntimeError: an image cannot be decoded, or an embedding is not finite; raised on every rank.
     """
     views = _embed_views(
-        model, pairs.images, flip=True, image_size=image_size, device=device, batch_size=batch_size, threads=threads
+        model,
+        pairs.images,
+        flip=True,
+        image_size=image_size,
+        device=device,
+        batch_size=batch_size,
+        threads=threads,
+        moved=moved,
     )
     broken = (~torch.isfinite(views).all(dim=2).all(dim=0)).nonzero().flatten().tolist()
     if broken:
@@ -139,6 +148,7 @@ def _embed_views(
     device: torch.device,
     batch_size: int,
     threads: int,
+    moved: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """[V, N, D] on the CPU: V = 1, or 2 with the mirrored images' embeddings second."""
     if isinstance(model, DistributedDataParallel):
@@ -151,6 +161,7 @@ def _embed_views(
     start, stop = bounds[rank], bounds[rank + 1]
 
     def forward(batch: Tensor) -> Tensor:
+        moved()
         views = [batch, batch.flip(3)] if flip else [batch]
         return torch.stack([model(view).float() for view in views])
 

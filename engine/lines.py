@@ -1,25 +1,39 @@
 """The lines that a run prints besides its progress: at its beginning, after an evaluation, at its end."""
 
+import math
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from ..data import RecordDataset
+from ..data import JointDataset, RecordDataset
+from ..partial_fc.kernels.blocked import MAX_SCALE
+from ..partial_fc.kernels.keeping import default_keep_bytes, keeps_probabilities, probability_bytes
+from ..partial_fc.kernels.products import operand_dtype
+from ..partial_fc.objectives import LogSumExpObjective
 from .checkpoint import Found
 from .config import Config, Objective
+from .damage import NAME as DAMAGED
+from .damage import DamageTally
 from .distributed import World
 from .evaluation import VerificationResult
 from .telemetry import read_json_lines
 
 
 def opening(
-    config: Config, dataset: RecordDataset, network: nn.Module, world: World, total_steps: int, start: Found | None
+    config: Config,
+    dataset: RecordDataset | JointDataset,
+    epoch_size: int,
+    network: nn.Module,
+    world: World,
+    total_steps: int,
+    start: Found | None,
 ) -> list[str]:
     """What the run is made of, and the numbers that follow from its configuration."""
     head, size = config.head, config.data.image_size or [0, 0]
     parameters = sum(parameter.numel() for parameter in network.parameters())
     images_per_step = config.images_per_step(world.size)
-    epochs = total_steps * images_per_step / len(dataset)
+    epochs = total_steps * images_per_step / epoch_size
     rates = f"sample_rate {head.sample_rate:g}, batch_rate {head.batch_rate:g}"
     lines = [
         f"data       {dataset.name}: {len(dataset):,} images of {dataset.num_classes:,} identities",
@@ -27,6 +41,7 @@ def opening(
         f"{config.precision}",
         f"head       {_shown(head.objective)}, {dataset.num_classes:,} × {config.backbone.embedding_dim} centers over "
         f"{world.size} rank(s), {rates}",
+        *_probabilities(config, dataset.num_classes, world),
         f"schedule   {total_steps:,} steps of {images_per_step:,} images ({epochs:.1f} epochs) on {world.size} × "
         f"{world.device.type}",
     ]
@@ -42,15 +57,42 @@ def evaluated(result: VerificationResult, step: int) -> str:
     return "   ".join(parts)
 
 
-def closing(run_dir: Path, report: Path, sets: list[str]) -> list[str]:
-    """The accuracy on every set beside the untrained network's, and where to look."""
+def closing(run_dir: Path, report: Path, sets: list[str], damage: DamageTally) -> list[str]:
+    """The accuracy on every set beside the untrained network's, what was damaged, and where to look."""
     told = []
     evaluations = read_json_lines(run_dir / "evaluation.jsonl")
     for name in sets:
         of_set = [line for line in evaluations if line["set"] == name]
         untrained = f"   (untrained network: {of_set[0]['accuracy']:.4f})" if of_set[0]["step"] == 0 else ""
         told.append(f"accuracy   {of_set[-1]['accuracy']:.4f} ± {of_set[-1]['accuracy_std']:.4f} on {name}{untrained}")
+    if damage.records:
+        told.append(
+            f"damaged    {damage.records:,} record(s), replaced {damage.replaced:,} times: see {run_dir / DAMAGED}"
+        )
     return [*told, f"run        {run_dir}", f"report     {report}"]
+
+
+def _probabilities(config: Config, num_classes: int, world: World) -> list[str]:
+    """Whether a step keeps its probabilities or makes them again, at each of the run's sample rates.
+
+    Nothing for objectives that have no such choice.
+    """
+    head, objective = config.head, config.head.objective.build()
+    if not isinstance(objective, LogSumExpObjective) or objective.scale > MAX_SCALE:
+        return []
+    batch = math.ceil(head.batch_rate * config.data.batch_size * world.size)
+    dtype = operand_dtype(torch.bfloat16 if config.precision == "bf16" else torch.float32, world.device)
+    allowed = default_keep_bytes(world.device) if head.keep_mib is None else head.keep_mib << 20
+    told = []
+    for rate in dict.fromkeys([head.sample_rate, *(later for _, later in head.sample_rate_schedule)]):
+        rows = math.ceil(rate * -(-num_classes // world.size))
+        mib = probability_bytes(batch, rows, dtype) / 2**20
+        kept = keeps_probabilities(batch, rows, dtype, allowed)
+        told.append(
+            f"sampling   {round(rate * num_classes):,} of {num_classes:,} classes on {world.size} rank(s); "
+            f"probabilities {'kept' if kept else 'computed again'} ({mib:,.1f} MiB a rank, {allowed >> 20:,} allowed)"
+        )
+    return told
 
 
 def _shown(objective: Objective) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.dataset import RecordDataset
 from ..data.errors import UsageError
+from ..data.mixture import JointDataset
 from ..data.pairs import Pairs, read_pairs
 from . import report_figures as figures
 from .report_page import PAGE
@@ -110,9 +110,10 @@ def _tiles(run: RunRecord) -> list[Tile]:
 def _trained_on(run: RunRecord) -> tuple[int | None, int | None]:
     """(identities, images) of the training set, as far as they can be told without reading all of it."""
     identities: int | None = run.setting("head", "num_classes")
-    path = run.setting("data", "train")
+    train = run.setting("data", "train")
+    paths = [source["path"] for source in train] if isinstance(train, list) else [train] if train else []
     try:
-        dataset = RecordDataset.open(path) if path else None
+        dataset = JointDataset.open(paths) if paths else None
     except UsageError:  # moved or deleted since, which takes nothing from the run
         dataset = None
     if dataset is None:

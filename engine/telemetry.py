@@ -6,7 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ class MetricsLog:
             temporary = path.with_name(path.name + ".tmp")
             temporary.write_text("".join(_json_line(line) for line in kept), encoding="utf-8")
             os.replace(temporary, path)
+        self.path = path
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Values) -> None:
@@ -75,7 +76,8 @@ class MetricsLog:
         self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what a full disk did not take, as was told when it was written
+            self._file.close()
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -119,6 +121,8 @@ class Telemetry:
         tensorboard: bool = True,
     ) -> None:
         self.is_main = is_main
+        self._run_dir = run_dir
+        self._refused: set[Path] = set()
         if not is_main:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -142,7 +146,8 @@ class Telemetry:
         if not self.is_main:
             return
         now = time.monotonic()
-        self._metrics.write(step, {**values, "elapsed_seconds": round(now - self._begin, 3)})
+        with self.tolerating(self._metrics.path):
+            self._metrics.write(step, {**values, "elapsed_seconds": round(now - self._begin, 3)})
         self._to_tensorboard(step, values, "train/")
         self._points.append((now, step))
         if line:
@@ -153,13 +158,24 @@ class Telemetry:
         and TensorBoard. It prints nothing."""
         if not self.is_main:
             return
-        self._evaluation.write(step, values)
+        with self.tolerating(self._evaluation.path):
+            self._evaluation.write(step, values)
         self._to_tensorboard(step, values, f"evaluation/{values.get('set', '')}/")
 
     def message(self, text: str) -> None:
         """Prints one line of text."""
         if self.is_main:
             self._print(Text(text))
+
+    @contextmanager
+    def tolerating(self, path: Path) -> Iterator[None]:
+        """What the disk refuses to take into ``path`` is told once, and training goes on."""
+        try:
+            yield
+        except OSError as error:
+            if path not in self._refused:
+                self._refused.add(path)
+                self.message(f"warning    {path}: {error.strerror}: it will not be complete; training goes on")
 
     def close(self) -> None:
         """Closes the files; may be called more than once."""
@@ -168,7 +184,8 @@ class Telemetry:
         self._metrics.close()
         self._evaluation.close()
         if self._board is not None:
-            self._board.close()
+            with self.tolerating(self._run_dir / "tensorboard"):
+                self._board.close()
 
     def _seconds_left(self, step: int) -> float | None:
         (first_time, first_step), (last_time, last_step) = self._points[0], self._points[-1]
@@ -179,12 +196,14 @@ class Telemetry:
     def _to_tensorboard(self, step: int, values: Values, prefix: str) -> None:
         if self._board is None:
             return
-        for key, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(prefix + key, value, step)
+        with self.tolerating(self._run_dir / "tensorboard"):
+            for key, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(prefix + key, value, step)
 
     def _print(self, text: Text) -> None:
-        self._console.print(text, soft_wrap=True)
+        with suppress(OSError):  # standard output may be a file on the disk that is full
+            self._console.print(text, soft_wrap=True)
 
 
 def progress_line(step: int, total_steps: int, values: Values, world_size: int, seconds_left: float | None) -> Text:

@@ -1,35 +1,34 @@
 """The training loop: build everything from the configuration, step, tell, save, evaluate."""
 
-import inspect
+import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from ..data import Pairs, RecordDataset, TrainLoader, read_pairs
+from ..data import Pairs, read_pairs
 from ..data.errors import UsageError
-from . import build, checkpoint, distributed, lines, run_state
+from ..data.pipeline import Batch
+from . import build, build_data, checkpoint, distributed, initial, label_map, lines, run_state
 from .config import Config
+from .damage import DamageTally
+from .diagnosis import NotFinite, diagnose
 from .distributed import World
 from .evaluation import evaluate_pairs
 from .report import write_report
+from .saving import Saving
 from .schedule import learning_rate_factor, sample_rate_at
+from .spikes import SpikeWatch
+from .stopping import EXIT_CODES, signal_of, stop_requests
 from .telemetry import Telemetry, Throughput
+from .training_step import TrainingStep
 
-# Each rank keeps the BatchNorm statistics of its own batches; evaluation and checkpoints take rank 0's. Newer torch
-# warns about the old name of the switch, older torch does not know the new one.
-_SYNC_SWITCHES = inspect.signature(DistributedDataParallel).parameters
-_NO_BUFFER_SYNC: dict[str, Any] = {
-    "forward_sync_buffers" if "forward_sync_buffers" in _SYNC_SWITCHES else "broadcast_buffers": False
-}
-_AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+REQUEUE = "requeue"
+"""A file of this name in a run's directory says that the run was stopped by SIGUSR1 and wants to go on."""
 
 
 def train(config: Config, resume: str = "auto") -> int:
@@ -41,24 +40,27 @@ def train(config: Config, resume: str = "auto") -> int:
             is the path of a checkpoint or run to go on from.
 
     Returns:
-        The exit code: 0 done, 143 stopped by SIGTERM after saving.
+        The exit code: 0 done, 143 stopped by SIGTERM and 75 by SIGUSR1 after saving, 1 where the end was not saved.
 
     Raises:
         UsageError: something that does not fit together, in one line.
+        NotFinite: too many steps in a row were skipped.
+        PeerFailed: another rank failed before.
     """
-    with distributed.start() as world, _stop_requests() as stopping:
+    with distributed.start(config.run.timeout_seconds) as world, stop_requests() as requests:
         trainer = Trainer(config, world, resume)
         try:
             while trainer.step < trainer.total_steps:
                 trainer.train_step()
-                if trainer.stop_wanted(bool(stopping)):
+                number = trainer.consult(requests.most)
+                if number is not None and trainer.step < trainer.total_steps:
+                    trainer.stop(number)
+                    return EXIT_CODES[number]
+                if trainer.save_wanted:
                     trainer.save()
-                    trainer.telemetry.message(f"stopped at step {trainer.step:,}, saved; the same command goes on")
-                    return 128 + signal.SIGTERM
-            trainer.finish()
+            return trainer.finish()
         finally:
             trainer.close()
-    return 0
 
 
 class Trainer:
@@ -67,65 +69,58 @@ class Trainer:
     Attributes:
         step: optimizer steps done.
         total_steps: how many there will be.
+        save_wanted: whether a checkpoint is due by the clock, as of the last time that ``consult`` asked.
     """
 
     def __init__(self, config: Config, world: World, resume: str) -> None:
-        self.world = world
+        self.world, self.heartbeat = world, world.heartbeat
+        self.heartbeat.enter("opening the data", on_files=True)
         self.run_dir = config.run.path
         self.start = _starting_point(self.run_dir, resume)
-        self.dataset = RecordDataset.open(config.data.train)
+        self.dataset = build_data.open_dataset(config)
         self.pairs = _read_pairs(config.evaluation.pairs)
-        self.autocast_dtype = _AUTOCAST[config.precision]
         self.config = config = build.completed(config, self.dataset)
         self.image_size = build.input_size(config)
         self.images_per_step = config.images_per_step(world.size)
-        if config.schedule.steps is not None:
-            self.total_steps = config.schedule.steps
-        else:
-            self.total_steps = -(-round(config.schedule.epochs * len(self.dataset)) // self.images_per_step)  # type: ignore[operator]
 
+        self.heartbeat.enter("building the network and the head", on_files=True)
         torch.manual_seed(config.run.seed)
         self.parts = parts = build.build_parts(config, world)
-        self.network, self.head, self.scaler = parts.network, parts.head, parts.scaler
+        self.network, self.head = parts.network, parts.head
         self.backbone_optimizer, self.head_optimizer = parts.backbone_optimizer, parts.head_optimizer
-        state = run_state.restore(parts, self.start, world) if self.start is not None else {}
+        self.labels = labels = label_map.read_label_map(self.dataset)
+        if self.start is not None:
+            state, told = run_state.restore(parts, self.start, world, config, labels)
+        else:
+            state, told = {}, initial.begin(config, parts, labels)
         self.step = state.get("step", 0)
-        self.skipped_steps = torch.tensor(state.get("skipped_steps", 0), device=world.device)
-
-        wrapped = torch.compile(self.network) if config.backbone.compile else self.network
-        self.backbone = DistributedDataParallel(
-            wrapped,  # type: ignore[arg-type]
-            device_ids=[world.device] if world.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            **_NO_BUFFER_SYNC,
+        self.training_step = TrainingStep(config, parts, world, state.get("skipped_steps", 0))
+        self.skipped_steps = self.training_step.skipped_steps  # the tensor itself, counted there
+        self.spikes = SpikeWatch(config.spike) if config.spike is not None else None
+        self.rollbacks: int = state.get("rollbacks", 0)
+        self.batches: list[Batch] = []  # of the last step, for the diagnosis
+        self.first_head_step = 0
+        self.loader = build_data.build_loader(
+            config, self.dataset, world, image_size=self.image_size, position=state.get("position", 0)
         )
-        self.loader = TrainLoader(
-            self.dataset,
-            batch_size=config.data.batch_size,
-            image_size=self.image_size,
-            rank=world.rank,
-            world_size=world.size,
-            seed=config.run.seed,
-            flip=config.data.flip,
-            device=world.device,
-            threads=config.data.threads,
-            position=state.get("position", 0),
-        )
-        self.telemetry = Telemetry(
-            self.run_dir,
-            total_steps=self.total_steps,
-            world_size=world.size,
-            is_main=world.is_main,
-            resumed_step=self.step,
-            tensorboard=config.log.tensorboard,
-        )
+        self.total_steps = self._steps_of_run()
+        self.telemetry = self._telemetry()
+        self.damage = DamageTally(self.run_dir, state, world.is_main, self.telemetry.message)
         self.throughput = Throughput()
         self.loss_sum = torch.zeros((), device=world.device)
         self.loss_count = 0
+        self.save_wanted = False
         if world.is_main:
+            (self.run_dir / REQUEUE).unlink(missing_ok=True)
             (self.run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        for line in lines.opening(config, self.dataset, self.network, world, self.total_steps, self.start):
+        for line in lines.opening(
+            config, self.dataset, self.loader.epoch_size, self.network, world, self.total_steps, self.start
+        ):
             self.telemetry.message(line)
+        for line in told:
+            self.telemetry.message(line)
+        sets = [pairs.name for pairs in self.pairs]
+        self.saving = Saving(config, parts, world, labels, sets, self.telemetry.message)
         if self.step == 0:
             self.evaluate()
         self.throughput.restart()
@@ -138,42 +133,75 @@ class Trainer:
         self.head.sample_rate = sample_rate_at(
             self.step / self.total_steps, section.sample_rate, section.sample_rate_schedule
         )
-        self.backbone.train()
+        self.training_step.backbone.train()
+        self.batches.clear()
+        self.first_head_step = self.head.steps
         for micro in range(config.optimizer.accumulate):
+            self.heartbeat.enter("waiting for a batch", self.step + 1)
             with self.throughput.waiting():
                 batch = next(self.loader)
-            images = batch.images
-            if config.backbone.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
+            self.batches.append(batch)
             last = micro + 1 == config.optimizer.accumulate
-            with nullcontext() if last else self.backbone.no_sync():
-                with self._autocast():
-                    embeddings = self.backbone(images)
-                loss = self.head(embeddings, batch.labels)
-                self.scaler.scale(loss / config.optimizer.accumulate).backward()
-            self.loss_sum += loss.detach()
+            self.loss_sum += self.training_step.micro_batch(batch.images, batch.labels, last=last)
             self.loss_count += 1
-        norm = self._optimizer_step()
+        norm = self.training_step.update()
         self.step += 1
+        if self.spikes is not None:
+            self.spikes.add(self.step, self.training_step.loss)
         self.throughput.count(self.images_per_step)
         done = self.step == self.total_steps
         if self.step % config.log.every_steps == 0 or self.step == 1 or done:
             self._log(rate, norm)
         if self.step % config.evaluation.every_steps == 0 or done:
             self.evaluate()
-        if self.step % config.checkpoint.every_steps == 0 or done:
+        if self.saving.due(self.step) or done:
             self.save()
+        self.saving.saver.poll()
 
-    def stop_wanted(self, here: bool) -> bool:
-        """Whether some rank was asked to stop; all are asked together, on a GPU every tenth step only."""
-        if self.world.device.type == "cuda" and self.step % 10:
-            return False
-        return self.world.any(here)
+    def consult(self, most: int = 0) -> signal.Signals | None:
+        """What the ranks decide together after a step; on a GPU after every tenth, as the host waits for all of them.
+
+        Args:
+            most: what this rank was asked for, see ``StopRequests.most``.
+
+        Returns:
+            the signal that the run shall stop by.
+
+        Raises:
+            NotFinite: too many steps in a row were skipped.
+        """
+        self.save_wanted = False
+        if self.world.device.type == "cuda" and self.step % 10 and self.step < self.total_steps:
+            return None
+        self.heartbeat.enter("consulting the other ranks")
+        spike = self.spikes.find() if self.spikes is not None else None
+        most, save, skipped, spiked = self.world.largest(
+            most, self.saving.due_by_clock(), self.training_step.skipped_lately(), spike.step if spike else 0
+        )
+        if skipped >= self.config.max_skipped_in_a_row:
+            found = diagnose(self.training_step, self.batches, self.dataset, self.first_head_step)
+            raise NotFinite(
+                f"{skipped} steps in a row were skipped, the last one step {self.step:,}, because the loss or a "
+                f"gradient was not finite (optimizer.max_skipped_in_a_row)\n  {found}"
+            )
+        if spiked:
+            self._meet_spike(spiked, str(spike or "a loss"))
+        self.save_wanted = bool(save)
+        return signal_of(most)
+
+    def stop(self, number: signal.Signals) -> None:
+        """Saves, and says that the run is not at its end."""
+        self.save()
+        self.saving.saver.wait()
+        self.telemetry.message(f"stopped by {number.name} at step {self.step:,}; the same command goes on")
+        if number == signal.SIGUSR1 and self.world.is_main:
+            (self.run_dir / REQUEUE).touch()
 
     def evaluate(self) -> None:
         """Verification accuracy on every set of pairs, by all ranks."""
         for pairs in self.pairs:
-            with self._autocast():
+            self.heartbeat.enter(f"evaluating on {pairs.name}")
+            with self.training_step.autocast():
                 result, cosine = evaluate_pairs(
                     self.network,
                     pairs,
@@ -182,55 +210,110 @@ class Trainer:
                     batch_size=self.config.evaluation.batch_size,
                     flip=self.config.evaluation.flip,
                     threads=self.config.data.threads,
+                    moved=self.heartbeat.moved,
                 )
             self.telemetry.evaluation(self.step, result.to_dict())
+            self.saving.measured(self.step, pairs.name, result.to_dict())
             self.telemetry.message(lines.evaluated(result, self.step))
             if self.world.is_main:
                 folder = self.run_dir / "evaluation"
-                folder.mkdir(exist_ok=True)
-                np.savez_compressed(folder / f"{pairs.name}-{self.step:08d}.npz", cosine=cosine, same=pairs.same)
+                with self.telemetry.tolerating(folder):
+                    folder.mkdir(exist_ok=True)
+                    np.savez_compressed(folder / f"{pairs.name}-{self.step:08d}.npz", cosine=cosine, same=pairs.same)
         self.throughput.restart()
 
     def save(self) -> None:
-        """Writes a checkpoint."""
-        tensors, state = run_state.capture(self.parts, self.world)
-        state |= {"position": self.loader.position, "skipped_steps": int(self.skipped_steps)}
-        checkpoint.save(self.run_dir, self.step, tensors, state, self.config, self.config.checkpoint.keep)
+        """Writes a checkpoint, or where ``checkpoint.asynchronous`` begins to."""
+        self.heartbeat.enter("saving", on_files=True)
+        self.damage.collect(self.loader)
+        counters = {
+            "position": self.loader.position,
+            "skipped_steps": int(self.skipped_steps),
+            "rollbacks": self.rollbacks,
+            **self.damage.state(),
+        }
+        self.saving.save(self.step, counters)
         self.throughput.restart()
 
-    def finish(self) -> None:
-        """The report, and the lines that a person looks for at the end."""
+    def finish(self) -> int:
+        """The report, and the lines that a person looks for at the end; returns the exit code."""
+        self.heartbeat.enter("saving, and writing the report", on_files=True)
+        self.saving.saver.wait()
         if self.world.is_main:
-            report = write_report(self.run_dir)
-            for line in lines.closing(self.run_dir, report, [pairs.name for pairs in self.pairs]):
-                self.telemetry.message(line)
+            with self.telemetry.tolerating(self.run_dir / "report.html"):
+                report = write_report(self.run_dir)
+                for line in lines.closing(self.run_dir, report, [pairs.name for pairs in self.pairs], self.damage):
+                    self.telemetry.message(line)
+        if (problem := self.saving.saver.last_problem) is None:
+            return 0
+        self.telemetry.message(f"the end of the run is NOT saved: {problem}; make room, and the same command goes on")
+        return 1
 
     def close(self) -> None:
+        self.saving.saver.close()
         self.telemetry.close()
         self.loader.close()
 
-    def _optimizer_step(self) -> Tensor:
-        """Applies the gradients, or on every rank nothing where they are not finite; returns the backbone's norm []."""
-        self.scaler.unscale_(self.backbone_optimizer)
-        self.scaler.unscale_(self.head_optimizer)
-        gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.config.optimizer.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), self.config.optimizer.clip_norm, norm)
-        assert self.head.gradient_scale.grad is not None
-        broken = ~(torch.isfinite(norm) & torch.isfinite(self.head.gradient_scale.grad))
-        self.skipped_steps += broken
-        for optimizer in (self.backbone_optimizer, self.head_optimizer):
-            if self.world.device.type == "cuda":
-                # The fused kernels read it on the device.
-                optimizer.found_inf = broken.float()  # pyright: ignore[reportAttributeAccessIssue]
-                optimizer.step()
-            elif not broken:
-                optimizer.step()
-            optimizer.zero_grad()
-        if self.scaler.is_enabled():
-            self.scaler.update()
-        return norm
+    def _meet_spike(self, step: int, what: str) -> None:
+        """Goes back to the last checkpoint before it, and on with later data, where the configuration says so.
+
+        Args:
+            step: whose loss it was.
+            what: to be told.
+        """
+        section = self.config.spike
+        assert section is not None
+        assert self.spikes is not None
+        told = f"spike      {what}, found at step {self.step:,}"
+        self.spikes.restart()
+        self.saving.saver.wait()
+        checkpoints = checkpoint.find_all(self.run_dir) if section.rollback else []
+        found = max((one for one in checkpoints if one.step < step), key=lambda one: one.step, default=None)
+        if found is None:
+            why = ", there is no checkpoint to go back to" if section.rollback else ""
+            self.telemetry.message(f"{told}{why}; training goes on")
+            return
+        if self.rollbacks == section.max_rollbacks:
+            raise RuntimeError(
+                f"{told}, and the run has gone back {self.rollbacks} times already (spike.max_rollbacks): lower the "
+                "learning rate, or warm up longer"
+            )
+        self.rollbacks += 1
+        self.heartbeat.enter("going back to a checkpoint", on_files=True)
+        dist.barrier()  # all have looked
+        if self.world.is_main:
+            for later in checkpoints:
+                if later.step >= step:  # with the spike in it; a restart must not find it
+                    shutil.rmtree(later.path)
+        self.saving.saver.last_step = found.step
+        state, _ = run_state.restore(self.parts, found, self.world, self.config, self.labels)
+        left_out = self.loader.position - state["position"]
+        self.telemetry.message(f"{told}; back to {found.path}, without the {left_out:,} images that came after it")
+        self.step = state["step"]
+        self.loss_sum.zero_()
+        self.loss_count = 0
+        self.telemetry.close()
+        self.telemetry = self._telemetry()
+        self.throughput.restart()
+
+    def _telemetry(self) -> Telemetry:
+        return Telemetry(
+            self.run_dir,
+            total_steps=self.total_steps,
+            world_size=self.world.size,
+            is_main=self.world.is_main,
+            resumed_step=self.step,
+            tensorboard=self.config.log.tensorboard,
+        )
+
+    def _steps_of_run(self) -> int:
+        """By the schedule; epochs are counted from where the data stand, so that they stay whole at another batch."""
+        schedule = self.config.schedule
+        if schedule.epochs is None:
+            assert schedule.steps is not None
+            return schedule.steps
+        before = self.step if self.loader.position else 0  # a converted checkpoint has steps, and its data begin anew
+        return before + -(-self.loader.batches_until(schedule.epochs) // self.config.optimizer.accumulate)
 
     def _set_learning_rate(self) -> float:
         schedule = self.config.schedule
@@ -249,6 +332,7 @@ class Trainer:
         return section.backbone.lr * factor
 
     def _log(self, rate: float, norm: Tensor) -> None:
+        self.damage.collect(self.loader)
         loss = float(self.loss_sum) / self.loss_count  # waits for the device, so the clock below is right
         speed = self.throughput.take()
         values: dict[str, Any] = {
@@ -256,29 +340,30 @@ class Trainer:
             "lr": rate,
             **speed,
             "images_per_second_per_rank": speed["images_per_second"] / self.world.size,
-            "epoch": self.loader.position / len(self.dataset),
+            "epoch": self.loader.epoch,
             "gradient_norm": float(norm),
             "sample_rate": self.head.sample_rate,
             "skipped_steps": int(self.skipped_steps),
+            **self.damage.metrics(),
+            **self.saving.metrics(),
         }
-        if self.scaler.is_enabled():
-            values["loss_scale"] = self.scaler.get_scale()
+        if self.spikes is not None:
+            values["rollbacks"] = self.rollbacks
+        if self.parts.scaler.is_enabled():
+            values["loss_scale"] = self.parts.scaler.get_scale()
         self.telemetry.log(self.step, values)
         self.loss_sum.zero_()
         self.loss_count = 0
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.world.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
-
 
 def _starting_point(run_dir: Path, resume: str) -> checkpoint.Found | None:
-    latest = checkpoint.find_all(run_dir)[-1:]
+    latest = checkpoint.find_latest(run_dir)
     if resume == "auto":
-        return latest[0] if latest else None
+        return latest
     if resume == "never":
-        if latest:
+        if latest is not None:
             raise UsageError(
-                f"{run_dir} holds a run that got to step {latest[0].step}: go on with --resume auto, give run.name "
+                f"{run_dir} holds a run that got to step {latest.step}: go on with --resume auto, give run.name "
                 "another name, or move it away"
             )
         return None
@@ -292,18 +377,3 @@ def _read_pairs(paths: list[str]) -> list[Pairs]:
         if names.count(name) > 1:
             raise UsageError(f"evaluation.pairs: two sets are called {name!r}: rename one of the files")
     return sets
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """Collects SIGTERM instead of dying of it, so that the step in hand can be finished and saved."""
-    received: list[int] = []
-
-    def collect(number: int, _: FrameType | None) -> None:
-        received.append(number)
-
-    previous = signal.signal(signal.SIGTERM, collect)
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -111,6 +111,7 @@ def _machine() -> list[Check]:
         if memory >= 4 * GIB
         else Check("memory", "warning", f"{memory / GIB:.1f} GiB", "a rank needs 1 to 2 GiB: use --nproc 1"),
         _bf16_on_cpu(),
+        _compiled_passes(),
     ]
     disk = shutil.disk_usage(Path.cwd()).free
     advice = "" if disk >= 10 * GIB else "a run keeps several checkpoints: set run.dir to a larger disk"
@@ -144,6 +145,16 @@ def _bf16_on_cpu() -> Check:
         if flag in flags:
             return Check("bf16 on CPU", "ok", f"fast ({name})")
     return Check("bf16 on CPU", "ok", "no fast path: precision=float32 is the faster one on this CPU")
+
+
+def _compiled_passes() -> Check:
+    from ..partial_fc.kernels import native
+
+    name = "compiled passes"
+    if native.library() is not None:
+        return Check(name, "ok", "the head's, for this processor")
+    advice = "training on a CPU is slower without: install a C compiler (gcc), then pfc again"
+    return Check(name, "warning", "none: pfc was installed without a C compiler", advice)
 
 
 def _dali() -> Check:

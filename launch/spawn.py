@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from ..engine.stopping import EXIT_CODES
 from .train import PARENT
 
 STOP_GRACE = 300.0
@@ -29,8 +30,10 @@ SIGNAL_LEAD = 0.02
 """A killed rank is seen dead a moment after its peers see their connections close: its death counts as earlier."""
 WRONG_USE = "UsageError: "
 """What the recorded message of a UsageError begins with."""
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+STOPPED = (128 + signal.SIGINT, *EXIT_CODES.values())
 """Exit codes of a rank that was sent the signal itself, and has saved."""
+SECOND_HAND = "PeerFailed: "
+"""What the recorded message of a rank begins with that could not go on without another one."""
 
 
 @dataclass
@@ -90,11 +93,11 @@ def run_ranks(arguments: Sequence[str], world_size: int) -> int:
 
     Each rank finds the usual variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, ...) in its environment, so
     ``torch.distributed.init_process_group()`` needs no argument. The first rank to fail takes the others down; its
-    error is printed last. SIGINT, SIGTERM and SIGHUP reach every rank as SIGTERM.
+    error is printed last. SIGINT, SIGTERM and SIGHUP reach every rank as SIGTERM, SIGUSR1 as itself.
 
     Returns:
-        0 when every rank returned 0; 2 when the failing rank's exception was a UsageError; 128 + n when signal n
-        stopped the run; 1 for anything else.
+        0 when every rank returned 0; 2 when the failing rank's exception was a UsageError; 75 when SIGUSR1 and 128 + n
+        when another signal n stopped the run; 1 for anything else.
     """
     from torch.distributed import TCPStore
 
@@ -110,14 +113,15 @@ def run_ranks(arguments: Sequence[str], world_size: int) -> int:
     del store  # its server ends here, after the last rank
 
     if stopped_by and all(not failure.message for failure in failures):
-        return 128 + stopped_by
+        return EXIT_CODES.get(signal.Signals(stopped_by), 128 + stopped_by)
     if not failures:
         return 0
     cause, *others = failures
     if cause.exit_code in STOPPED and not cause.message:
         return cause.exit_code
     for other in others:
-        if other.message and not cause.is_wrong_use:
+        second_hand = other.message.startswith(SECOND_HAND) or other.message == cause.message
+        if other.message and not second_hand and not cause.is_wrong_use:
             print(f"pfc: after that, rank {other.rank}: {other.summary}", file=sys.stderr)
     return cause.show(world_size)
 
@@ -142,10 +146,10 @@ class RankGroup:
         for rank in range(world_size):
             threading.Thread(target=self._watch, args=(rank,), daemon=True).start()
 
-    def terminate(self) -> None:
+    def terminate(self, number: int = signal.SIGTERM) -> None:
         for process in self.processes:
             if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(number)
 
     def kill(self) -> None:
         """Ends every rank and everything that it started."""
@@ -217,21 +221,21 @@ def _wait(ranks: RankGroup, signals: list[int]) -> int:
                 if number == signal.SIGINT:
                     print("\npfc: finishing the step and saving; Ctrl-C again ends it at once", file=sys.stderr)
                 stopped_by = number
-                ranks.terminate()
+                ranks.terminate(number if number == signal.SIGUSR1 else signal.SIGTERM)
                 deadline = min(deadline, time.monotonic() + STOP_GRACE)
     return stopped_by
 
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT, SIGTERM and SIGHUP instead of letting them end this process."""
+    """Collects SIGINT, SIGTERM, SIGHUP and SIGUSR1 instead of letting them end this process."""
     received: list[int] = []
 
     def collect(number: int, _: FrameType | None) -> None:
         received.append(number)
 
     previous = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup, for one, ignores SIGHUP on purpose
             previous[number] = signal.signal(number, collect)
     try:

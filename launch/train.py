@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 -m pfc.launch.train configs/glyphs.yaml [key.sub=value ...] [--resume auto|never|PATH]
 
-Exit codes: 0 done, 2 wrong use (one clear line), 1 anything else.
+Exit codes: 0 done, 2 wrong use (one clear line), 143 stopped by SIGTERM and 75 by SIGUSR1 after saving, 1 anything
+else. torchrun itself ends with 1 whatever its ranks' code was.
 """
 
 import argparse
@@ -10,12 +11,17 @@ import ctypes
 import os
 import signal
 import sys
+import time
 import traceback
 
 from ..data.errors import UsageError
 
 PARENT = "PFC_PARENT"
 """Environment variable by which ``pfc train`` tells a rank its process id, and that it will show the rank's error."""
+
+
+FIRST_RANK_GRACE = 30.0
+"""Seconds that the first rank of a machine has to tell what is wrong with the configuration."""
 
 
 def main() -> int:
@@ -26,9 +32,13 @@ def main() -> int:
     # torch is imported here, not above: a rank whose parent is gone should not get that far.
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    from ..engine.failures import PeerFailed
+
     try:
         # record() leaves the exception in the file that the starting process reads.
         return record(_train)(arguments) or 0
+    except PeerFailed as error:  # what it says has been told by the other rank
+        return 2 if error.wrong_use else 1
     except UsageError as error:
         if parent is None:
             print(f"pfc: {error}", file=sys.stderr)
@@ -43,10 +53,19 @@ def main() -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     from ..engine.config import load_config
+    from ..engine.failures import PeerFailed
     from ..engine.trainer import train
 
     try:
-        return train(load_config(arguments.config, arguments.overrides), arguments.resume)
+        config = load_config(arguments.config, arguments.overrides)
+    except UsageError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            # The first rank of this machine has read the same file, and tells it; its end is this rank's too.
+            time.sleep(FIRST_RANK_GRACE)
+            raise PeerFailed(str(error), wrong_use=True) from None
+        raise
+    try:
+        return train(config, arguments.resume)
     except UsageError as error:
         # Of that very type, also where it was a special kind: the starting process knows it by its name.
         raise UsageError(str(error)) from None
@@ -57,7 +76,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     parser.add_argument("overrides", metavar="key.sub=value", nargs="*", help="values that replace the file's")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="where to go on (default: auto)")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # values may stand after an option
 
 
 def _die_with(parent: int) -> None:
@@ -70,4 +89,10 @@ def _die_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if exit_code in (1, 2):
+        # Threads of the process group, which an error leaves standing, would abort or hold up an orderly end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from .beside import SideStream
 from .centers import ClassShard, as_dtensor, initial_rows, read_rows, write_rows
 from .exchange import Exchange
+from .kernels.keeping import default_keep_bytes
 from .kernels.rows import SampledRows
 from .kernels.unit import normalize, normalize_backward
 from .objectives import Objective
@@ -64,7 +65,8 @@ class PartialFC(nn.Module):
         center_dtype: float32 or float64, how the centers are stored.
         compute_dtype: of the matrix products; ``center_dtype`` when None. Sums are float32 or better in any case.
         keep_bytes: how much the probabilities [B, K] of a step may take between the forward pass and the row update,
-            in bytes; above it they are computed again, one more matrix product for less memory.
+            in bytes; above it they are computed again, one more matrix product for less memory. A sixteenth of a GPU's
+            memory when None, 1 GiB on a CPU.
         payload_dtype: what embeddings and their gradients travel in between the ranks, such as bfloat16 for half the
             bytes; embeddings in their own dtype and gradients in ``center_dtype`` when None.
         process_group: the ranks that share the centers; the default group when None; one process alone where
@@ -86,7 +88,7 @@ class PartialFC(nn.Module):
         device: torch.device | str | None = None,
         center_dtype: torch.dtype = torch.float32,
         compute_dtype: torch.dtype | None = None,
-        keep_bytes: int = 1 << 30,
+        keep_bytes: int | None = None,
         payload_dtype: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
@@ -105,13 +107,13 @@ class PartialFC(nn.Module):
         self.batch_rate = batch_rate
         self.seed = seed
         self.compute_dtype = compute_dtype or center_dtype
-        self.keep_bytes = keep_bytes
         self.exchange = Exchange(process_group, payload_dtype)
         self.shard = ClassShard.of(num_classes, self.exchange.rank, self.exchange.world_size)
         rows = initial_rows(self.shard, embedding_dim, seed, center_dtype)
         self.weight = nn.Parameter(rows.to(device or torch.get_default_device()))
         """This rank's centers [rows, D]. Its ``grad`` stays None: see ``row_gradients``. On a GPU, see too
         ``wait_for_update``."""
+        self.keep_bytes = default_keep_bytes(self.weight.device) if keep_bytes is None else keep_bytes
         self.gradient_scale = nn.Parameter(torch.ones((), device=self.weight.device))
         """Its ``grad`` is the sum of what the losses were multiplied with before backward, NaN on every rank where a
         gradient of any rank is not finite. Row optimizers divide by what GradScaler makes of it."""

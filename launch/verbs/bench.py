@@ -1,28 +1,45 @@
 """``pfc bench``: speed on this machine, always as a ratio to something measured in the same run."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ...data.errors import UsageError
-from ..console import print_table
+from ..console import warn
+from . import bench_data
+from .bench_data import data
 
 app = typer.Typer(help="Measure speed on this machine, beside a baseline in the same run.", no_args_is_help=True)
+app.command()(data)
+
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")]
+Dense = Annotated[bool, typer.Option(help="Measure the plain dense head too.")]
+Warmup = Annotated[int, typer.Option(min=0, help="Untimed steps before.")]
+app.command()(bench_data.data)
 
 
 @app.command()
 def head(
-    classes: Annotated[list[int], typer.Option(min=1, help="Identities, C; may be given several times.")] = [100_000],  # noqa: B006
-    rate: Annotated[list[float], typer.Option(help="Sample rate; may be given several times.")] = [1.0, 0.1],  # noqa: B006
-    dim: Annotated[int, typer.Option(min=1, help="Embedding dimension, D.")] = 512,
-    batch: Annotated[int, typer.Option(min=1, help="Global batch.")] = 128,
-    ranks: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of each process, on a CPU.")] = 1,
+    classes: Annotated[list[int], typer.Option(min=1, help="Identities, C.")] = [100_000],  # noqa: B006
+    rate: Annotated[list[float] | None, typer.Option(help="Sample rate. [dim]\\[default: 1.0, 0.1][/dim]")] = None,
+    sampled: Annotated[
+        list[int] | None,
+        typer.Option(min=1, metavar="K", help="Classes sampled a step, in place of --rate: the rate is K/C at each C."),
+    ] = None,
+    dim: Annotated[list[int], typer.Option(min=1, help="Embedding dimension, D.")] = [512],  # noqa: B006
+    batch: Annotated[list[int], typer.Option(min=1, help="Global batch.")] = [128],  # noqa: B006
+    ranks: Annotated[list[int], typer.Option(min=1, help="Processes.")] = [2],  # noqa: B006
     precision: Annotated[list[str], typer.Option(help="Of the products: float32 or bf16.")] = ["float32"],  # noqa: B006
-    objective: Annotated[str, typer.Option(help="See docs/objectives.md.")] = "cosface",
-    steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 7,
+    objective: Annotated[list[str], typer.Option(help="See docs/objectives.md.")] = ["cosface"],  # noqa: B006
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each process, on a CPU.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each line and round.")] = 5,
+    warmup: Warmup = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="How often all lines are measured, one after the other.")] = 2,
+    dense: Dense = True,
     peer: Annotated[
         Path | None,
         typer.Option(
@@ -31,56 +48,140 @@ def head(
             "its head is measured too, at every rate.",
         ),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")] = None,
-) -> None:
+    json_file: JsonFile = None,
+    picture: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the figures there.")] = None,
+) -> int:
     """Time whole steps of the head: forward, backward, row update.
 
-    Beside it, in the same run, a plain dense head (all logits of the shard, and torch's SGD over the whole matrix) and,
-    with --peer, the common implementation's. Every line runs in processes of its own.
+    Options from --classes to --objective may be given several times; all combinations are measured, each in processes
+    of its own. Beside them, in the same run, a plain dense head (all logits of the shard, and torch's SGD over the
+    whole matrix) and, with --peer, the common implementation's; and what this machine can do at best, from which
+    "× floor" follows: docs/performance.md.
     """
-    if peer is not None and not (peer / "partial_fc_v2.py").is_file():
-        raise UsageError(f"--peer {peer}: no partial_fc_v2.py there; give the folder that holds it")
-    if batch % ranks:
-        raise UsageError(f"--batch {batch} does not divide into {ranks} ranks")
-    for name in precision:
-        if name not in ("float32", "bf16"):
-            raise UsageError(f"--precision {name}: float32 or bf16")
-    for share in rate:
-        if not 0 < share <= 1:
-            raise UsageError(f"--rate {share}: must lie in (0, 1]")
-    from ..bench_head import HeadCase, HeadTiming, measure
+    if rate and sampled:
+        raise UsageError("give --rate or --sampled, not both")
+    _check_outputs(json_file, picture)
+    if picture is not None and picture.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise UsageError(f"--plot {picture}: must end in .png, .pdf or .svg")
+    from ..bench.grid import HeadGrid, measure_grid
+    from ..bench.table import report
 
-    titles = ("head", "classes", "rate", "products", "ms/step", "spread", "peak MiB", "× dense", "× peer", "of peer")
-    lines: list[tuple[str, ...]] = []
-    timings = []
-    for count in classes:
-        for name in precision:
-            dense = measure(HeadCase("dense", count, dim, batch, 1.0, ranks, name), steps=steps, threads=threads)
-            rows: list[tuple[HeadTiming, HeadTiming | None]] = [(dense, None)]
-            for share in rate:
-                case = HeadCase("pfc", count, dim, batch, share, ranks, name, objective)
-                ours = measure(case, steps=steps, threads=threads)
-                theirs = None
-                if peer is not None:  # it knows no bf16 on a CPU: its float32 is what a user of it has
-                    case = HeadCase("peer", count, dim, batch, share, ranks, "float32", "cosface", str(peer.resolve()))
-                    theirs = measure(case, steps=steps, threads=threads)
-                    rows.append((theirs, None))
-                rows.append((ours, theirs))
-            for timing, theirs in rows:
-                timings.append(timing)
-                line = (
-                    timing.case.head,
-                    f"{count:,}",
-                    f"{timing.case.rate:g}",
-                    timing.case.precision,
-                    f"{1e3 * timing.median:.1f}",
-                    f"{1e3 * timing.fastest:.1f}–{1e3 * timing.slowest:.1f}",
-                    f"{timing.peak_bytes / 2**20:,.0f}",
-                    f"{dense.median / timing.median:.2f}",
-                    "" if theirs is None else f"{theirs.median / timing.median:.2f}",
-                    "" if theirs is None else f"{timing.peak_bytes / max(theirs.peak_bytes, 1):.2f}",
+    grid = HeadGrid(
+        classes=tuple(classes),
+        rate=tuple(rate or (1.0, 0.1)),
+        sampled=tuple(sampled or ()),
+        batch=tuple(batch),
+        dim=tuple(dim),
+        ranks=tuple(ranks),
+        precision=tuple(precision),
+        objective=tuple(objective),
+        threads=threads,
+        steps=steps,
+        warmup=warmup,
+        rounds=rounds,
+        dense=dense,
+        peer="" if peer is None else str(peer),
+    )
+    grid.checked()
+    _tell_cores(max(ranks) * threads)
+    with _progress() as tell:
+        results = measure_grid(grid, tell)
+    print("\n".join(report(results)))
+    _write_json(json_file, results.to_dict())
+    if picture is not None and any(line.rounds for line in results.lines if line.case.head == "pfc"):
+        from ..bench.plot import plot
+
+        plot(results, picture)
+    for line in results.lines:
+        if line.error:
+            warn(line.error)
+    return int(any(line.died for line in results.lines))
+
+
+@app.command()
+def step(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A run's configuration.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key.sub=value]...", help="Values in place of the file's: head.num_classes=1000000."),
+    ] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Ranks. [dim]\\[default: as pfc train][/dim]")
+    ] = None,
+    data: Annotated[bool, typer.Option("--data", help="Read the configured data set; else a made-up batch.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 5,
+    warmup: Warmup = 2,
+    dense: Dense = True,
+    json_file: JsonFile = None,
+) -> int:
+    """Time the whole training step: images, backbone, head, backward, optimizers.
+
+    It is the trainer's own step, on one made-up batch unless --data is given; without it head.num_classes may be any
+    number. Beside it, in the same run and with the same backbone, the plain dense head.
+    """
+    _check_outputs(json_file)
+    from ...engine.config import load_config
+    from ..bench.ranks import RankDied
+    from ..bench.step import completed, measure_step
+    from ..bench.table import step_report
+    from ..spawn import default_ranks, usable_cores
+
+    ranks = nproc or default_ranks()
+    settings = completed(load_config(config, overrides), data)
+    heads = ["pfc", "dense"] if dense else ["pfc"]
+    threads = max(1, usable_cores() // ranks)
+    figures, errors = [], []
+    with _progress() as tell:
+        for done, name in enumerate(heads):
+            tell(done, len(heads), f"{name} head")
+            try:
+                figures.append(
+                    measure_step(
+                        settings, name, ranks=ranks, threads=threads, steps=steps, warmup=warmup, with_data=data
+                    )
                 )
-                lines.append(line)
-    print_table(titles, lines)
-    if json_file is not None:
-        json_file.write_text(json.dumps([timing.to_dict() for timing in timings], indent=2), encoding="utf-8")
+            except RankDied as died:
+                if died.wrong_use:
+                    raise UsageError(str(died)) from None
+                errors.append(f"{name} head: {died}")
+    print("\n".join(step_report(settings, figures, ranks)))
+    _write_json(
+        json_file, {"config": settings.model_dump(), "ranks": ranks, "lines": [one.to_dict() for one in figures]}
+    )
+    for error in errors:
+        warn(error)
+    return int(bool(errors))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int, str], None]]:
+    """Yields a function of (done, total, what is measured now) that moves a bar on stderr; none without a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total, what: progress.update(task, completed=done, total=total, description=what)
+
+
+def _check_outputs(*files: Path | None) -> None:
+    """Before anything is measured: a wrong name should not cost the figures."""
+    for file in files:
+        if file is not None and not file.absolute().parent.is_dir():
+            raise UsageError(f"{file}: no folder {file.absolute().parent} to write it to")
+
+
+def _write_json(file: Path | None, figures: dict[str, Any]) -> None:
+    if file is not None:
+        file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _tell_cores(wanted: int) -> None:
+    import torch
+
+    from ..spawn import usable_cores
+
+    if not torch.cuda.is_available() and wanted > usable_cores():
+        warn(f"{wanted} threads on {usable_cores()} core(s): ranks will wait for each other; take fewer --ranks")

@@ -56,6 +56,7 @@ def evaluate(
                 batch_size=batch_size,
                 flip=trained.flip if flip is None else flip,
                 threads=max(1, usable_cores() // (world.size if world is not None else 1)),
+                moved=world.heartbeat.moved if world is not None else lambda: None,
             )
             results.append(result.to_dict())
     if world is None or world.is_main:

@@ -1,4 +1,4 @@
-"""``pfc export``: a trained backbone as ONNX."""
+"""``pfc export``: a trained backbone as ONNX, or its weights as safetensors."""
 
 import contextlib
 import io
@@ -21,14 +21,19 @@ TOLERANCE = 1e-3
 
 def export(
     source: Source,
-    out: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="File to write; it must not exist.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.onnx|OUT.safetensors", help="File to write; it must not exist.")],
 ) -> None:
-    """Write the backbone as an ONNX file, and check it.
+    """Write the backbone as an ONNX file, and check it; or its weights as they are.
 
-    Input `images`: float32, N x 3 x height x width, RGB, from -1 to 1. Output `embeddings`: float32, N x D, not
-    normalised. N may be any number. ONNX Runtime runs the file beside the original; it is kept only if both agree.
+    OUT.safetensors holds weights and buffers under PyTorch's names, and nothing that could run.
+
+    OUT.onnx: input `images`: float32, N x 3 x height x width, RGB, from -1 to 1. Output `embeddings`: float32, N x D,
+    not normalised. N may be any number. ONNX Runtime runs the file beside the original; it is kept only if both agree.
     """
-    check_new_file(out, ".onnx")
+    check_new_file(out, ".onnx", ".safetensors")
+    if out.suffix == ".safetensors":
+        _export_weights(source, out)
+        return
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -51,6 +56,21 @@ def export(
     height, width = trained.image_size
     print(f"wrote {out}: images [batch, 3, {height}, {width}] to embeddings [batch, {trained.embedding_dim}]")
     print(f"largest difference from PyTorch: {difference:.1e} of the embedding's length")
+
+
+def _export_weights(source: Path, out: Path) -> None:
+    from safetensors.torch import save_file
+
+    from ...engine.checkpoint import load_backbone
+
+    network, config = load_backbone(source)
+    weights = {name: value.contiguous() for name, value in network.state_dict().items()}
+    assert config.data.image_size is not None
+    section, (height, width) = config.backbone, config.data.image_size
+    told = {"backbone": section.name, "embedding_dim": str(section.embedding_dim), "image_size": f"{height}x{width}"}
+    write_whole(out, lambda path: save_file(weights, path, metadata=told))
+    count = sum(value.numel() for value in weights.values())
+    print(f"wrote {out}: {len(weights)} tensors of {section.name}, {count / 1e6:.2f} M numbers")
 
 
 def _export(trained: Trained, path: Path) -> None:

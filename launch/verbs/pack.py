@@ -1,64 +1,23 @@
 """``pfc pack``: images into RecordIO shards, and pairs into verification sets."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from ...data.errors import UsageError
 from ..console import parse_size, progress_bar
+from .pack_arguments import Out, Overwrite, Quality, Seed, Shards, Size, Workers
+from .pack_sources import folder, list_file, recordio, table
 
 app = typer.Typer(
     help="Pack images into a data set (RecordIO shards), or pairs into a verification set.", no_args_is_help=True
 )
 
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not hold anything yet.")]
-Size = Annotated[str, typer.Option(metavar="PX|HxW", help="Side of the images in pixels, or height x width.")]
-Quality = Annotated[int, typer.Option(min=1, max=100, help="JPEG quality.")]
-Shards = Annotated[int, typer.Option(min=1, help="Number of .rec files.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
-Workers = Annotated[
-    int | None,
-    typer.Option(min=1, help="Processes. [dim]\\[default: one a core][/dim]", show_default=False),
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the packed data set that is at OUT.")]
-
-
-@app.command()
-def folder(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder with one sub-folder for each identity.")],
-    out: Out,
-    size: Annotated[
-        str, typer.Option(metavar="PX|HxW|keep", help="Side in pixels, height x width, or keep each image's own.")
-    ] = "112",
-    encoding: Annotated[Literal["jpeg", "png"], typer.Option(help="How to store images; png loses nothing.")] = "jpeg",
-    quality: Quality = 95,
-    shards: Shards = 1,
-    workers: Workers = None,
-    seed: Seed = 0,
-    overwrite: Overwrite = False,
-) -> None:
-    """Pack your own images: one sub-folder an identity, jpg, png, bmp, webp or pgm.
-
-    Images are scaled to cover the size and cropped at the centre; a JPEG that has the size already is stored as it is.
-    The images of all identities are shuffled. An unreadable image is named, counted and left out.
-    """
-    from ...data import pack_folder
-
-    with progress_bar("packing") as progress:
-        summary = pack_folder(
-            source,
-            out,
-            size=parse_size(size),
-            quality=quality,
-            encoding=encoding,
-            shards=shards,
-            workers=workers,
-            seed=seed,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    print(summary)
+app.command()(folder)
+app.command("list")(list_file)
+app.command()(recordio)
+app.command()(table)
 
 
 @app.command()

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from pfc.data.dataset import RecordDataset
-from pfc.data.errors import UsageError
-from pfc.data.index import Shard, first_identity_key
+from pfc.data.errors import DamagedRecord, UsageError
 from pfc.data.labels import decode_label, encode_label, encoding_for
-from pfc.data.recordio import MAGIC_BYTES, RecordError, RecordFile, RecordWriter, pack_image, unpack_image
+from pfc.data.recordio import MAGIC_BYTES, RecordWriter, pack_image
 from pfc.data.shards import ShardedWriter
 
 
@@ -60,7 +59,8 @@ def test_packed_set_reads_back(tmp_path: Path) -> None:
     assert [data.tobytes() for _, data in found] == [image(i) for i in order]
     assert found[0][1].dtype == np.uint8
     assert ds.labels().tolist() == [ds.label(i) for i in range(20)]
-    assert ds.labels().dtype == np.int64
+    assert ds.labels().dtype == np.int32
+    assert not ds.labels().flags.writeable
     with pytest.raises(IndexError):
         ds.read(20)
     with pytest.raises(IndexError):
@@ -116,14 +116,12 @@ def test_header_count_beyond_float32_finds_the_first_identity_record(tmp_path: P
     true_stop = 2**24 + 3  # the header can only say 2²⁴ + 4
     with RecordWriter(tmp_path / "a.rec") as writer:
         writer.write(0, pack_image([float(true_stop), float(true_stop + 4)], b""))
-        keys = list(range(2**24 - 2, true_stop + 4))
-        offsets = [writer.write(key, pack_image(0.0, b"x" if key < true_stop else b"")) for key in keys]
-    file = RecordFile(tmp_path / "a.rec")
-    limits = np.array([offsets[0], *offsets[1:], file.size])
-    shard = Shard(file, np.array([0, *keys]), np.array([0, *offsets]), limits, 0, len(keys) + 1, None)
-    header = unpack_image(file.read(0))
-    assert int(header.labels[0]) == 2**24 + 4
-    assert first_identity_key(shard, header) == true_stop
+        for key in range(2**24 - 2, true_stop):
+            writer.write(key, pack_image(0.0, b"x"))
+        for key in range(true_stop, true_stop + 4):
+            writer.write(key, pack_image([1.0, 2.0], b""))
+    ds = RecordDataset.open(tmp_path)
+    assert (len(ds), ds.shards[0].identity_records, ds.num_classes) == (5, 4, 4)
 
 
 @pytest.mark.parametrize("label", [0, 1, 2**24 - 1, 2**24, 2**24 + 1, 2**25 + 1, 2**31 - 1, 2**31])
@@ -150,9 +148,9 @@ def test_what_is_no_label_is_refused(stored: float, tmp_path: Path) -> None:
     write_im2rec(tmp_path / "a.rec", [1.0, stored, 2.0])
     ds = RecordDataset.open(tmp_path)
     assert ds.label(2) == 2
-    with pytest.raises(RecordError, match=r"a\.rec: key 1 at byte \d+: its label .* is not a whole number"):
+    with pytest.raises(DamagedRecord, match=r"a\.rec: key 1 at byte \d+: its label .* is not a whole number"):
         ds.read(1)
-    with pytest.raises(RecordError, match="key 1"):
+    with pytest.raises(DamagedRecord, match="key 1"):
         ds.labels()
 
 
@@ -162,7 +160,7 @@ def test_labels_that_float32_has_rounded_are_refused(stored: float, tmp_path: Pa
     ds = RecordDataset.open(tmp_path)
     assert ds.label(0) == 2**24 - 1
     for read in (ds.labels, lambda: ds.read(1)):
-        with pytest.raises(RecordError, match=r"key 1 .* from where on float32 rounds labels"):
+        with pytest.raises(DamagedRecord, match=r"key 1 .* from where on float32 rounds labels"):
             read()
 
 
@@ -180,9 +178,9 @@ def test_label_of_another_encoding_is_refused(tmp_path: Path) -> None:
     write_packed(tmp_path / "faces", [0, 1, 2], shards=1)
     manifest = tmp_path / "faces" / "dataset.json"
     manifest.write_text(manifest.read_text().replace('"float32"', '"float32x2"'))
-    with pytest.raises(RecordError, match="float32x2 has 2"):
+    with pytest.raises(DamagedRecord, match="float32x2 has 2"):
         RecordDataset.open(tmp_path / "faces").read(0)
-    with pytest.raises(RecordError, match="float32x2 has 2"):
+    with pytest.raises(DamagedRecord, match="float32x2 has 2"):
         RecordDataset.open(tmp_path / "faces").labels()
 
 
@@ -193,7 +191,7 @@ def test_damaged_record_is_named_and_the_others_read(tmp_path: Path) -> None:
     stored[offset + 4] ^= 0x10  # its length
     (tmp_path / "a.rec").write_bytes(stored)
     ds = RecordDataset.open(tmp_path)
-    with pytest.raises(RecordError, match="key 50") as caught:
+    with pytest.raises(DamagedRecord, match="key 50") as caught:
         ds.read(50)
     assert (caught.value.key, caught.value.offset) == (50, offset)
     assert [ds.label(i) for i in range(100) if i != 50] == [i for i in range(100) if i != 50]
@@ -208,7 +206,7 @@ def test_record_that_swallows_the_next_one_is_refused(keys: list[int], tmp_path:
     stored[48 + 4] += 48  # the second record would end where the third does
     (tmp_path / "a.rec").write_bytes(stored)
     ds = RecordDataset.open(tmp_path)
-    with pytest.raises(RecordError, match=f"key {keys[1]} at byte 48: damaged: runs into the next record"):
+    with pytest.raises(DamagedRecord, match=f"key {keys[1]} at byte 48: damaged: runs into the next record"):
         ds.read(keys[1])
     assert [len(ds.read(key)[1]) for key in keys if key != keys[1]] == [16] * 3
 
@@ -254,7 +252,7 @@ def test_missing_files(tmp_path: Path) -> None:
 
 def test_index_of_another_file(tmp_path: Path) -> None:
     write_im2rec(tmp_path / "a.rec", [0.0] * 40)
-    write_im2rec(tmp_path / "b.rec", [0.0] * 50)
+    write_im2rec(tmp_path / "b.rec", [0.0] * 70)
     shutil.copy(tmp_path / "b.idx", tmp_path / "a.idx")
     assert f"{tmp_path / 'a.idx'} does not belong to a.rec" in refused(tmp_path / "a.rec")
 
@@ -287,6 +285,8 @@ def test_packed_set_with_swapped_or_shortened_files(tmp_path: Path) -> None:
         ("0\t0\n1\tx\n", "is no index"),
         ("0\t0\n1\n", "is no index"),
         ("0 0 1 32\n", "is no index"),
+        ("0\n0\n1\n32\n", "is no index"),
+        ("0\t0\n1\n32\t2\t64\n", "is no index"),
         ("0\t0\n0\t32\n", "key 0 stands there more than once"),
         ("0\t-4\n", "does not belong"),
         ("0\t99999999999999999999\n", "does not belong"),
@@ -312,22 +312,27 @@ def test_one_damaged_start_leaves_the_rest_readable(tmp_path: Path) -> None:
     stored = (tmp_path / "a.rec").read_bytes()
     (tmp_path / "a.rec").write_bytes(b"\0" + stored[1:])
     ds = RecordDataset.open(tmp_path)
-    with pytest.raises(RecordError, match="key 0 at byte 0: damaged: no record starts"):
+    with pytest.raises(DamagedRecord, match="key 0 at byte 0: damaged: no record starts"):
         ds.read(0)
     assert [ds.label(i) for i in range(1, 40)] == list(range(1, 40))
 
 
-def test_damaged_header_record_is_an_error(tmp_path: Path) -> None:
-    write_insightface(tmp_path / "emore", [30, 10])
+@pytest.mark.parametrize("at", [0, 11, 36])  # the magic; a count; the other count
+def test_damaged_header_record_loses_no_image(tmp_path: Path, at: int) -> None:
+    labels = write_insightface(tmp_path / "emore", [30, 10])
     rec = tmp_path / "emore" / "train.rec"
-    rec.write_bytes(b"\0" + rec.read_bytes()[1:])
-    assert "key 0 at byte 0: damaged" in refused(tmp_path / "emore")
+    stored = bytearray(rec.read_bytes())
+    stored[at : at + 4] = b"\xff\xff\xff\x7f"
+    rec.write_bytes(stored)
+    ds = RecordDataset.open(tmp_path / "emore")
+    assert (ds.num_classes, ds.shards[0].identity_records) == (2, 2)
+    assert ds.labels().tolist() == labels
 
 
-def test_header_record_that_counts_nonsense(tmp_path: Path) -> None:
+def test_header_record_without_images(tmp_path: Path) -> None:
     with RecordWriter(tmp_path / "a.rec") as writer:
         writer.write(0, pack_image([float("nan"), 1.0], b""))
-    assert "header record counts nothing sensible" in refused(tmp_path)
+    assert "no image follows" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
-"""SampleOrder: every epoch covers each sample once, in an order that depends on (seed, epoch) alone."""
+"""The orders: functions of (seed, position); every epoch covers each sample once, or each identity in its turn."""
 
 import numpy as np
 import pytest
 
-from pfc.data.order import SampleOrder, counter_hash
+from pfc.data.balanced import BalancedOrder
+from pfc.data.errors import UsageError
+from pfc.data.mixture import MixedOrder
+from pfc.data.order import BlockOrder, Order, SampleOrder, counter_hash
 
 SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 129, 255, 257, 1000, 4097, 99_991]
 
@@ -77,3 +80,122 @@ def test_counter_hash_bits_are_balanced_in_every_counter() -> None:
 def test_an_empty_data_set_has_no_order() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         SampleOrder(0, seed=0)
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 10, 64, 1000])
+@pytest.mark.parametrize("num_samples", [1, 9, 10, 103, 1000, 4097])
+def test_blocks_cover_every_sample_once_an_epoch(num_samples: int, block_size: int) -> None:
+    order = BlockOrder(num_samples, 3, block_size=block_size, window=3 * block_size + 1)
+    epochs = order.at(np.arange(3 * num_samples)).reshape(3, num_samples)
+    np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(num_samples), (3, 1)))
+    some = np.random.default_rng(0).integers(0, 3 * num_samples, 50)
+    np.testing.assert_array_equal(order.at(some), epochs.ravel()[some])
+
+
+def test_a_window_touches_its_blocks_alone_and_names_them_for_reading_ahead() -> None:
+    order = BlockOrder(1003, seed=1, block_size=10, window=40)
+    samples = order.at(np.arange(2 * 1003))
+    read: list[int] = []
+    start = 0
+    while start < 2 * 1003:
+        stop = min(start + 40, (start // 1003 + 1) * 1003)
+        assert order.window_start(stop - 1) == start
+        runs = order.runs(start)
+        in_runs = [sample for run in runs for sample in range(*run)]
+        assert sorted(samples[start:stop]) == sorted(in_runs)
+        assert len(runs) <= 5, "the short block shifts the others: four whole ones and two parts at most"
+        read += in_runs
+        start = stop
+    assert samples.tolist() != read, "shuffled within the windows"
+    assert read[:1003] != sorted(read[:1003]), "the blocks come in random order"
+    assert samples[:1003].tolist() != samples[1003:].tolist()
+
+
+def test_the_block_order_is_part_of_the_format() -> None:
+    order = BlockOrder(11, 0, block_size=2, window=4)
+    assert order.at(np.arange(11)).tolist() == [10, 0, 6, 7, 1, 9, 4, 8, 2, 5, 3]
+
+
+def balanced(seed: int = 0, identities: int = 4, images: int = 3) -> tuple[BalancedOrder, np.ndarray]:
+    """10 identities with 1 to 10 images each, shuffled, and three samples that are not to be used."""
+    labels = np.repeat(np.arange(-1, 10), [3, *range(1, 11)])
+    np.random.default_rng(0).shuffle(labels)
+    return BalancedOrder(labels, seed, identities=identities, images=images), labels
+
+
+def test_a_balanced_batch_holds_different_identities_with_as_many_images_each() -> None:
+    order, labels = balanced()
+    samples = order.at(np.arange(200 * 12)).reshape(200, 4, 3)
+    found = labels[samples]
+    assert (found >= 0).all()
+    assert (found == found[:, :, :1]).all()
+    assert all(len(set(batch[:, 0])) == 4 for batch in found)
+    for group in samples.reshape(-1, 3):
+        size = labels[group[0]] + 1
+        assert len(set(group)) == min(3, size), "different images, where there are enough"
+    turns = np.bincount(found[:, :, 0].ravel(), minlength=10)
+    assert turns.min() > 60
+    assert turns.max() < 100, "of 80 turns each"
+    seen = np.bincount(samples.ravel(), minlength=len(labels))
+    for label in range(3, 10):
+        of_identity = seen[labels == label]
+        assert of_identity.max() < 1.5 * of_identity.mean(), "its images take turns"
+    np.testing.assert_array_equal(order.at(np.arange(500, 600)), samples.ravel()[500:600])
+    assert (balanced(seed=1)[0].at(np.arange(120)) != samples.ravel()[:120]).any()
+
+
+def test_a_balanced_order_begins_at_whole_batches_and_replaces_within_the_identity() -> None:
+    order, labels = balanced()
+    assert order.batch_start(12, 12, drop=False) == 12
+    assert order.batch_start(13, 12, drop=True) == 24
+    for position in range(120):
+        assert labels[order.at(np.asarray([order.substitute(position, 1)]))] == labels[order.at(np.asarray([position]))]
+    visits = order.visits(np.arange(240))
+    assert len(set(zip(order.at(np.arange(240)).tolist(), visits.tolist(), strict=True))) == 240
+    with pytest.raises(UsageError, match="11 identities a batch, but only 10 have images"):
+        balanced(identities=11)
+
+
+def test_a_mixture_gives_each_set_its_share_at_every_place() -> None:
+    order = MixedOrder(
+        [SampleOrder(100, 0), SampleOrder(1000, 0), BlockOrder(300, 0, block_size=8, window=32)], [3, 1, 0.5]
+    )
+    assert order.epoch_size == 300 + 1000 + 150
+    samples = order.at(np.arange(4 * 1450))
+    sets = np.searchsorted([0, 100, 1100], samples, side="right") - 1
+    for which, share in enumerate([300, 1000, 150]):
+        so_far = np.cumsum(sets == which)
+        expected = np.arange(1, 4 * 1450 + 1) * share / 1450
+        assert np.abs(so_far - expected).max() <= 2
+    times = np.bincount(samples[:2900])
+    assert set(times[:100]) == {6}
+    assert set(times[100:1100]) == {2}
+    assert set(times[1100:]) == {1}, "half of the samples in one epoch, the others in the next"
+    np.testing.assert_array_equal(order.at(np.arange(1400, 1500)), samples[1400:1500])
+    standing = dict(order.own(2000))
+    assert [standing[which] for which in range(3)] == [int((sets[:2000] == which).sum()) for which in range(3)]
+
+
+def test_a_picture_has_a_name_of_its_own_in_every_order() -> None:
+    orders: list[Order] = [
+        SampleOrder(50, 0),
+        BlockOrder(50, 0, block_size=8, window=16),
+        MixedOrder([SampleOrder(20, 0), SampleOrder(30, 0)], [2, 1]),
+    ]
+    for order in orders:
+        positions = np.arange(4 * order.epoch_size)
+        names = set(zip(order.at(positions).tolist(), order.visits(positions).tolist(), strict=True))
+        assert len(names) == len(positions)
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_batches_are_counted_as_they_come(drop: bool) -> None:
+    order = SampleOrder(50, 0)
+    for size in (1, 7, 25, 50):
+        for first in (0, 7, 33, 49, 50, 64):
+            for end in (0, 20, 50, 75, 100, 149, 150):
+                count, position = 0, order.batch_start(first, size, drop=drop)
+                while position < end:
+                    count += 1
+                    position = order.batch_start(position + size, size, drop=drop)
+                assert order.batches(first, end, size, drop=drop) == count, (size, first, end)

@@ -13,7 +13,8 @@ from PIL import Image
 
 from pfc.data.dataset import RecordDataset
 from pfc.data.errors import UsageError
-from pfc.data.packing import ShardedWriter, pack_folder
+from pfc.data.packing import pack_folder
+from pfc.data.shards import ShardedWriter
 from pfc.data.workers import parallel_map
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from pfc.data.dataset import RecordDataset
 from pfc.data.errors import UsageError
 from pfc.data.pairs import Pairs, make_pairs, pairs_from_list, read_pairs, write_pairs
+from pfc.data.plain_pickle import load_plain
 from pfc.data.shards import ShardedWriter
 
 IMAGES = [f"image {i}".encode() for i in range(6)]
@@ -107,6 +108,41 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, protocol: int, 
     with pytest.raises(UsageError, match=named):
         read_pairs(path)
     assert not victim.exists()
+
+
+ARRAY = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n(I0\ntS'b'\n\x87R"
+OBJECTS = b"cnumpy\ndtype\n(S'O8'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI%d\ntb"
+HOSTILE = {
+    "objects from bytes": ARRAY + b"(I1\n(I1\nt" + OBJECTS % 0 + b"I00\nS'AAAAAAAA'\ntb.",
+    "more objects than there are": ARRAY + b"(I1\n(I1099511627776\nt" + OBJECTS % 63 + b"I00\n]tb.",
+    "a huge array": ARRAY + b"(I1\n(I1099511627776\ntcnumpy\ndtype\n(S'u1'\nI0\nI1\ntRI00\nS''\ntb.",
+    "items of no size": b"cnumpy\ndtype\n(S'S0'\nI0\nI1\ntR.",
+    "fields": b"cnumpy\ndtype\n(S'u1'\nI0\nI1\ntR(I3\nS'|'\nN(S'a'\nt}I8\nI1\nI0\ntb.",
+    "a huge table": b"\x80\x02]r\xff\xff\xff\x7f.",
+    "huge bytes": b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x3f.",
+    "a list in itself": b"(lp0\ng0\na.",
+    "bytes by their number": b"c__builtin__\nbytes\n(I1099511627776\ntR.",
+    "another code": b"c__builtin__\nbytes\n(N}V__code__\nI1\nstb.",
+    "other defaults": b"c__builtin__\nbytes\n(N}V__defaults__\n(tstb.",
+    "raw memory": ARRAY + b"(I1\n(I1\ntcnumpy\ndtype\n(S'V8'\nI0\nI1\ntRI00\nS'AAAAAAAA'\ntb.",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_plain_names_are_no_way_around(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "evil.bin").write_bytes(HOSTILE[kind])
+    with pytest.raises(UsageError, match=r"was not loaded|is not a verification set") as caught:
+        read_pairs(tmp_path / "evil.bin")
+    assert "\n" not in str(caught.value)
+    assert ("a table of 2147483647 entries" in str(caught.value)) == (kind == "a huge table")  # refused unread
+    assert ("numpy arrays of |V8" in str(caught.value)) == (kind == "raw memory")
+    assert load_plain(pickle.dumps(b"", protocol=2)) == b""
+    test_a_set_comes_back_as_it_was_written(_new(tmp_path))  # and what was tried leaves no trace
+
+
+def _new(tmp_path: Path) -> Path:
+    (tmp_path / "new").mkdir()
+    return tmp_path / "new"
 
 
 @pytest.mark.parametrize(

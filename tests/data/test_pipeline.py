@@ -2,7 +2,6 @@
 
 import io
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,54 +12,14 @@ from pfc.data.dataset import RecordDataset
 from pfc.data.errors import UsageError
 from pfc.data.order import SampleOrder
 from pfc.data.pipeline import TrainLoader, decode_images
-from pfc.data.shards import ShardedWriter
+from tests.data.pictures import SIZE, as_tensor, collect, encode, pack, picture, stored
 
-IMAGES, IDENTITIES, SIZE = 26, 5, (24, 20)
-
-
-def encode(picture: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")  # lossless: every pixel can be compared
-    return file.getvalue()
-
-
-def picture(number: int, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """RGB noise of its own for every number."""
-    return np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
-
-
-def as_tensor(picture: np.ndarray) -> torch.Tensor:
-    """What a loader should make of a picture: float32 [3, H, W] in [-1, 1]."""
-    return torch.from_numpy(picture).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def pack(folder: Path, images: list[bytes], identities: int = IDENTITIES) -> RecordDataset:
-    with ShardedWriter(folder, identities=identities, image_size=SIZE, source="test", shards=2) as writer:
-        for number, image in enumerate(images):
-            writer.write(number % identities, image)
-    return RecordDataset.open(folder)
+IMAGES = 26
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> RecordDataset:
     return pack(tmp_path_factory.mktemp("pipeline") / "set", [encode(picture(i)) for i in range(IMAGES)])
-
-
-def stored(dataset: RecordDataset, sample: int) -> torch.Tensor:
-    with Image.open(io.BytesIO(bytes(dataset.read(sample)[1]))) as image:
-        return as_tensor(np.array(image))
-
-
-def collect(dataset: RecordDataset, steps: int, batch_size: int, world_size: int = 1, **options) -> tuple:
-    """The global batches of ``steps`` steps, put together from every rank: images [n, 3, H, W] and labels [n]."""
-    loaders = [
-        TrainLoader(dataset, batch_size=batch_size, image_size=SIZE, rank=rank, world_size=world_size, **options)
-        for rank in range(world_size)
-    ]
-    batches = [next(loader) for _ in range(steps) for loader in loaders]
-    for loader in loaders:
-        loader.close()
-    return torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
 
 
 def test_batches_hold_the_stored_pictures_in_the_sample_order(dataset: RecordDataset) -> None:
@@ -155,25 +114,25 @@ def test_gray_and_jpeg_images_become_rgb() -> None:
     torch.testing.assert_close(images, torch.full((1, 3, 16, 16), 200 / 127.5 - 1), atol=0.02, rtol=0)
 
 
-def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
+def test_an_evaluation_image_that_cannot_be_decoded_is_named() -> None:
     images = [encode(picture(i)) for i in range(8)]
     images[5] = images[5][:60]
-    dataset = pack(tmp_path / "broken", images)
-    bad = [i for i in range(8) if len(dataset.read(i)[1]) == 60]
-    loader = TrainLoader(dataset, batch_size=4, image_size=SIZE)
-    with pytest.raises(RuntimeError, match=rf"'broken'.*key 5 .*image {bad[0]} cannot be decoded"):
-        [next(loader) for _ in range(4)]
     with pytest.raises(RuntimeError, match="image 5 cannot be decoded"):
         list(decode_images(images, image_size=SIZE, batch_size=2))
 
 
-def test_a_label_out_of_range_is_named(tmp_path: Path) -> None:
-    pack(tmp_path / "set", [encode(picture(i)) for i in range(6)], identities=3)
-    manifest = tmp_path / "set" / "dataset.json"
-    manifest.write_text(manifest.read_text().replace('"identities": 3', '"identities": 2'))
-    loader = TrainLoader(RecordDataset.open(tmp_path / "set"), batch_size=6, image_size=SIZE)
-    with pytest.raises(UsageError, match=r"key \d.*label 2"):
-        next(loader)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_rest_of_an_epoch_is_left_out_on_all_ranks(dataset: RecordDataset, world_size: int) -> None:
+    images, labels = collect(dataset, 9, 8 // world_size, world_size, flip=False, drop=True)  # 3 batches of 26 images
+    positions = np.concatenate([epoch * IMAGES + np.arange(24) for epoch in range(3)])
+    samples = SampleOrder(IMAGES, seed=0).at(positions).tolist()
+    assert labels.tolist() == [dataset.label(sample) for sample in samples]
+    torch.testing.assert_close(images, torch.stack([stored(dataset, sample) for sample in samples]))
+
+
+def test_what_would_leave_nothing_is_refused(dataset: RecordDataset) -> None:
+    with pytest.raises(UsageError, match="leaves nothing of the 26 images"):
+        TrainLoader(dataset, batch_size=27, image_size=SIZE, drop=True)
 
 
 def test_without_dali_the_message_says_what_to_install(dataset: RecordDataset, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,16 @@
 """RecordIO framing and image records: MXNet's bytes, and nothing wrong taken for right."""
 
+import pickle
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pfc.data.errors import UsageError
+from pfc.data.errors import DamagedRecord, UsageError
 from pfc.data.recordio import (
     MAGIC_BYTES,
     MAX_PAYLOAD,
-    RecordError,
     RecordFile,
     RecordWriter,
     frame,
@@ -90,8 +90,8 @@ def test_damaged_frames_are_refused_and_the_others_still_read(tmp_path: Path) ->
     path = tmp_path / "a.rec"
     offsets = write(path, records)
     whole = path.read_bytes()
-    limits = [*offsets[1:], len(whole)]
-    for hurt, (offset, limit) in enumerate(zip(offsets, limits, strict=True)):
+    listed = set(offsets).__contains__
+    for hurt, offset in enumerate(offsets):
         for place in range(offset, offset + 8):
             for bit in range(8):
                 stored = bytearray(whole)
@@ -100,12 +100,12 @@ def test_damaged_frames_are_refused_and_the_others_still_read(tmp_path: Path) ->
                 file = RecordFile(path)
                 for key, record in enumerate(records):
                     if key != hurt:
-                        assert file.read(offsets[key], key=key, limit=limits[key]).tobytes() == record
+                        assert file.read(offsets[key], key=key, listed=listed).tobytes() == record
                 if place - offset == 4 and bit < 2 and len(records[hurt]) % 4:
                     continue  # nothing tells apart lengths that end in the same four bytes
-                with pytest.raises(RecordError, match=f"key {hurt} at byte {offset}: ") as caught:
-                    file.read(offset, key=hurt, limit=limit)
-                assert (caught.value.path, caught.value.key, caught.value.offset) == (path, hurt, offset)
+                with pytest.raises(DamagedRecord, match=f"key {hurt} at byte {offset}: ") as caught:
+                    file.read(offset, key=hurt, listed=listed)
+                assert (caught.value.shard, caught.value.key, caught.value.offset) == (path, hurt, offset)
 
 
 def test_truncated_file_loses_only_its_end(tmp_path: Path) -> None:
@@ -119,10 +119,10 @@ def test_truncated_file_loses_only_its_end(tmp_path: Path) -> None:
         file = RecordFile(path)
         for key, record in enumerate(records):
             if ends[key] <= size:
-                assert file.read(offsets[key], limit=ends[key]).tobytes() == record
+                assert file.read(offsets[key], listed=set(offsets).__contains__).tobytes() == record
             elif size < ends[key] - (-len(record) % 4):  # more than its padding is missing
-                with pytest.raises(RecordError, match="runs past the end"):
-                    file.read(offsets[key], key=key, limit=ends[key])
+                with pytest.raises(DamagedRecord, match="runs past the end"):
+                    file.read(offsets[key], key=key)
 
 
 def test_a_part_of_a_record_is_no_record(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_part_of_a_record_is_no_record(tmp_path: Path) -> None:
     file = RecordFile(tmp_path / "a.rec")
     assert file.starts_record(0)
     assert not file.starts_record(12)
-    with pytest.raises(RecordError, match="not its start"):
+    with pytest.raises(DamagedRecord, match="not its start"):
         file.read(12)
 
 
@@ -158,3 +158,10 @@ def test_a_record_too_long_is_refused() -> None:
 
     with pytest.raises(UsageError, match="at most 536870911 bytes"):
         frame(Long())
+
+
+def test_the_error_of_a_damaged_record_can_be_sent_between_processes() -> None:
+    error = DamagedRecord(Path("a.rec"), 7, 12, "broken")
+    sent = pickle.loads(pickle.dumps(error))
+    assert str(sent) == str(error) == "a.rec: key 7 at byte 12: broken"
+    assert (sent.shard, sent.key, sent.offset, sent.reason) == (Path("a.rec"), 7, 12, "broken")

@@ -38,7 +38,7 @@ def configuration(folder: Path, runs: Path, **sections: Any) -> Config:
         "log": {"every_steps": 1, "tensorboard": False},
     }
     for name, section in sections.items():
-        tree[name] = {**tree[name], **section} if isinstance(section, dict) else section
+        tree[name] = {**tree.get(name, {}), **section} if isinstance(section, dict) else section
     return parse_config(tree)
 
 
@@ -58,6 +58,7 @@ def train_on_rank(tree: dict[str, Any], steps: int | None, resume: str) -> None:
             trainer.finish()
         else:
             trainer.save()
+            trainer.saving.saver.wait()
     finally:
         trainer.close()
 

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from pfc.data import pack_synthetic
 from pfc.data.errors import UsageError
-from pfc.engine import checkpoint, piecewise
+from pfc.engine import checkpoint
+from pfc.engine import convert as converting
 from pfc.engine.backbones import build_backbone
 from pfc.engine.backbones.iresnet import DEPTHS
+from pfc.engine.config import load_config
 from pfc.engine.convert import convert
 from pfc.engine.convert_backbone import find_network
 from pfc.engine.telemetry import read_json_lines
@@ -148,7 +150,7 @@ def test_centers_momentum_and_counters_come_over(tmp_path: Path) -> None:
     found = checkpoint.find(out)
     assert found.path.name == f"step-{STEP:08d}"
     assert found.state()["position"] == 0
-    optimizer = checkpoint.load_config(out / "config.yaml").optimizer
+    optimizer = load_config(out / "config.yaml").optimizer
     assert (optimizer.backbone.lr, optimizer.head.lr, optimizer.head.name) == (0.1, 0.1, "row_sgd")
 
 
@@ -162,7 +164,7 @@ def test_adamw_comes_over_by_the_row_optimizers_names(tmp_path: Path) -> None:
     assert torch.equal(tensors["head_optimizer/steps"], torch.full((CLASSES, 1), float(STEP)))
     assert tensors["backbone_optimizer/conv1.weight/step"] == STEP
     assert tensors["backbone_optimizer/fc.bias/exp_avg"].shape == (DIM,)
-    assert checkpoint.load_config(tmp_path / "out" / "config.yaml").optimizer.head.name == "row_adamw"
+    assert load_config(tmp_path / "out" / "config.yaml").optimizer.head.name == "row_adamw"
 
 
 def test_training_goes_on_as_if_the_tensors_were_set_by_hand(source: Path, tmp_path: Path) -> None:
@@ -393,7 +395,7 @@ def test_a_failure_leaves_nothing_behind(source: Path, tmp_path: Path, monkeypat
         (folder / "half").write_text("written")
         raise OSError("no space left")
 
-    monkeypatch.setattr(piecewise, "save", fail)
+    monkeypatch.setattr(converting, "save_alone", fail)
     with pytest.raises(OSError, match="no space left"):
         convert(source / "model.pt", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -35,7 +35,7 @@ def test_embed_a_packed_set(folder: Path, run_dir: Path, tmp_path: Path):
     np.testing.assert_allclose(np.linalg.norm(content["embeddings"], axis=1), 1, rtol=1e-5)
     np.testing.assert_array_equal(content["labels"], RecordDataset.open(folder / "set").labels())
 
-    (checkpoint,) = (run_dir / "checkpoints").iterdir()
+    (checkpoint,) = (run_dir / "checkpoints").glob("step-*")
     assert main(["embed", str(checkpoint), str(folder / "set"), str(tmp_path / "out.npy")]) == 0
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), content["embeddings"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npy", "out.npz"]
@@ -84,6 +84,19 @@ def test_the_exported_network_computes_the_same(folder: Path, run_dir: Path, tmp
     model, _ = load_backbone(run_dir)
     (embeddings,) = onnxruntime.InferenceSession(str(out)).run(["embeddings"], {"images": images.numpy()})
     np.testing.assert_allclose(embeddings, model(images).detach().numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_exported_weights_are_the_networks(run_dir: Path, tmp_path: Path):
+    from safetensors.torch import load_file
+
+    from pfc.engine.checkpoint import load_backbone
+
+    out = tmp_path / "model.safetensors"
+    assert main(["export", str(run_dir), str(out)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    weights, state = load_file(out), load_backbone(run_dir)[0].state_dict()
+    assert weights.keys() == state.keys()
+    assert all(weights[name].equal(value) for name, value in state.items())
 
 
 def test_export_keeps_no_file_that_differs(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

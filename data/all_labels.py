@@ -1,0 +1,85 @@
+"""All labels of a data set at once: one sweep over its records, kept beside the data set and mapped from there."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .array_cache import load_arrays, settled, stamp, store_arrays
+from .errors import DamagedRecord
+from .labels import FLOAT32_EXACT
+from .recordio import MAGIC
+from .workers import Progress
+
+if TYPE_CHECKING:
+    from .dataset import RecordDataset
+    from .index import Shard
+
+_BLOCK = 1 << 18  # images swept at a time
+_WORTH_CACHING = 1 << 14  # images
+_VERSION = 1  # of the cache's content
+
+
+def load_labels(dataset: RecordDataset, progress: Progress | None = None) -> np.ndarray:
+    """Labels [len] of all images, −1 where the record is damaged; int32, or int64 where they do not fit."""
+    if len(dataset) < _WORTH_CACHING:
+        return _read_labels(dataset, progress)
+    files = [shard.file.path for shard in dataset.shards]
+    files += [path.with_suffix(".idx") for path in files]
+    about: dict[str, Any] = {"labels": dataset.told_classes, "encoding": dataset.label_encoding, "version": _VERSION}
+    about["files"] = [[path.name, *stamp(path)] for path in files]
+    arrays = load_arrays(_place(dataset.path), about)
+    if arrays is None:
+        labels = _read_labels(dataset, progress)
+        if not settled(files) or (arrays := store_arrays(_place(dataset.path), about, [labels])) is None:
+            return labels
+    return arrays[0]
+
+
+def _place(path: Path) -> Path:
+    return path / "labels.cache" if path.is_dir() else path.with_suffix(".labels.cache")
+
+
+def _read_labels(dataset: RecordDataset, progress: Progress | None) -> np.ndarray:
+    labels = np.empty(len(dataset), dtype=np.int32)
+    done = 0
+    for shard in dataset.shards:
+        for first in range(0, shard.images, _BLOCK):
+            found = _sweep(dataset, shard, first, min(first + _BLOCK, shard.images))
+            if found.max() > np.iinfo(labels.dtype).max:
+                labels = labels.astype(np.int64)
+            labels[done : done + len(found)] = found
+            done += len(found)
+            if progress is not None:
+                progress(done, len(dataset))
+    labels.flags.writeable = False
+    return labels
+
+
+def _sweep(dataset: RecordDataset, shard: Shard, first: int, stop: int) -> np.ndarray:
+    """Labels, int64, of the shard's images [first, stop): plain records together, the few others one by one."""
+    places = slice(shard.first + first, shard.first + stop)
+    labels = np.full(stop - first, -1, dtype=np.int64)
+    known = np.zeros(stop - first, dtype=bool)
+    if dataset.label_encoding == "float32":
+        # A record in one piece (cflag 0) with one label (flag 0) keeps it in its fourth 32-bit word, its id behind.
+        offsets, keys = shard.offsets[places], np.asarray(shard.keys[places], dtype=np.int64)
+        words = shard.file.bytes[: shard.file.size // 4 * 4].view("<u4")
+        fits = np.flatnonzero((offsets % 4 == 0) & (offsets >= 0) & (offsets + 32 <= shard.file.size))
+        at = offsets[fits] // 4
+        stored = words[at + 3].view("<f4")
+        whole = (words[at] == MAGIC) & (words[at + 1] >> 29 == 0) & (words[at + 1] >= 24) & (words[at + 2] == 0)
+        if shard.ids_are_keys:
+            whole &= (words[at + 4] == keys[fits] & 0xFFFFFFFF) & (words[at + 5] == keys[fits] >> 32)
+        below = FLOAT32_EXACT if dataset.told_classes is None else min(dataset.told_classes, FLOAT32_EXACT)
+        plain = whole & (stored >= 0) & (stored == np.floor(stored)) & (stored < below)
+        labels[fits[plain]] = stored[plain]
+        known[fits[plain]] = True
+    for image in np.flatnonzero(~known):
+        position = shard.first + first + int(image)
+        with suppress(DamagedRecord):
+            labels[image] = dataset.decode_label(shard.read_image(position), shard, position)
+    return labels

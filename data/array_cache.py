@@ -1,0 +1,121 @@
+"""Arrays kept in a file and mapped into memory, so that the processes of a machine share them.
+
+A cache is never missed: whoever finds none, an old one or a damaged one makes the arrays again. The file is
+
+    8 bytes b"PFCCACHE" · u32 crc32 of all that follows · u32 length of the header
+    header, JSON: {"about": what the arrays were made from, "arrays": [[dtype, length], ...]}
+    the arrays, each from a multiple of 64 bytes on
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import struct
+import time
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+
+_START = struct.Struct("<8sII")
+_NAME = b"PFCCACHE"
+_ALIGN = 64
+_CRC_BLOCK = 1 << 24
+_SETTLED = 2.0  # seconds after which a file that changes again also gets another modification time
+
+
+def stamp(path: Path) -> list[int]:
+    """[bytes, modification time in ns]: what changes when the file does."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def settled(paths: Sequence[Path]) -> bool:
+    """Whether the files were last changed so long ago that another change would show in their stamps."""
+    return all(time.time() - path.stat().st_mtime > _SETTLED for path in paths)
+
+
+def load_arrays(path: Path, about: dict[str, Any]) -> list[np.ndarray] | None:
+    """The arrays that ``store_arrays`` keeps for ``path``, mapped and read-only.
+
+    None where there are none, where they were made from something else than ``about``, or the file is not whole.
+    """
+    for place in _places(path):
+        arrays = _load(place, about)
+        if arrays is not None:
+            return arrays
+    return None
+
+
+def store_arrays(path: Path, about: dict[str, Any], arrays: Sequence[np.ndarray]) -> list[np.ndarray] | None:
+    """Keep ``arrays`` at ``path``, or in the user's cache folder where its own may not be written to.
+
+    Returns them mapped from the file; None where they can be kept nowhere.
+    """
+    for place in _places(path):
+        with suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _write(place, about, arrays)
+            if (kept := _load(place, about)) is not None:
+                return kept
+    return None
+
+
+def _places(path: Path) -> list[Path]:
+    """``path`` itself, and its place in the user's cache folder."""
+    places = [path]
+    with suppress(RuntimeError):  # a user without a home
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+        places.append(folder / "pfc" / f"{name}.cache")
+    return places
+
+
+def _write(path: Path, about: dict[str, Any], arrays: Sequence[np.ndarray]) -> None:
+    header = json.dumps({"about": about, "arrays": [[array.dtype.str, len(array)] for array in arrays]}).encode()
+    unfinished = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(_START.pack(_NAME, 0, len(header)))
+            crc = zlib.crc32(struct.pack("<I", len(header)))
+            for part in (header, *(np.ascontiguousarray(array).view(np.uint8).data for array in arrays if len(array))):
+                padding = bytes(-file.tell() % _ALIGN) if part is not header else b""
+                file.write(padding)
+                file.write(part)
+                crc = zlib.crc32(part, zlib.crc32(padding, crc))
+            file.seek(0)
+            file.write(_START.pack(_NAME, crc, len(header)))
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _load(path: Path, about: dict[str, Any]) -> list[np.ndarray] | None:
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        name, crc, length = _START.unpack_from(mapped)
+        if name != _NAME or json.loads(mapped[_START.size : _START.size + length])["about"] != about:
+            return None
+    except (OSError, ValueError, KeyError, TypeError, struct.error):  # none, empty, or damaged
+        return None
+    found = zlib.crc32(struct.pack("<I", length))
+    view = memoryview(mapped)
+    for start in range(_START.size, len(mapped), _CRC_BLOCK):
+        found = zlib.crc32(view[start : start + _CRC_BLOCK], found)
+    if found != crc:
+        return None
+    at = _START.size + length
+    arrays: list[np.ndarray] = []
+    for dtype, count in json.loads(mapped[_START.size : at])["arrays"]:
+        at += -at % _ALIGN if count else 0
+        arrays.append(np.frombuffer(mapped, dtype=dtype, count=count, offset=at if count else 0))
+        at += arrays[-1].nbytes
+    return arrays

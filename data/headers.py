@@ -1,0 +1,91 @@
+"""Whether an encoded image begins as one: DALI's parsers end the whole process on a header that they cannot read.
+
+(DALI 2.4: a segmentation fault a little after the error, found by trying. Damage behind a header that can be read is an
+ordinary error, see ``dali.undecodable``.)
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+
+import numpy as np
+
+_SEGMENT = struct.Struct(">BBH")  # 0xFF, marker, length with its own two bytes
+_FRAME = struct.Struct(">HHB")  # height, width, components
+_CHUNK = struct.Struct(">I4s")  # length, type
+_PNG_HEADER = struct.Struct(">IIBB")  # width, height, bits, colour type
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_DECODABLE = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "PPM", "TIFF", "JPEG2000")  # by Pillow's names
+_SCAN = 0xDA
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 … SOF15; the others are tables
+
+
+def header_problem(image: np.ndarray) -> str | None:
+    """What is wrong with the header of an encoded image (uint8 [bytes]), None where DALI may be given it.
+
+    JPEG is read segment by segment up to its pixels; PNG chunk by chunk to its end. Any other format is decoded
+    by Pillow, which takes long, but such data sets are rare.
+    """
+    data = image.data
+    if data[:3] == _JPEG:
+        return _jpeg_problem(data)
+    if data[:8] == _PNG:
+        return _png_problem(data)
+    return pillow_problem(image)
+
+
+def _jpeg_problem(data: memoryview) -> str | None:
+    at, end, has_frame = 2, len(data), False
+    while at + _SEGMENT.size <= end:
+        start, marker, length = _SEGMENT.unpack_from(data, at)
+        if start != 0xFF or marker < 0xC0 or 0xD0 <= marker <= 0xD9:
+            return f"no JPEG marker at byte {at}"
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        if length < 2 or at + 2 + length > end:
+            return f"the JPEG segment at byte {at} is cut off"
+        if marker == _SCAN:
+            return None if has_frame else "the JPEG has no frame header"
+        if marker in _FRAMES:
+            if length < 8:
+                return "the JPEG frame header is cut off"
+            height, width, components = _FRAME.unpack_from(data, at + 5)
+            if not (height and width and components in (1, 3, 4)):
+                return "the JPEG frame has no pixels"
+            has_frame = True
+        at += 2 + length
+    return "the JPEG ends before its pixels"
+
+
+def _png_problem(data: memoryview) -> str | None:
+    at, last = len(_PNG), len(data) - _CHUNK.size
+    while at <= last:
+        length, kind = _CHUNK.unpack_from(data, at)
+        if kind == b"IEND":
+            return None
+        if at == len(_PNG):
+            if kind != b"IHDR" or length != 13 or len(data) < at + 21:
+                return "the PNG does not begin with its header"
+            width, height, depth, colour = _PNG_HEADER.unpack_from(data, at + 8)
+            if not (width and height) or depth not in (1, 2, 4, 8, 16) or colour not in (0, 2, 3, 4, 6):
+                return "the PNG's header says nothing sensible"
+        at += _CHUNK.size + length + 4
+    return "the PNG is cut off"
+
+
+def pillow_problem(image: bytes | np.ndarray) -> str | None:
+    """What Pillow says about an encoded image, None where it can decode it."""
+    from PIL import Image
+
+    from .images import why_unreadable
+
+    try:
+        with Image.open(io.BytesIO(bytes(image))) as picture:
+            picture.load()
+            if picture.format not in _DECODABLE:
+                return f"DALI does not decode {picture.format}"
+    except Exception as error:  # a damaged file can raise nearly anything from within a decoder
+        return why_unreadable(error)
+    return None

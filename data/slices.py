@@ -1,0 +1,132 @@
+"""Reads one rank's slices of the global batches, and puts good samples in the place of damaged ones."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .damage import too_many
+from .dataset import RecordDataset
+from .errors import DamagedRecord
+from .headers import header_problem
+from .mixture import JointDataset
+from .order import Integers, Order
+from .plain import PlainRecords
+
+_PLANNED = 2048  # samples whose places in the order are computed at once: numpy's cost a call is then small
+_ATTEMPTS = 1000  # damaged samples in a row before the search for a good one is given up
+
+
+Dataset = RecordDataset | JointDataset
+
+
+@dataclass
+class Slice:
+    """One rank's b samples of a global batch, damaged ones replaced.
+
+    Attributes:
+        start, end: position of the global batch, and of the one that follows it.
+        samples, visits, labels: int64 [b]; (sample, visit) names the picture, see ``Order.visits``.
+        images: the encoded images.
+        damaged: the samples that were replaced, with what is wrong with them.
+    """
+
+    start: int
+    end: int
+    samples: Integers
+    visits: Integers
+    labels: Integers
+    images: list[NDArray[np.uint8]]
+    damaged: list[tuple[int, DamagedRecord]]
+
+
+class SliceReader:
+    """Reads slice after slice from ``position`` on.
+
+    A sample that cannot be read is replaced by the sample of another position, which ``Order.substitute`` names, and so
+    on until one is good. So what a batch holds depends on the data and the order alone.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: Order,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        drop: bool,
+        position: int,
+    ) -> None:
+        self._dataset, self._order, self._drop = dataset, order, drop
+        self._batch_size, self._rank = batch_size, rank
+        self._global_batch = batch_size * world_size
+        self._plain = PlainRecords(dataset)
+        self._undecodable: dict[int, DamagedRecord] = {}
+        self._planned: deque[tuple[int, int, Integers, Integers]] = deque()
+        self.rewind(position)
+
+    def rewind(self, position: int) -> None:
+        """Go on with the first batch from ``position`` on."""
+        self._planned.clear()
+        self.position = self._order.batch_start(position, self._global_batch, drop=self._drop)
+
+    def mark(self, sample: int, problem: str) -> None:
+        """From now on ``sample`` is damaged: its bytes are whole, but they are no image."""
+        shard, position = self._dataset.locate(sample)
+        self._undecodable[sample] = shard.error(position, f"its image cannot be decoded: {problem}")
+
+    def read(self) -> Slice:
+        """The next slice. UsageError where no good sample can be found."""
+        if not self._planned:
+            self._plan()
+        start, self.position, samples, visits = self._planned.popleft()
+        labels = np.empty(self._batch_size, dtype=np.int64)
+        images: list[NDArray[np.uint8]] = []
+        damaged: list[tuple[int, DamagedRecord]] = []
+        for place, sample in enumerate(samples.tolist()):
+            found = self._try(sample)
+            if isinstance(found, DamagedRecord):
+                damaged.append((sample, found))
+                position = self._substitute(start + self._rank * self._batch_size + place, found)
+                samples[place], visits[place] = self._order.at(position)[0], self._order.visits(position)[0]
+                found = self._dataset.read(int(samples[place]))
+            labels[place] = found[0]
+            images.append(found[1])
+        return Slice(start, self.position, samples, visits, labels, images, damaged)
+
+    def _plan(self) -> None:
+        """Looks up the samples of some batches at once."""
+        starts, position = [], self.position
+        for _ in range(max(1, _PLANNED // self._batch_size)):
+            starts.append(position)
+            position = self._order.batch_start(position + self._global_batch, self._global_batch, drop=self._drop)
+        mine = np.asarray(starts)[:, None] + self._rank * self._batch_size + np.arange(self._batch_size)
+        samples = self._order.at(mine.ravel()).reshape(mine.shape)
+        visits = self._order.visits(mine.ravel()).reshape(mine.shape)
+        self._planned.extend(zip(starts, [*starts[1:], position], samples, visits, strict=True))
+
+    def _try(self, sample: int) -> tuple[int, NDArray[np.uint8]] | DamagedRecord:
+        """Label and image, or what is wrong with them."""
+        if sample in self._undecodable:
+            return self._undecodable[sample]
+        try:
+            found = self._plain.read(sample) or self._dataset.read(sample)
+        except DamagedRecord as error:
+            return error
+        problem = header_problem(found[1])
+        if problem is not None:
+            self.mark(sample, problem)
+            return self._undecodable[sample]
+        return found
+
+    def _substitute(self, position: int, damaged: DamagedRecord) -> Integers:
+        """The position, int64 [1], whose sample takes the place of the damaged one of ``position``."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            other = np.asarray([self._order.substitute(position, attempt)])
+            if not isinstance(self._try(int(self._order.at(other)[0])), DamagedRecord):
+                return other
+        raise too_many(self._dataset.name, f"{_ATTEMPTS:,} images in a row", damaged)

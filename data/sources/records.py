@@ -1,0 +1,196 @@
+"""One or several RecordIO data sets: images that are packed already."""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Literal, NamedTuple, overload
+from uuid import uuid4
+
+import numpy as np
+
+from ..dataset import RecordDataset
+from ..errors import DamagedRecord, UsageError
+from ..labels import LabelEncoding, decode_label, encode_label, encoding_for
+from ..manifest import printable
+from ..recordio import RecordFile, unpack_image
+from ..storing import Storing
+from .base import Numbers, Source
+from .codes import NameCodes, codes_of
+
+Joining = Literal["apart", "shared"]
+"""Identities of several data sets: all different, or the same where their names are."""
+
+
+class RecordSource(Source):
+    """The images of the data sets at ``paths``, of either convention; their records keep all that need not change.
+
+    Several sets get one label space. ``joining`` "apart": the identities of the first set, then those of the
+    second, ..., named set/name. "shared": equal names, or numbers where there are no names, are one identity.
+    """
+
+    whole_records = True
+
+    def __init__(self, paths: Sequence[Path], *, joining: Joining = "apart") -> None:
+        self.sets = [RecordDataset.open(path) for path in paths]
+        self._starts = [0, *accumulate(len(dataset) for dataset in self.sets)]
+        self.about = printable(", ".join(f"recordio {path.resolve()}" for path in paths))
+        self._recs = list(dict.fromkeys(shard.file.path for dataset in self.sets for shard in dataset.shards))
+        self._rec_number = {rec: number for number, rec in enumerate(self._recs)}
+        if len(self._recs) < sum(len(dataset.shards) for dataset in self.sets):
+            raise UsageError("one of the sources is given twice: name each data set once")
+        sizes = {dataset.image_size for dataset in self.sets}
+        self.image_size = sizes.pop() if len(sizes) == 1 else None
+
+        each = [codes_of(dataset.labels(damaged=-1)) for dataset in self.sets]
+        names = [_names(dataset, numbers) for dataset, (numbers, _) in zip(self.sets, each, strict=True)]
+        if len(self.sets) == 1:
+            (self.numbers, self.codes), self.names = each[0], names[0]
+            self.told = self.sets[0].told_classes
+        elif joining == "shared":
+            joint = NameCodes()
+            given = [np.array([joint.code(name) for name in set_names], dtype=np.int32) for set_names in names]
+            self.names, self.numbers, _, rank = joint.finish()
+            self.codes = _joined(
+                [(rank[codes_given], codes) for codes_given, (_, codes) in zip(given, each, strict=True)]
+            )
+        else:
+            firsts = [0, *accumulate(len(numbers) for numbers, _ in each)]
+            self.codes = _joined(
+                [
+                    (np.arange(first, first + len(numbers), dtype=np.int32), codes)
+                    for first, (numbers, codes) in zip(firsts, each, strict=False)
+                ]
+            )
+            self.names = SetNames([dataset.name for dataset in self.sets], names)
+        self.rejected = [(self.describe(i), self._why(i)) for i in np.flatnonzero(self.codes < 0).tolist()]
+
+    def reader(self, store: Storing, identities: int) -> RecordReader:
+        return RecordReader(self._recs, store, encoding_for(identities))
+
+    def task(self, image: int, label: int) -> RecordTask:
+        at = bisect_right(self._starts, image) - 1
+        dataset = self.sets[at]
+        shard, position = dataset.locate(image - self._starts[at])
+        return RecordTask(
+            self._rec_number[shard.file.path],
+            int(shard.keys[position]),
+            int(shard.offsets[position]),
+            dataset.label_encoding,
+            label,
+        )
+
+    def describe(self, image: int) -> str:
+        task = self.task(image, 0)
+        return f"{self._recs[task.rec]} key {task.key}"
+
+    def content(self) -> Iterator[bytes]:
+        yield from super().content()
+        for dataset in self.sets:
+            for shard in dataset.shards:
+                yield f"{shard.file.path.resolve()} {shard.file.size}\0".encode("utf-8", "surrogateescape")
+
+    def _why(self, image: int) -> str:
+        at = bisect_right(self._starts, image) - 1
+        try:
+            self.sets[at].read(image - self._starts[at])
+        except DamagedRecord as error:
+            return error.reason
+        raise AssertionError(f"image {image} was damaged, and is not any more")
+
+
+class RecordTask(NamedTuple):
+    """Where a record lies, how its label is encoded, and the label that it gets."""
+
+    rec: int
+    key: int
+    offset: int
+    encoding: LabelEncoding
+    label: int
+
+
+class RecordReader:
+    """Gives the record of a task with its new label; byte for byte the old one where nothing has to change."""
+
+    def __init__(self, recs: Sequence[Path], store: Storing, encoding: LabelEncoding) -> None:
+        self.run = uuid4().hex
+        self.recs = recs
+        self.store = store
+        self.encoding: LabelEncoding = encoding
+
+    def __call__(self, task: RecordTask) -> bytes | str:
+        try:
+            payload = _open(self.run, self.recs[task.rec]).read(task.offset, key=task.key).tobytes()
+            record = unpack_image(np.frombuffer(payload, dtype=np.uint8))
+            label = decode_label(record.labels, task.encoding)
+        except DamagedRecord as error:
+            return error.reason
+        except ValueError as error:
+            return str(error)
+        body = len(payload) - len(record.image)
+        image = payload[body:]
+        stored = self.store(image)
+        if isinstance(stored, str):
+            return stored
+        head = payload[:body]
+        if label != task.label or task.encoding != self.encoding:
+            head = relabelled(head, task.encoding, task.label, self.encoding)
+        return head + stored
+
+
+def relabelled(head: bytes, old: LabelEncoding, label: int, new: LabelEncoding) -> bytes:
+    """An image record's head with another label; its ids stay, and further labels where the encoding has room."""
+    (flag,) = struct.unpack_from("<I", head)
+    stored = encode_label(label, new)
+    if isinstance(stored, tuple):
+        return struct.pack("<If", 2, 0.0) + head[8:24] + struct.pack("<2f", *stored)
+    if flag == 0 or old == "float32x2":
+        return struct.pack("<If", 0, stored) + head[8:24]
+    return head[:24] + struct.pack("<f", stored) + head[28:]
+
+
+@lru_cache(maxsize=1024)
+def _open(run: str, rec: Path) -> RecordFile:
+    """Once in each process; ``run``, new each time, keeps a later call from seeing old files."""
+    return RecordFile(rec)
+
+
+def _names(dataset: RecordDataset, numbers: np.ndarray) -> Sequence[str]:
+    known = dataset.identity_names()
+    if known is None or (len(numbers) and len(known) <= numbers[-1]):
+        return Numbers(numbers)
+    return [known[number] for number in numbers.tolist()]
+
+
+def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """The codes of all sets, one after the other: ``parts`` are (new code of each code, codes)."""
+    return np.concatenate([np.where(codes < 0, -1, np.append(new, -1)[codes]) for new, codes in parts]).astype(np.int32)
+
+
+class SetNames(Sequence[str]):
+    """The names of several sets, one after the other, as set/name; sets of one name are numbered."""
+
+    def __init__(self, sets: Sequence[str], names: Sequence[Sequence[str]]) -> None:
+        self._sets = [
+            name if sets.count(name) == 1 else f"{name}-{1 + sets[:number].count(name)}"
+            for number, name in enumerate(sets)
+        ]
+        self._names = names
+        self._starts = [0, *accumulate(map(len, names))]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[str]: ...
+    def __getitem__(self, place: int | slice) -> str | Sequence[str]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        at = bisect_right(self._starts, place) - 1
+        return f"{self._sets[at]}/{self._names[at][place - self._starts[at]]}"

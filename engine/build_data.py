@@ -1,0 +1,64 @@
+"""From the data section of a configuration to what a run reads."""
+
+from ..data import JointDataset, RecordDataset, TrainLoader
+from ..data.balanced import BalancedOrder
+from ..data.errors import UsageError
+from ..data.mixture import MixedOrder
+from ..data.order import BlockOrder, Order, SampleOrder
+from .config import BalancedSampling, BlockSampling, Config
+from .distributed import World
+
+
+def open_dataset(config: Config) -> RecordDataset | JointDataset:
+    """The training set, or all of them joined."""
+    return JointDataset.open([source.path for source in config.data.sources])
+
+
+def build_order(config: Config, dataset: RecordDataset | JointDataset, global_batch: int) -> Order:
+    """The order of samples."""
+    section, seed = config.data.order, config.run.seed
+    sets = dataset.sets if isinstance(dataset, JointDataset) else [dataset]
+    weights = [source.weight for source in config.data.sources]
+    if isinstance(section, BalancedSampling):
+        if any(weight != 1 for weight in weights):
+            raise UsageError(
+                "data.train: the weights of sets mean nothing where data.order is balanced: leave them out"
+            )
+        if section.identities * section.images != global_batch:
+            raise UsageError(
+                f"data.order: {section.identities} identities × {section.images} images are "
+                f"{section.identities * section.images}, the global batch (data.batch_size × ranks) is {global_batch}: "
+                "they must be equal"
+            )
+        labels = dataset.labels(damaged=-1)
+        return BalancedOrder(labels, seed, identities=section.identities, images=section.images)
+    orders: list[Order] = []
+    for part in sets:
+        if isinstance(section, BlockSampling):
+            orders.append(BlockOrder(len(part), seed, block_size=section.block_size, window=section.window))
+        else:
+            orders.append(SampleOrder(len(part), seed))
+    return orders[0] if len(orders) == 1 and weights == [1] else MixedOrder(orders, weights)
+
+
+def build_loader(
+    config: Config, dataset: RecordDataset | JointDataset, world: World, *, image_size: tuple[int, int], position: int
+) -> TrainLoader:
+    """This rank's loader, from ``position`` on."""
+    section = config.data
+    return TrainLoader(
+        dataset,
+        batch_size=section.batch_size,
+        image_size=image_size,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.run.seed,
+        order=build_order(config, dataset, section.batch_size * world.size),
+        drop=section.remainder == "drop",
+        flip=section.flip,
+        augment=section.augment,
+        max_damaged=section.max_damaged,
+        device=world.device,
+        threads=section.threads,
+        position=position,
+    )

@@ -1,0 +1,123 @@
+"""The beginning of a run from what another one learned: its backbone, and if wanted its centers."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..data.errors import UsageError
+from . import checkpoint, label_map
+from .build import Parts
+from .config import Config
+from .torch_files import TorchFile
+
+_CENTERS = "head/centers"
+
+
+def begin(config: Config, parts: Parts, labels: bytes | None) -> list[str]:
+    """Loads what ``config.init`` names into a new run's parts; returns what is to be told.
+
+    Args:
+        config: of the run, completed.
+        parts: fresh.
+        labels: the label map of the run's data set.
+
+    Raises:
+        UsageError: the file, its weights or its classes do not fit.
+    """
+    section = config.init
+    if section.path is None:
+        return []
+    path = Path(section.path)
+    if path.is_file():
+        if section.centers != "new":
+            raise UsageError(
+                f"init.centers: {path} is a file of weights without centers; give a run or checkpoint, or centers: new"
+            )
+        _take_backbone(parts, _weights(path), path)
+        return [f"begins     with the backbone of {path}, new centers"]
+    source = checkpoint.find(path)
+    wanted = {name: entry.size for name, entry in source.shapes().items() if name.startswith("backbone/")}
+    _check_shapes(parts, {name.removeprefix("backbone/"): size for name, size in wanted.items()}, source.path)
+    checkpoint.load(source, checkpoint.network_tensors(parts.network))
+    told = f"begins     with the backbone of {source.path}"
+    if section.centers == "new":
+        return [f"{told}, new centers"]
+    _check_centers(parts, source)
+    if section.centers == "keep":
+        _keep_centers(config, parts, source, labels)
+        return [f"{told} and its centers"]
+    classes = label_map.mapping(labels, source.path / checkpoint.LABELS)
+    _map_centers(parts, source, classes)
+    taken = int((classes >= 0).sum())
+    return [f"{told} and its centers of {taken:,} identities by name; {len(classes) - taken:,} are new"]
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UsageError(f"{path} is damaged, or no safetensors file: {error}") from None
+    file = TorchFile.read(path)
+    if file.at("state_dict_backbone") is not None:
+        return file.tensors("state_dict_backbone")
+    return file.tensors()
+
+
+def _take_backbone(parts: Parts, weights: dict[str, Tensor], path: Path) -> None:
+    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    _check_shapes(parts, {name: value.shape for name, value in weights.items()}, path)
+    parts.network.load_state_dict(weights)
+
+
+def _check_shapes(parts: Parts, there: dict[str, torch.Size], path: Path) -> None:
+    here = {name: value.shape for name, value in parts.network.state_dict().items()}
+    for name in dict.fromkeys([*here, *there]):
+        if here.get(name) != there.get(name):
+            told = [str(list(size)) if size is not None else "missing" for size in (there.get(name), here.get(name))]
+            raise UsageError(
+                f"init.path: {path} is another network: {name} is {told[0]} there and {told[1]} here; set backbone as "
+                "it was trained"
+            )
+
+
+def _check_centers(parts: Parts, source: checkpoint.Found) -> None:
+    entry, dim = source.shapes().get(_CENTERS), parts.head.embedding_dim
+    if entry is None:
+        raise UsageError(f"init.centers: {source.path} holds a backbone without centers: give centers: new")
+    if entry.size[1] != dim:  # cannot be with one and the same network, unless a file was put together by hand
+        raise UsageError(f"init.centers: {source.path} has centers of {entry.size[1]} numbers, this run of {dim}")
+
+
+def _keep_centers(config: Config, parts: Parts, source: checkpoint.Found, labels: bytes | None) -> None:
+    there, here = source.shapes()[_CENTERS].size[0], parts.head.num_classes
+    if there != here:
+        raise UsageError(
+            f"init.centers keep: {source.path} has {there:,} classes, this run's data set has {here:,}: give centers: "
+            "new, or by_name to carry over those of the same names"
+        )
+    check_labels(config, source, labels)
+    centers = parts.head.centers
+    checkpoint.load(source, {_CENTERS: centers})
+
+
+def _map_centers(parts: Parts, source: checkpoint.Found, classes: Tensor) -> None:
+    """One of the source's pieces at a time, so that no rank ever holds more of it."""
+    for first, rows in checkpoint.read_pieces(source, _CENTERS):
+        within = (classes >= first) & (classes < first + len(rows))
+        parts.head.load_centers(rows, torch.where(within, classes - first, -1))
+
+
+def check_labels(config: Config, source: checkpoint.Found, labels: bytes | None) -> None:
+    """UsageError where the centers belong to other identities than this run's, as far as both are known by name."""
+    there, here = source.state().get("label_map"), label_map.hash_of(labels)
+    if config.checkpoint.check_labels and None not in (there, here) and there != here:
+        raise UsageError(
+            f"{source.path} was trained on other identities than those of data.train, or in another order (their "
+            "labels.json differ): give that data set, or take the backbone alone, with init.path in a run of another "
+            "name; checkpoint.check_labels=false goes on all the same"
+        )

@@ -1,0 +1,120 @@
+"""One optimizer step on one rank: forward and backward of every micro-batch, then both optimizers."""
+
+import inspect
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .build import Parts
+from .config import Config
+from .distributed import World
+
+# Each rank keeps the BatchNorm statistics of its own batches; evaluation and checkpoints take rank 0's. Newer torch
+# warns about the old name of the switch, older torch does not know the new one.
+_SYNC_SWITCHES = inspect.signature(DistributedDataParallel).parameters
+_NO_BUFFER_SYNC: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _SYNC_SWITCHES else "broadcast_buffers": False
+}
+_AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainingStep:
+    """What a step computes, from images to changed weights; learning rates, data and logs are the trainer's.
+
+    Args:
+        config: of the run.
+        parts: what is trained.
+        world: this rank's place.
+        skipped_steps: how many were skipped before.
+
+    Attributes:
+        backbone: the network, data-parallel.
+        skipped_steps: steps that changed nothing because the loss or a gradient was not finite, int64 [] on the device.
+        skipped_in_a_row: the last of them without another step in between, int64 [] on the device.
+        loss: of the last step, [].
+    """
+
+    def __init__(self, config: Config, parts: Parts, world: World, skipped_steps: int = 0) -> None:
+        self.config, self.parts, self.device = config, parts, world.device
+        self.heartbeat = world.heartbeat
+        self.skipped_steps = torch.tensor(skipped_steps, device=world.device)
+        self.skipped_in_a_row = torch.zeros_like(self.skipped_steps)
+        self._skipped_in_a_row_told = torch.zeros((), dtype=torch.int64, pin_memory=world.device.type == "cuda")
+        self._losses: list[Tensor] = []
+        self.loss = torch.zeros((), device=world.device)
+        wrapped = torch.compile(parts.network) if config.backbone.compile else parts.network
+        self.backbone = DistributedDataParallel(
+            wrapped,  # type: ignore[arg-type]
+            device_ids=[world.device] if world.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            **_NO_BUFFER_SYNC,
+        )
+
+    def micro_batch(self, images: Tensor, labels: Tensor, *, last: bool) -> Tensor:
+        """Forward and backward of one micro-batch; returns its loss [], detached.
+
+        Args:
+            images: float32 [b, 3, H, W].
+            labels: int64 [b].
+            last: whether it is the step's last, after which the ranks exchange the backbone's gradients.
+        """
+        if self.config.backbone.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with nullcontext() if last else self.backbone.no_sync():
+            self.heartbeat.enter("forward pass of the backbone")
+            with self.autocast():
+                embeddings = self.backbone(images)
+            self.heartbeat.enter("head")
+            loss = self.parts.head(embeddings, labels)
+            self.heartbeat.enter("backward pass")
+            self.parts.scaler.scale(loss / self.config.optimizer.accumulate).backward()
+        self._losses.append(loss.detach())
+        return loss.detach()
+
+    def update(self) -> Tensor:
+        """Applies the gradients, or on every rank nothing where they or the loss are not finite.
+
+        Returns:
+            the norm of the backbone's gradient, [].
+        """
+        self.heartbeat.enter("optimizer step")
+        self.loss = torch.stack(self._losses).mean()
+        self._losses.clear()
+        parts, clip_norm = self.parts, self.config.optimizer.clip_norm
+        parts.scaler.unscale_(parts.backbone_optimizer)
+        parts.scaler.unscale_(parts.head_optimizer)
+        gradients = [parameter.grad for parameter in parts.network.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parts.network.parameters(), clip_norm, norm)
+        assert parts.head.gradient_scale.grad is not None
+        broken = ~(torch.isfinite(norm) & torch.isfinite(parts.head.gradient_scale.grad) & torch.isfinite(self.loss))
+        self.skipped_steps += broken
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * broken
+        for optimizer in (parts.backbone_optimizer, parts.head_optimizer):
+            if self.device.type == "cuda":
+                # The fused kernels read it on the device.
+                optimizer.found_inf = broken.float()  # pyright: ignore[reportAttributeAccessIssue]
+                optimizer.step()
+            elif not broken:
+                optimizer.step()
+            optimizer.zero_grad()
+        if parts.scaler.is_enabled():
+            parts.scaler.update()
+        return norm
+
+    def skipped_lately(self) -> int:
+        """How many steps in a row were skipped; on a GPU as of the last call, because this one does not wait for it."""
+        if self.device.type != "cuda":
+            return int(self.skipped_in_a_row)
+        told = int(self._skipped_in_a_row_told)
+        self._skipped_in_a_row_told.copy_(self.skipped_in_a_row, non_blocking=True)
+        return told
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the run, for the backbone's forward pass."""
+        dtype = _AUTOCAST[self.config.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)

@@ -1,0 +1,106 @@
+"""What DALI must not be given is found out by its header; everything else it decodes or refuses in an orderly way."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pfc.data.dataset import RecordDataset
+from pfc.data.headers import header_problem, pillow_problem
+from pfc.data.pipeline import TrainLoader, decode_images
+from tests.data.pictures import SIZE, pack, picture
+from tests.ranks import run_ranks
+
+
+def encode(number: int, form: str, **options: object) -> np.ndarray:
+    file = io.BytesIO()
+    smooth = Image.fromarray(picture(number, (4, 4))).resize(SIZE[::-1], Image.Resampling.BICUBIC)
+    smooth.save(file, form, **options)
+    return np.frombuffer(file.getvalue(), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True, "quality": 30}),
+        ("JPEG", {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0", "comment": b"a comment"}),
+        ("PNG", {}),
+        ("BMP", {}),
+        ("WEBP", {}),
+        ("PPM", {}),
+    ],
+)
+def test_good_images_pass_and_are_decoded(form: str, options: dict) -> None:
+    image = encode(0, form, **options)
+    assert header_problem(image) is None
+    (decoded,) = decode_images([image], image_size=SIZE, batch_size=1)
+    assert decoded.shape == (1, 3, *SIZE)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_every_cut_through_the_header_is_found(form: str) -> None:
+    image = encode(0, form)
+    whole = image.tobytes()
+    pixels = whole.index(b"\xff\xda") if form == "JPEG" else len(whole) - 12
+    for end in range(pixels):
+        assert header_problem(image[:end]), end
+    for place in (0, 1, 2, 5):
+        broken = image.copy()
+        broken[place] ^= 0x40
+        assert header_problem(broken) or (form == "JPEG" and place == 5)
+
+
+@pytest.mark.parametrize(
+    "image", [b"", b"x", b"no image at all", bytes(100), b"\xff\xd8\xff\xd9", b"\xff\xd8\xff\xe0\0\x01"]
+)
+def test_what_is_no_image_is_found(image: bytes) -> None:
+    assert header_problem(np.frombuffer(image, dtype=np.uint8))
+
+
+def test_what_dali_does_not_decode_is_found() -> None:
+    assert header_problem(encode(0, "GIF")) == "DALI does not decode GIF"
+    assert pillow_problem(encode(0, "BMP")) is None
+    with pytest.raises(RuntimeError, match="image 2 cannot be decoded: DALI does not decode GIF"):
+        list(decode_images([encode(0, "PNG"), encode(1, "JPEG"), encode(2, "GIF")], image_size=SIZE, batch_size=3))
+
+
+def corrupted(random: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    image = image.copy()
+    at = int(random.integers(0, min(len(image) - 1, random.choice([30, 700, 10_000]))))
+    match random.integers(4):
+        case 0:
+            image[at] ^= 1 << int(random.integers(8))
+        case 1:
+            image[at : at + random.integers(1, 60)] = random.integers(256)
+        case 2:
+            image = image[: at + 1]
+        case 3:
+            end = min(len(image), at + int(random.integers(1, 200)))
+            image[at:end] = random.integers(0, 256, end - at)
+    return image
+
+
+def load_all(folder: Path) -> tuple[list[int], int]:
+    """On a process of its own: the labels of an epoch, and how many samples were damaged."""
+    dataset = RecordDataset.open(folder)
+    loader = TrainLoader(dataset, batch_size=10, image_size=SIZE, max_damaged=1.0)
+    labels = [label for _ in range(len(dataset) // 10) for label in next(loader).labels.tolist()]
+    _, met = loader.take_damage()
+    loader.close()
+    return labels, len(met)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_random_damage_ends_no_process(form: str, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    images = [encode(number, form) for number in range(300)]
+    bad = set(random.choice(300, 100, replace=False).tolist())
+    given = [corrupted(random, image) if number in bad else image for number, image in enumerate(images)]
+    pack(tmp_path / "set", [image.tobytes() for image in given], identities=300)
+    ((labels, damaged),) = run_ranks(1, load_all, tmp_path / "set")
+    assert 40 < damaged <= 100
+    assert set(range(300)) - bad <= set(labels), "every good one is seen"
+    assert len(set(labels)) == 300 - damaged

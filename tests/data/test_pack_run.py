@@ -1,0 +1,232 @@
+"""Packing that is interrupted, goes on, and ends with the same bytes; and what stops it."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pfc.data import RecordDataset, UsageError, pack_folder, pack_list, pack_recordio, pack_run
+from pfc.data.partial import PartialFolder
+from pfc.data.recordio import RecordWriter
+from tests.data.packed import files_of, jpeg, refusal
+
+fork = multiprocessing.get_context("fork")
+
+
+def make_source(root: Path, images: int = 40) -> Path:
+    """Four identities; every seventh image cannot be read."""
+    for i in range(images):
+        folder = root / f"person-{i % 4}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i}.jpg").write_bytes(jpeg(i) if i % 7 else b"no picture")
+    return root
+
+
+def pack_it(root: Path, out: Path, **options: Any) -> Any:
+    return pack_folder(root, out, **({"size": 8, "shards": 3, "workers": 1, "name": "set"} | options))
+
+
+def killed_at(call: int, owner: Any, name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> bool:
+    """Run ``function`` in a process of its own that dies at the given call of ``owner.name``; whether it did."""
+
+    def run() -> None:
+        pack_run.SAVE_EVERY = 0.0
+        original, calls = getattr(owner, name), 0
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                if name == "write":
+                    args[0]._rec.write(b"half a record")
+                    args[0]._rec.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, counting)
+        function(*arguments, **options)
+
+    process = fork.Process(target=run)
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [
+        *[(RecordWriter, "write", call) for call in (1, 2, 16, 33, 34)],
+        *[(os, "fsync", call) for call in (1, 3, 8, 100)],
+        *[(Path, "replace", call) for call in (1, 2, 39)],
+        (PartialFolder, "finish", 1),
+        (os, "replace", 1),
+    ],
+)
+def test_killed_anywhere_it_goes_on_to_the_same_bytes(owner: Any, name: str, call: int, tmp_path: Path) -> None:
+    root = make_source(tmp_path / "in")
+    pack_it(root, tmp_path / "whole")
+    assert killed_at(call, owner, name, pack_it, root, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    summary = pack_it(root, tmp_path / "out")
+    assert (summary.images, len(summary.skipped)) == (34, 6)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
+
+
+def test_killed_again_and_again_it_still_ends(tmp_path: Path) -> None:
+    root = make_source(tmp_path / "in")
+    pack_it(root, tmp_path / "whole")
+    for _ in range(6):  # five images a time
+        assert killed_at(6, RecordWriter, "write", pack_it, root, tmp_path / "out")
+    assert not killed_at(6, RecordWriter, "write", pack_it, root, tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert "is not empty" in refusal(pack_it, root, tmp_path / "out")
+
+
+def test_a_resumed_packing_says_so(tmp_path: Path) -> None:
+    root = make_source(tmp_path / "in")
+    killed_at(20, RecordWriter, "write", pack_it, root, tmp_path / "out")
+    summary = pack_it(root, tmp_path / "out")
+    assert 19 <= summary.resumed_at < 30
+    assert f"which had done {summary.resumed_at} images" in str(summary)
+
+
+def test_recordio_and_parquet_go_on_too(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from pfc.data import pack_table
+
+    table = arrow.table({"image": [jpeg(i) for i in range(30)], "label": [i % 3 for i in range(30)]})
+    parquet.write_table(table, tmp_path / "t.parquet", row_group_size=7)
+    packing = (pack_table, tmp_path / "t.parquet", tmp_path / "out")
+    for call, owner, name in ((2, os, "fsync"), (9, RecordWriter, "write"), (60, RecordWriter, "write")):
+        killed_at(call, owner, name, *packing, size=8, workers=1)
+    pack_table(tmp_path / "t.parquet", tmp_path / "whole", size=8, workers=1, name="out")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+    packing = (pack_recordio, [tmp_path / "out"], tmp_path / "again")
+    killed_at(9, RecordWriter, "write", *packing, shards=2, seed=3, workers=1)
+    assert pack_recordio([tmp_path / "out"], tmp_path / "again", shards=2, seed=3, workers=1).resumed_at == 8
+    pack_recordio(tmp_path / "out", tmp_path / "once", shards=2, seed=3, workers=1, name="again")
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "once")
+
+
+def test_another_packing_does_not_go_on_with_it(tmp_path: Path) -> None:
+    root = make_source(tmp_path / "in")
+    killed_at(20, RecordWriter, "write", pack_it, root, tmp_path / "out")
+    left = files_of(tmp_path / ".out.partial")
+    for options in ({"seed": 1}, {"size": 9}, {"shards": 2}, {"min_images": 2, "size": 7}, {"name": "other"}):
+        assert "keeps an interrupted packing with other options" in refusal(pack_it, root, tmp_path / "out", **options)
+    (root / "person-0" / "new.jpg").write_bytes(jpeg(99))
+    assert "remove that folder" in refusal(pack_it, root, tmp_path / "out")
+    assert files_of(tmp_path / ".out.partial") == left
+
+
+def test_two_packings_do_not_write_the_same_data_set(tmp_path: Path) -> None:
+    root = make_source(tmp_path / "in")
+    other = PartialFolder(tmp_path / ".out.partial", "another")
+    assert "another process is packing" in refusal(pack_it, root, tmp_path / "out")
+    other.close(keep=True)
+    pack_it(root, tmp_path / "out")
+
+
+def test_a_full_disk_is_one_line_and_no_loss(tmp_path: Path) -> None:
+    root = make_source(tmp_path / "in")
+    pack_it(root, tmp_path / "whole")
+
+    def run() -> None:
+        pack_run.SAVE_EVERY = 0.0
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+        try:
+            pack_it(root, tmp_path / "out")
+        except UsageError as error:
+            os._exit(0 if "make room, then the same command goes on" in str(error) else 1)
+        os._exit(2)
+
+    process = fork.Process(target=run)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert not (tmp_path / "out").exists()
+    assert pack_it(root, tmp_path / "out").resumed_at > 0
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_strict_stops_and_goes_on_when_the_image_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_source(tmp_path / "in", 20)
+    monkeypatch.setattr(pack_run, "SAVE_EVERY", 0.0)
+    for i in (0, 7, 14):
+        line = refusal(pack_it, root, tmp_path / "out", strict=True)
+        assert "no image format starts like this (packing is strict)" in line
+        (root / line.split(":")[0]).write_bytes(jpeg(i))
+    assert not (tmp_path / "out").exists()
+    summary = pack_it(root, tmp_path / "out", strict=True)
+    assert (summary.images, summary.skipped) == (20, [])
+
+
+def test_a_hopeless_source_is_given_up_early(tmp_path: Path) -> None:
+    (tmp_path / "some.lst").write_text("".join(f"{i}\t0\t{i}.jpg\n" for i in range(3000)))
+    calls: list[int] = []
+    line = refusal(pack_list, tmp_path / "some.lst", tmp_path / "out", progress=lambda done, _: calls.append(done))
+    assert "none of the first 1,000 images can be read, e.g. " in line
+    assert max(calls) < 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["some.lst"]
+
+
+def test_the_command_killed_at_any_time(tmp_path: Path) -> None:
+    """With worker processes, which end with it."""
+    root = make_source(tmp_path / "in", 600)
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from pfc.data import pack_run; pack_run.SAVE_EVERY = 0.01; from pfc.launch.cli import main; "
+        "sys.exit(main(sys.argv[1:]))",
+        *("pack", "folder", str(root), str(tmp_path / "out"), "--size", "100", "--workers", "2", "--name", "set"),
+    ]
+    random = np.random.default_rng()
+    state = tmp_path / ".out.partial" / "state.json"
+    for _ in range(3):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        until = time.monotonic() + 60
+        while process.poll() is None and not (state.exists() and len(children_of(process.pid)) >= 2):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.5))
+        children = children_of(process.pid)
+        process.kill()
+        process.wait()
+        while any(map(is_running, children)):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        assert state.exists() != (tmp_path / "out").exists()
+        if not state.exists():
+            break  # it ended before it was killed
+    if not (tmp_path / "out").exists():
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    pack_folder(root, tmp_path / "whole", size=100, workers=1, name="set")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert len(RecordDataset.open(tmp_path / "out")) == 600 - 86
+
+
+def children_of(process: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except FileNotFoundError:  # it has ended
+        return []
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,362 @@
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+from pfc.data.errors import UsageError
+from pfc.engine.checkpoint import (
+    Best,
+    Content,
+    Found,
+    Piece,
+    find,
+    find_all,
+    find_latest,
+    load,
+    read_pieces,
+    space,
+    write,
+)
+from pfc.engine.trainer import Trainer
+from pfc.launch.cli import main
+from tests.engine.runs import configuration, new_trainer, pack, train
+from tests.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack(tmp_path_factory.mktemp("data"))
+
+
+def content(step: int, accuracy: float | None = None) -> Content:
+    """A megabyte that says which step it is of, in a whole tensor and in a sharded one."""
+    rows = torch.full((1000, 128), float(step))
+    state: dict[str, Any] = {"position": step, "head_steps": step, "num_classes": 1000}
+    if accuracy is not None:
+        state["evaluation"] = {"pairs": {"accuracy": accuracy}}
+    return Content(step, {"whole": rows}, {"sharded": Piece(rows, 0, 1000, torch.float32)}, state, "run: {}\n")
+
+
+def assert_is_of_its_step(found: Found) -> None:
+    whole, sharded = torch.empty(1000, 128), torch.empty(1000, 128)
+    load(found, {"whole": whole, "sharded": sharded})
+    assert found.state()["position"] == found.step
+    assert (whole == found.step).all()
+    assert (sharded == found.step).all()
+
+
+def test_a_save_killed_at_any_moment_leaves_the_one_before(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.engine.test_checkpoint"])
+    moments, last, inside = random.Random(0), 0, 0
+    for _ in range(20):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_save_for_ever, args=(tmp_path, last + 1, sender))
+        process.start()
+        assert receiver.poll(60)
+        receiver.recv()  # the first save is done
+        time.sleep(moments.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        inside += any((tmp_path / "checkpoints").glob(".*.partial"))
+        for found in find_all(tmp_path):  # whatever has the name is complete
+            assert_is_of_its_step(found)
+        step = find(tmp_path / "checkpoints" / "latest").step
+        assert step > last
+        last = step
+    assert inside > 5, "the kills should meet saves"
+
+
+def _save_for_ever(run_dir: Path, first: int, sender: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    for step in range(first, first + 100_000):
+        assert write(run_dir, content(step), keep=2) is None
+        if step == first:
+            sender.send(step)
+
+
+@pytest.mark.parametrize(("full", "asynchronous"), [(1, False), (1, True), (0, True)])
+def test_a_full_disk_of_one_rank_is_told_and_training_goes_on(
+    folder: Path, tmp_path: Path, full: int, asynchronous: bool
+) -> None:
+    config = configuration(folder, tmp_path, checkpoint={"asynchronous": asynchronous})
+    for failed, problem, steps, left in run_ranks(2, _meet_a_full_disk, config.model_dump(), full):
+        assert failed == 1
+        assert f"rank {full}: " in problem
+        assert "File too large" in problem
+        assert "\n" not in problem
+        assert steps == [1, 4]
+        assert left == ["latest", "step-00000001", "step-00000004"]
+    lines = [json.loads(line) for line in (config.run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["checkpoints_failed"] for line in lines] == [0, 0, 1, 1]
+    assert lines[1]["checkpoint_stall_seconds"] > 0
+
+
+def _meet_a_full_disk(tree: dict[str, Any], full: int) -> tuple[int, str | None, list[int], list[str]]:
+    trainer = new_trainer(tree)
+    saver, folder = trainer.saving.saver, trainer.run_dir / "checkpoints"
+    trainer.train_step()
+    _save(trainer)
+    trainer.train_step()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if trainer.world.rank == full:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    _save(trainer)
+    trainer.train_step()  # whose line of metrics.jsonl is not taken either, where it is rank 0's disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    problem = saver.last_problem
+    dist.barrier()
+    latest = find_latest(trainer.run_dir)
+    assert latest is not None
+    assert latest.step == 1
+    trainer.train_step()
+    _save(trainer)
+    assert saver.last_problem is None
+    trainer.close()
+    return saver.failed, problem, [one.step for one in find_all(trainer.run_dir)], sorted(os.listdir(folder))
+
+
+def _save(trainer: Trainer) -> None:
+    trainer.save()
+    trainer.saving.saver.wait()
+
+
+def test_a_run_whose_end_cannot_be_saved_fails(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = configuration(folder, tmp_path, schedule={"steps": 2}, checkpoint={"every_steps": 1})
+    assert run_ranks(2, _lose_the_folder, config.model_dump()) == [1, 1]
+    assert [one.step for one in find_all(tmp_path / "test" / "aside")] == []
+
+
+def _lose_the_folder(tree: dict[str, Any]) -> int:
+    trainer = new_trainer(tree)
+    folder = trainer.run_dir / "checkpoints"
+    trainer.train_step()
+    dist.barrier()
+    if trainer.world.is_main:  # what root meets in the place of a folder without permission
+        folder.rename(trainer.run_dir / "aside")
+        folder.write_text("a file")
+    dist.barrier()
+    trainer.train_step()
+    code = trainer.finish()
+    trainer.close()
+    return code
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_first_step(folder: Path, tmp_path: Path) -> None:
+    config = configuration(folder, tmp_path)
+    config.run.path.mkdir()
+    (config.run.path / "checkpoints").write_text("a file")
+    with pytest.raises(
+        RuntimeError, match=r"UsageError: .*checkpoints: File exists: no checkpoint can be written there"
+    ):
+        run_ranks(2, new_trainer, config.model_dump())
+
+
+def test_room_is_asked_for_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda _: usage._replace(free=5000))
+    assert space.check(tmp_path, 1000, keep=4, best=False) is None
+    warning = space.check(tmp_path, 1000, keep=4, best=True)
+    assert warning is not None
+    assert "6 checkpoints of 1.0 kB" in warning
+    with pytest.raises(UsageError, match=r"takes 2.6 kB and the next one .* only 5.0 kB are free"):
+        space.check(tmp_path, 2600, keep=1, best=False)
+    (tmp_path / "checkpoints" / "old").write_bytes(bytes(200))
+    assert space.check(tmp_path, 2600, keep=1, best=False) is None, "the run's own checkpoints give way"
+
+
+def test_the_last_and_the_best_stay(tmp_path: Path) -> None:
+    run_ranks(1, _save_some, tmp_path, [(1, 0.7), (2, 0.9), (3, None), (4, 0.8), (5, 0.9), (6, None)])
+    assert [one.step for one in find_all(tmp_path)] == [2, 5, 6]
+    assert find(tmp_path / "checkpoints" / "best").step == 2
+    assert find(tmp_path).step == 6
+    run_ranks(1, _save_some, tmp_path, [(7, 0.95), (8, None), (9, None)])
+    assert [one.step for one in find_all(tmp_path)] == [7, 8, 9]
+
+
+def test_after_a_return_to_an_earlier_step_the_latest_is_the_last_written(tmp_path: Path) -> None:
+    run_ranks(1, _save_some, tmp_path, [(10, 0.5), (20, 0.5), (5, 0.5)])
+    assert find(tmp_path).step == 5
+    (tmp_path / "checkpoints" / "latest").unlink()
+    assert find(tmp_path).step == 5
+    run_ranks(1, _save_some, tmp_path, [(20, 0.6)])
+    assert find(tmp_path).state()["evaluation"]["pairs"]["accuracy"] == 0.6
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["best", "latest", "step-00000005", "step-00000020"]
+
+
+def _save_some(run_dir: Path, saves: list[tuple[int, float | None]]) -> None:
+    for step, accuracy in saves:
+        assert write(run_dir, content(step, accuracy), keep=2, best=Best("accuracy", "pairs", "max")) is None
+
+
+def test_a_better_network_is_saved_at_once(folder: Path, tmp_path: Path) -> None:
+    config = configuration(
+        folder,
+        tmp_path,
+        evaluation={"every_steps": 2, "pairs": [str(folder / "pairs.bin")]},
+        checkpoint={"every_steps": 1000, "keep": 1, "best": {"metric": "auc"}},
+    )
+    train(2, config)
+    evaluations = [json.loads(line) for line in (config.run.path / "evaluation.jsonl").read_text().splitlines()]
+    values = {line["step"]: line["auc"] for line in evaluations if line["step"] > 0}
+    champion = max(values, key=lambda step: (values[step], -step))
+    assert find(config.run.path / "checkpoints" / "best").step == champion
+    assert [one.step for one in find_all(config.run.path)] == sorted({champion, 8})
+
+
+@pytest.mark.parametrize(
+    ("best", "message"),
+    [
+        ({"set": "none"}, "checkpoint.best.set: 'none' is none of evaluation.pairs: pairs"),
+        ({"metric": "tar_at_far_1e-6"}, "checkpoint.best.metric: tar_at_far_1e-6 is not measured on 'pairs'"),
+    ],
+)
+def test_a_best_that_is_not_measured_is_wrong_use(
+    folder: Path, tmp_path: Path, best: dict[str, Any], message: str
+) -> None:
+    pairs = {"pairs": [str(folder / "pairs.bin")]}
+    config = configuration(folder, tmp_path, evaluation=pairs, checkpoint={"best": best})
+    with pytest.raises(RuntimeError, match=f"UsageError: {message}"):
+        run_ranks(1, new_trainer, config.model_dump())
+
+
+def test_minutes_make_a_checkpoint_due(folder: Path, tmp_path: Path) -> None:
+    config = configuration(folder, tmp_path, checkpoint={"every_minutes": 1e-9, "keep": 10})
+    run_ranks(2, _train_by_the_clock, config.model_dump())
+    assert [one.step for one in find_all(config.run.path)] == [1, 2, 3]
+
+
+def _train_by_the_clock(tree: dict[str, Any]) -> None:
+    trainer = new_trainer(tree)
+    for _ in range(3):
+        trainer.train_step()
+        trainer.consult()
+        assert trainer.save_wanted
+        trainer.save()
+    trainer.close()
+
+
+# What strangers may have put into a checkpoint.
+
+
+class Evil:
+    """Its pickle writes a file when it is loaded with torch's or Python's own reader."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def run(folder: Path, tmp_path: Path) -> Path:
+    """A run whose one checkpoint torch's own writer has written anew."""
+    config = configuration(folder, tmp_path)
+    train(1, config, steps=1)
+    run_ranks(1, _write_anew, find(config.run.path).path)
+    return config.run.path
+
+
+def _write_anew(checkpoint: Path) -> None:
+    tensors = load(find(checkpoint), {}, ("backbone", "head"))
+    dcp.save(tensors, checkpoint_id=checkpoint)
+
+
+def _change_table(run: Path, change: Callable[[Metadata], Any]) -> None:
+    path = find(run).path / ".metadata"
+    table = pickle.loads(path.read_bytes())
+    path.write_bytes(pickle.dumps(change(table) or table))
+
+
+def test_what_torch_itself_wrote_is_read(run: Path, folder: Path) -> None:
+    assert "head/centers" in find(run).shapes()
+    assert sum(len(rows) for _, rows in read_pieces(find(run), "head/centers")) == 37
+    assert main(["evaluate", str(run), "--pairs", str(folder / "pairs.bin")]) == 0
+
+
+def _leave(table: Metadata) -> None:
+    for place in table.storage_data.values():
+        place.relative_path = f"../{place.relative_path}"
+
+
+def _unpickled_by_torch(table: Metadata) -> None:
+    name = next(name for name in table.state_dict_metadata if name.startswith("backbone/"))
+    table.state_dict_metadata[name] = BytesStorageMetadata()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: (Evil(Path("evil")), table), "refused: it holds posix.mkdir"),
+        (lambda table: table.state_dict_metadata.update(x=Evil(Path("evil"))), "refused: it holds posix.mkdir"),
+        (_leave, r"refused: it holds the file name '\.\./__0_0\.distcp', which leaves the checkpoint's directory"),
+        (_unpickled_by_torch, "refused: it holds torch.distributed.checkpoint.metadata.BytesStorageMetadata"),
+        (lambda _: [1, 2], "refused: it holds list where Metadata belongs"),
+    ],
+)
+def test_a_hostile_table_is_refused(
+    run: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[Metadata], Any],
+    message: str,
+) -> None:
+    monkeypatch.chdir(run)
+    _change_table(run, change)
+    _assert_refused(run, folder, capsys, message)
+    assert not Path("evil").exists()
+
+
+def test_a_hostile_tensor_is_refused(
+    run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(run)
+    name = find(run).path / "__0_0.distcp"
+    torch.save(Evil(Path("evil")), name)
+    length = name.stat().st_size
+    name.write_bytes(name.read_bytes() + bytes(10_000_000))
+
+    def point(table: Metadata) -> None:
+        for place in table.storage_data.values():
+            place.offset, place.length = 0, length
+
+    _change_table(run, point)
+    _assert_refused(run, folder, capsys, "cannot be read: .*no code in a file is run")
+    with pytest.raises(UsageError, match="no code in a file is run"):
+        list(read_pieces(find(run), "head/centers"))
+    assert not Path("evil").exists()
+
+
+def test_a_file_that_was_cut_short_is_found(run: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = find(run).path / "__0_0.distcp"
+    path.write_bytes(path.read_bytes()[:-100])
+    _assert_refused(run, folder, capsys, "__0_0.distcp has .* bytes of .*: the checkpoint is damaged")
+    path.unlink()
+    _assert_refused(run, folder, capsys, "__0_0.distcp is missing: the checkpoint is damaged")
+    (path.parent / ".metadata").write_bytes(b"\x80\x04nonsense")
+    _assert_refused(run, folder, capsys, ".metadata is damaged")
+
+
+def _assert_refused(run: Path, folder: Path, capsys: pytest.CaptureFixture[str], message: str) -> None:
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--pairs", str(folder / "pairs.bin")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    with pytest.raises(UsageError, match=message):
+        raise UsageError(lines[0])

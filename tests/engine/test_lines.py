@@ -1,0 +1,55 @@
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import nn
+
+from pfc.engine import build, lines
+from pfc.engine.config import Config, parse_config
+from pfc.engine.distributed import World
+
+WORLD = World(0, 2, torch.device("cpu"))
+
+
+def config(head: dict[str, Any]) -> Config:
+    tree = {"data": {"train": "somewhere", "batch_size": 64}, "schedule": {"steps": 1}}
+    return parse_config({**tree, "head": {"objective": {"name": "cosface"}, **head}})
+
+
+class Million:
+    """As much of a data set as the opening looks at."""
+
+    name, num_classes = "million", 1_000_000
+
+    def __len__(self) -> int:
+        return 1
+
+
+def sampling(head: dict[str, Any]) -> list[str]:
+    """What the opening of a run on 2 ranks tells about the classes of a step."""
+    told = lines.opening(config(head), cast(Any, Million()), 1, nn.Identity(), WORLD, 1, None)
+    return [line for line in told if line.startswith("sampling")]
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        # 128 images by 50,000 rows of float32 are 24.4 MiB.
+        ({"sample_rate": 0.1}, ["100,000 of 1,000,000 classes on 2 rank(s); probabilities kept (24.4 MiB"]),
+        ({"sample_rate": 0.1, "keep_mib": 24}, ["probabilities computed again (24.4 MiB a rank, 24 allowed)"]),
+        (
+            {"sample_rate": 0.1, "sample_rate_schedule": [[0.9, 1.0]], "keep_mib": 100},
+            ["100,000 of 1,000,000 classes on 2 rank(s); probabilities kept", "computed again (244.1 MiB"],
+        ),
+        ({"objective": {"name": "p2sgrad"}}, []),
+    ],
+)
+def test_the_log_says_whether_probabilities_are_kept(head: dict[str, Any], expected: list[str]) -> None:
+    told = sampling(head)
+    assert len(told) == len(expected)
+    assert all(part in line for part, line in zip(expected, told, strict=True))
+
+
+def test_the_head_is_given_what_the_configuration_allows() -> None:
+    head = build.build_head(config({"num_classes": 10, "keep_mib": 3}), World(0, 1, torch.device("cpu")))
+    assert head.keep_bytes == 3 << 20

@@ -1,0 +1,113 @@
+"""Ranks that are killed, fail, hang, or are told to stop: the job ends, says why, and goes on where it was."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from pfc.engine.checkpoint import find
+
+from . import faults
+
+HANG_SECONDS = "run.timeout_seconds=4"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return faults.write_config(tmp_path_factory.mktemp("faults"))
+
+
+def fault(tmp_path: Path, kind: str, place: str, step: int = 3) -> dict[str, object]:
+    return {"kind": kind, "place": place, "rank": 1, "step": step, "once": str(tmp_path / "once")}
+
+
+def test_killed_runs_end_with_the_bits_of_one_that_was_left_alone(config: Path):
+    """python -m tests.launch.faults 20 does this for more of them."""
+    runs = config.parent / "runs"
+    assert faults.run(faults.train(config)).exit_code == 0
+    whole = faults.final_tensors(runs / "whole")
+    assert {"head/centers", "rng/1/cpu"} <= whole.keys()
+    for number in (1, 2):  # inside a save, started again by torchrun; at a step, started again by the same command
+        told = faults.killed_run(config, number, seed=0)
+        assert not faults.differences(whole, faults.final_tensors(runs / f"killed-{number}")), told
+
+
+def test_the_error_of_the_rank_that_failed_is_last(config: Path, tmp_path: Path):
+    command = faults.train(config, f"run.dir={tmp_path}")
+    ended = faults.run(command, fault=fault(tmp_path, "raise", "loader"), timeout=60)
+    assert ended.exit_code == 1
+    assert ended.last == "ValueError: made to fail in the loader"
+    assert ended.output.count("Traceback") == 1
+    assert "pfc: rank 1 of 2 failed:" in ended.output
+
+
+def test_torchrun_too_shows_the_error_of_the_rank_that_failed(config: Path, tmp_path: Path):
+    command = faults.torchrun(config, f"run.dir={tmp_path}")
+    ended = faults.run(command, fault=fault(tmp_path, "out of memory", "head"), timeout=60)
+    assert ended.exit_code == 1
+    _, _, cause = ended.output.partition("Root Cause")
+    assert "rank      : 1 (local_rank: 1)" in cause
+    assert "OutOfMemoryError: made to fail in the head" in cause
+    assert "PeerFailed" not in cause
+
+
+def test_a_rank_that_hangs_is_named_with_its_stack(config: Path, tmp_path: Path):
+    command = faults.train(config, f"run.dir={tmp_path}", HANG_SECONDS)
+    ended = faults.run(command, fault=fault(tmp_path, "hang", "loader"), timeout=60)
+    assert ended.exit_code == 1
+    assert ended.last.startswith("Hang: rank 1 of 2 (")
+    assert "stands still in step" in ended.last
+    assert "waiting for a batch" in ended.last
+    assert "; rank 0 waits in all_gather" in ended.last
+    assert "time.sleep(BROKEN_SECONDS)" in ended.output, "its stack"
+
+
+def test_a_rank_that_is_stopped_is_named_by_the_others(config: Path, tmp_path: Path):
+    command = faults.train(config, f"run.dir={tmp_path}", HANG_SECONDS)
+    ended = faults.run(command, fault=fault(tmp_path, "stop", "update"), timeout=60)
+    assert ended.exit_code == 1
+    assert ended.last.startswith("Hang: rank 1 of 2 gave no sign of life")
+    assert "rank 0 waits in all_reduce" in ended.last
+
+
+@pytest.mark.parametrize("by_torchrun", [False, True])
+def test_sigusr1_saves_and_asks_to_be_started_again(config: Path, tmp_path: Path, by_torchrun: bool):
+    options = [f"run.dir={tmp_path}", "schedule.steps=100000", "checkpoint.every_steps=100000", "log.every_steps=10"]
+    handled = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    command = faults.torchrun(config, *options) if by_torchrun else faults.train(config, *options)
+    if by_torchrun:
+        command.insert(command.index("-m", 3), handled)
+    run_dir = tmp_path / "whole"
+    process = faults.start(command)
+    wait_for_steps(run_dir, process)
+    assert not (run_dir / "requeue").exists()
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == (1 if by_torchrun else 75), output
+    assert "stopped by SIGUSR1 at step" in output
+    assert (run_dir / "requeue").exists()
+    step = find(run_dir).step
+    if not by_torchrun:
+        ended = faults.run([*faults.train(config, *options), f"schedule.steps={step + 1}"], timeout=60)
+        assert ended.exit_code == 0, ended.output
+        assert not (run_dir / "requeue").exists()
+
+
+def wait_for_steps(run_dir: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    metrics = run_dir / "metrics.jsonl"
+    while not metrics.exists() or not metrics.read_text():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no step was done"
+        time.sleep(0.05)
+
+
+def test_wrong_use_is_told_once_under_torchrun_too(config: Path, tmp_path: Path):
+    for option, told in (("head.num_classes=99", "head.num_classes is 99"), ("data.bach_size=3", "data.bach_size")):
+        ended = faults.run(faults.torchrun(config, f"run.dir={tmp_path}", option), timeout=60)
+        assert ended.exit_code == 1, "torchrun's own"
+        lines = [line for line in ended.output.splitlines() if line.startswith("pfc: ")]
+        assert len(lines) == 1, ended.output
+        assert told in lines[0]
