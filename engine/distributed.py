@@ -51,6 +51,7 @@ def start(timeout_seconds: float = 600.0) -> Iterator[World]:
 
     Raises:
         PeerFailed: another rank failed before, and this one could not go on.
+        TimeoutError: the ranks did not meet.
     """
     on_gpu = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -61,7 +62,8 @@ def start(timeout_seconds: float = 600.0) -> Iterator[World]:
     # The watchdogs end a run that stands still, and know who is to blame; a collective waits longer than they do.
     timeout = timedelta(seconds=max(7200.0, 2 * timeout_seconds))
     if "WORLD_SIZE" in os.environ:
-        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        store, rank, size = _meet(timeout_seconds)
+        store.set_timeout(timeout)
     else:
         store, rank, size = dist.HashStore(), 0, 1
     between_ranks = dist.PrefixStore("pfc", store.clone())  # its own connection: another's waiting does not block it
@@ -84,3 +86,15 @@ def start(timeout_seconds: float = 600.0) -> Iterator[World]:
         raise blamed from None
     dist.destroy_process_group()
     watchdog.stop()
+
+
+def _meet(timeout_seconds: float) -> tuple[dist.Store, int, int]:
+    """The ranks' common store, this one's rank, and their number. There is no watchdog yet, so it takes time itself."""
+    try:
+        return next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
+    except dist.DistError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise TimeoutError(
+            f"the ranks did not meet at {address} within {timeout_seconds:g} s: is every rank started, does this host "
+            f"name resolve on every host, is the port open? ({' '.join(str(error).split())})"
+        ) from error

@@ -135,7 +135,7 @@ def _save(trainer: Trainer) -> None:
     trainer.saving.saver.wait()
 
 
-def test_a_run_whose_end_cannot_be_saved_fails(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_whose_end_cannot_be_saved_fails(folder: Path, tmp_path: Path) -> None:
     config = configuration(folder, tmp_path, schedule={"steps": 2}, checkpoint={"every_steps": 1})
     assert run_ranks(2, _lose_the_folder, config.model_dump()) == [1, 1]
     assert [one.step for one in find_all(tmp_path / "test" / "aside")] == []

@@ -1,6 +1,7 @@
 """What a run reads: damaged images, several sets, other orders, and another number of ranks in mid-epoch."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 
 from pfc.data import RecordDataset, pack_synthetic
 from pfc.engine.checkpoint import find_all
+from pfc.engine.telemetry import read_json_lines
 from tests.engine.runs import IDENTITIES, configuration, new_trainer, pack, train
+from tests.launch.conftest import PFC
 from tests.ranks import run_ranks
 
 
@@ -40,12 +43,14 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_over_damaged_images_ends_with_the_right_counts(
-    damaged: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_over_damaged_images_ends_with_the_right_counts(damaged: Path, tmp_path: Path) -> None:
     config = configuration(damaged, tmp_path, data={"batch_size": 20}, schedule={"steps": None, "epochs": 3})
-    lines = train(2, config)
-    out = capfd.readouterr().out
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    command = [*PFC, "train", str(tmp_path / "config.yaml"), "--nproc", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = read_json_lines(config.run.path / "metrics.jsonl")
+    out = done.stdout
     assert lines[-1]["step"] == 30
     assert lines[-1]["damaged_records"] == 4
     assert lines[-1]["damaged_replaced"] == 12, "each of the 4 once in each of the 3 epochs"

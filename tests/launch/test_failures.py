@@ -1,7 +1,10 @@
 """Ranks that are killed, fail, hang, or are told to stop: the job ends, says why, and goes on where it was."""
 
+import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -111,3 +114,15 @@ def test_wrong_use_is_told_once_under_torchrun_too(config: Path, tmp_path: Path)
         lines = [line for line in ended.output.splitlines() if line.startswith("pfc: ")]
         assert len(lines) == 1, ended.output
         assert told in lines[0]
+
+
+@pytest.mark.parametrize(("rank", "address"), [(0, "127.0.0.1"), (1, "no-such-host.invalid")])
+def test_a_rank_whose_peers_never_come_does_not_wait_for_ever(config: Path, rank: int, address: str):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # free again at the end of the block
+    alone = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": address, "MASTER_PORT": port}
+    command = [sys.executable, "-m", "pfc.launch.train", str(config), "run.timeout_seconds=2"]
+    variables = os.environ | {name: str(value) for name, value in alone.items()}
+    ended = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert f"TimeoutError: the ranks did not meet at {address}:" in ended.stderr.splitlines()[-1]
