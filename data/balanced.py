@@ -14,7 +14,8 @@ class BalancedOrder(Order):
     The identities are gone through in a new random order again and again; those that do not fill a batch at the end of
     a round (fewer than P, others in every round) wait for the next one. Of an identity's images the next K are taken at
     each of its turns, in an order that is drawn anew when fewer than K are left; so K images of a turn are different
-    ones, except where an identity has fewer than K: it gives each of its images again until there are K.
+    ones, except where an identity has fewer than K: it gives each of its images again until there are K. (A
+    round in which an identity waits passes over K of its images.)
 
     An identity with few images is seen as often as one with many, so there is no exact cover: ``epoch`` counts N
     positions as one epoch. Needs 8 bytes a sample and 16 an identity.

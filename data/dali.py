@@ -141,9 +141,8 @@ _CHANGES = {
 
 
 def as_batch(images: Sequence[NDArray[np.uint8]]) -> Any:
-    """Encoded images as DALI holds a batch of them, where they lie: it would make the same of a list, but slowly."""
-    with _IMPORTING:
-        from nvidia.dali.tensors import TensorCPU, TensorListCPU
+    """Encoded images as DALI holds a batch of them, copied into one piece: faster than what it would make of a list."""
+    from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
     return TensorListCPU([TensorCPU(image, "") for image in images], "")
 

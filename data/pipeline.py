@@ -135,13 +135,13 @@ class TrainLoader:
         self._untold: dict[int, DamagedRecord] = {}
         self._told: set[int] = set()
         self._ahead = ReadAhead(dataset, self._order)
+        self._pending: deque[Slice] = deque()  # handed to DALI, and not come back yet
+        # DALI reads what it is given where it lies; a GPU may still be at it when its batch has come back.
+        self._held: deque[list[Any]] = deque(maxlen=2 * PREFETCH + 2)
+        self._pipeline: Any = build_pipeline(self._next_slice, **self._options)
         # Slices are read by a thread of their own, one ahead of DALI, while this one waits for DALI or trains.
         self._thread = ThreadPoolExecutor(1, "pfc-reader")
         self._reading = self._thread.submit(self._read_slice)
-        self._pending: deque[Slice] = deque()  # handed to DALI, and not come back yet
-        # DALI reads what it is given where it lies; a GPU may still be at it when the batch has come back.
-        self._held: deque[list[Any]] = deque(maxlen=2 * PREFETCH + 2)
-        self._pipeline: Any = build_pipeline(self._next_slice, **self._options)
 
     def __iter__(self) -> TrainLoader:
         return self

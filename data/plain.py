@@ -41,7 +41,7 @@ class PlainRecords:
         position = shard.first + index - self._starts[at]
         offset = int(offsets[position])
         limit = int(offsets[position + 1]) if position + 1 < len(offsets) else size
-        if not 0 <= offset < limit - _BODY:
+        if not 0 <= offset < limit - _BODY or limit > size:
             return None
         magic, length, flag, label, identity = _HEAD.unpack_from(stored.data, offset)
         if magic != MAGIC or flag or offset + 8 + length + -length % 4 != limit or length < _BODY - 8 + 1:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .damage import too_many
 from .dataset import RecordDataset
 from .errors import DamagedRecord
-from .headers import header_problem
+from .headers import HeaderCheck
 from .mixture import JointDataset
 from .order import Integers, Order
 from .plain import PlainRecords
@@ -65,6 +65,7 @@ class SliceReader:
         self._batch_size, self._rank = batch_size, rank
         self._global_batch = batch_size * world_size
         self._plain = PlainRecords(dataset)
+        self._headers = HeaderCheck()
         self._undecodable: dict[int, DamagedRecord] = {}
         self._planned: deque[tuple[int, int, Integers, Integers]] = deque()
         self.rewind(position)
@@ -117,7 +118,7 @@ class SliceReader:
             found = self._plain.read(sample) or self._dataset.read(sample)
         except DamagedRecord as error:
             return error
-        problem = header_problem(found[1])
+        problem = self._headers.problem(found[1])
         if problem is not None:
             self.mark(sample, problem)
             return self._undecodable[sample]

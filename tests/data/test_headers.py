@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pfc.data.dataset import RecordDataset
-from pfc.data.headers import header_problem, pillow_problem
+from pfc.data.headers import HeaderCheck, header_problem, pillow_problem
 from pfc.data.pipeline import TrainLoader, decode_images
 from tests.data.pictures import SIZE, pack, picture
 from tests.ranks import run_ranks
@@ -58,6 +58,16 @@ def test_every_cut_through_the_header_is_found(form: str) -> None:
 )
 def test_what_is_no_image_is_found(image: bytes) -> None:
     assert header_problem(np.frombuffer(image, dtype=np.uint8))
+
+
+def test_remembered_headers_change_no_judgement() -> None:
+    check = HeaderCheck()
+    random = np.random.default_rng(1)
+    images = [encode(number, "JPEG", quality=90) for number in range(20)]
+    images += [encode(number, "JPEG", quality=50, optimize=True) for number in range(20)] + [encode(0, "PNG")]
+    images += [corrupted(random, images[number]) for number in range(40)]
+    for _ in range(2):
+        assert [check.problem(image) for image in images] == [header_problem(image) for image in images]
 
 
 def test_what_dali_does_not_decode_is_found() -> None:

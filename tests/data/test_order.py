@@ -140,6 +140,12 @@ def test_a_balanced_batch_holds_different_identities_with_as_many_images_each() 
     for label in range(3, 10):
         of_identity = seen[labels == label]
         assert of_identity.max() < 1.5 * of_identity.mean(), "its images take turns"
+    for label in range(2, 10):
+        turns_of_cycle = (label + 1) // 3
+        for cycle in range(0, 99, turns_of_cycle):  # a round of all identities is two batches
+            batches = samples[2 * cycle : 2 * (cycle + turns_of_cycle)]
+            drawn = batches[found[2 * cycle : 2 * (cycle + turns_of_cycle)] == label]
+            assert len(set(drawn.tolist())) == len(drawn), "no image again before the others had their turn"
     np.testing.assert_array_equal(order.at(np.arange(500, 600)), samples.ravel()[500:600])
     assert (balanced(seed=1)[0].at(np.arange(120)) != samples.ravel()[:120]).any()
 

@@ -23,11 +23,11 @@ def read_by_dali(recs: list[Path], index: Path, count: int) -> tuple[list[bytes]
     """What ``fn.readers.mxnet`` makes of the files: encoded images and labels, one after the other."""
     from nvidia.dali import fn, pipeline_def
 
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    @pipeline_def(batch_size=1, num_threads=1)
     def reader():
         return tuple(fn.readers.mxnet(path=[str(rec) for rec in recs], index_path=[str(index)]))
 
-    pipeline = reader()
+    pipeline = reader(device_id=None)
     pipeline.build()
     images, labels = [], []
     for _ in range(count):
