@@ -151,7 +151,7 @@ def _compiled_passes() -> Check:
     from ..partial_fc.kernels import native
 
     name = "compiled passes"
-    if native.library() is not None:
+    if native.passes() is not None:
         return Check(name, "ok", "the head's, for this processor")
     advice = "training on a CPU is slower without: install a C compiler (gcc), then pfc again"
     return Check(name, "warning", "none: pfc was installed without a C compiler", advice)

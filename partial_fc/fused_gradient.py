@@ -2,17 +2,13 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from .kernels.fused import FusedPowers
 from .kernels.fused_update import FusedBlock, OwnSlopes, block_rows
-from .kernels.native import RowStep
-
-if TYPE_CHECKING:
-    from .row_update import RowRule
+from .row_update import OnePassRule, RowRule
 
 
 class FusedGradient:
@@ -31,7 +27,7 @@ class FusedGradient:
         self.rows = negatives.rows
         self.own = OwnSlopes(columns, own)
 
-    def apply(self, tensors: Sequence[Tensor], rule: "RowRule", factor: Tensor, broken: Tensor) -> None:
+    def apply(self, tensors: Sequence[Tensor], rule: RowRule, factor: Tensor, broken: Tensor) -> None:
         """One step of an optimizer; see ``row_update.apply``."""
         weight, *state = tensors
         factor = factor.to(weight.dtype)
@@ -39,8 +35,8 @@ class FusedGradient:
         with torch.cuda.device_of(weight):
             for start in range(0, len(self.rows), size):
                 block = self._block(start, min(start + size, len(self.rows)), factor, broken)
-                if rule.compiled:
-                    rule.update_compiled(cast(RowStep, block), weight, state)  # the same three methods
+                if isinstance(rule, OnePassRule):
+                    rule.step_rows(block, weight, state)
                     continue
                 rows = [block.rows(tensor) for tensor in tensors]
                 rule.update(rows[0], block.gradient(weight), rows[1:])

@@ -13,7 +13,7 @@ from .beside import SideStream
 from .centers import ClassShard, as_dtensor, initial_rows, read_rows, write_rows
 from .exchange import Exchange
 from .kernels.keeping import default_keep_bytes
-from .kernels.rows import SampledRows
+from .kernels.rows import OwnClasses, SampledRows
 from .kernels.unit import normalize, normalize_backward
 from .objectives import Objective
 from .row_gradient import RowGradient, StepGradient
@@ -272,16 +272,18 @@ class _HeadLoss(torch.autograd.Function):
         rows = SampledRows(weight.detach(), sample.rows)
         everyone = slice(None) if part is None else part
         # ③ two numbers per sample
-        size = len(unit[everyone])
+        part_unit = unit[everyone]
+        size = len(part_unit)
         kernel = fused or objective.kernel(size, head.embedding_dim, len(rows), head.compute_dtype, head.keep_bytes)
-        here = (sample.columns >= 0)[:, None]  # [B, 1], whether the sample's class is
+        own = OwnClasses(sample.columns)
         own_rows = torch.zeros_like(unit)
         if len(rows):
-            own_rows = torch.where(here, normalize(rows.at(sample.columns.clamp_min(0)))[0], 0.0)
+            here = (own.columns >= 0)[:, None]  # [B, 1], whether the sample's class is
+            own_rows = torch.where(here, normalize(rows.at(own.columns.clamp_min(0)))[0], 0.0)
         numbers = torch.zeros(2, len(labels), dtype=torch.float64, device=weight.device)
         numbers[0] = (unit.double() * own_rows.double()).sum(dim=1)
-        columns = sample.columns[everyone]
-        numbers[1, everyone] = kernel.forward(unit[everyone], rows, columns, backward=backward)
+        part_own = own if part is None else OwnClasses(own.columns[part])
+        numbers[1, everyone] = kernel.forward(part_unit, rows, part_own, backward=backward)
         # ④ … of all ranks
         target, negatives = head.exchange.sum(numbers)
         negatives = kernel.finish(negatives[everyone])
@@ -293,17 +295,17 @@ class _HeadLoss(torch.autograd.Function):
             target_slope, negatives_slope = torch.autograd.grad(loss, (target, negatives), materialize_grads=True)
         if head.training:
             head.steps += 1
-        ctx.head, ctx.kernel, ctx.rows, ctx.everyone = head, kernel, rows, everyone
+        ctx.head, ctx.kernel, ctx.rows, ctx.own, ctx.everyone = head, kernel, rows, own, everyone
         ctx.kernel_is_fused = fused is not None
         ctx.embedding_dtype = embeddings.dtype
         ctx.negatives = negatives.detach(), negatives_slope
-        ctx.save_for_backward(unit, inverse, sample.columns, own_rows, target_slope)
+        ctx.save_for_backward(unit, inverse, own_rows, target_slope)
         return loss.detach().to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         head: PartialFC = ctx.head
-        unit, inverse, columns, own_rows, target_slope = ctx.saved_tensors
+        unit, inverse, own_rows, target_slope = ctx.saved_tensors
         negatives, negatives_slope = ctx.negatives
         part_grad, unit_rows_grad = ctx.kernel.backward(negatives, negatives_slope * grad.double())
         own_slope = (target_slope * grad.double()).to(unit.dtype)[:, None]  # [B, 1]
@@ -316,14 +318,13 @@ class _HeadLoss(torch.autograd.Function):
         mine = slice(head.exchange.rank * size, (head.exchange.rank + 1) * size)
         embedding_grad = normalize_backward(mine_grad, unit[mine], inverse[mine]) * head.exchange.world_size
         # ⑦ ∂loss/∂rows, when the row optimizer asks for them
-        own = own_slope * unit
+        slopes = own_slope * unit
         if ctx.kernel_is_fused:
             from .fused_gradient import FusedGradient
 
-            gradient = FusedGradient(unit_rows_grad, columns, own)
+            gradient = FusedGradient(unit_rows_grad, ctx.own.columns, slopes)
         else:
-            here = (columns >= 0).nonzero()[:, 0]
-            gradient = StepGradient(ctx.rows, unit_rows_grad, columns[here], own[here])
+            gradient = StepGradient(ctx.rows, unit_rows_grad, ctx.own, slopes)
         _accumulate(head, gradient, torch.where(broken > 0, torch.nan, grad))
         if unit.device.type == "cuda" and head.gradient_scale.grad is not None:
             head.beside = head.beside or SideStream(unit.device)

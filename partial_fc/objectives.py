@@ -24,9 +24,10 @@ from torch import Tensor
 
 from .functions import angle, psi, softplus
 from .kernels import NegativesKernel, device
-from .kernels.blocked import MAX_SCALE, LogSumExpBlocked
+from .kernels.blocked import LogSumExpBlocked
 from .kernels.cosines import LogSumExp, SumOfSquares
 from .kernels.gram import SumOfSquaresByGram, pays
+from .kernels.unshifted import MAX_SCALE
 
 if TYPE_CHECKING:
     from .kernels.fused import LogSumExpFused

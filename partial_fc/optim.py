@@ -16,15 +16,16 @@ from torch.distributed.tensor import DTensor
 
 from .centers import as_dtensor, read_rows
 from .head import PartialFC
-from .kernels.native import RowStep
-from .row_gradient import RowGradient, merged
+from .kernels.row_step import RowStep
+from .row_gradient import GradientSum, RowGradient
 from .row_update import apply
 
 
 class RowOptimizer(torch.optim.Optimizer, ABC):
     """Base of the row optimizers: gathers the gradients of all backward passes, skips broken steps, walks the rows.
 
-    A subclass names its state in ``_state_shapes`` and computes in ``update``.
+    A subclass names its state in ``_state_shapes`` and computes in ``update``; where it is one of the rules that
+    ``RowStep`` knows, ``step_rows`` has them done in one pass.
 
     A step whose gradient is not finite on some rank, or whose GradScaler found an infinity, changes nothing on any
     rank and is counted in ``skipped_steps``.
@@ -75,7 +76,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         if broken.device.type == "cpu" and broken:
             return
         tensors = [self.head.weight.data, *self._row_state().values()]
-        apply(merged(gradients, tensors[0]), tensors, self, factor, broken)
+        apply(gradients[0] if len(gradients) == 1 else GradientSum(gradients), tensors, self, factor, broken)
 
     def state_dict(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """``state``: name → DTensor [C, ...] with Shard(0); ``param_groups``: the hyper-parameters.
@@ -103,16 +104,9 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name → shape of the state of one row."""
 
-    compiled = False
-    """Whether there is a compiled pass over the rows too, ``update_compiled``."""
-
     @abstractmethod
     def update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
         """Steps rows [n, D] and their state [n, ...] in place; the gradient [n, D] may be overwritten."""
-
-    def update_compiled(self, rows: RowStep, weight: Tensor, state: list[Tensor]) -> None:
-        """The same for some rows of the whole shard's matrix [N, D] and its state [N, ...], in one pass on a CPU."""
-        raise NotImplementedError
 
     def _scaling(self) -> tuple[Tensor, Tensor]:
         """What the gradients are to be multiplied with, and whether the step is to be skipped (bool)."""
@@ -175,9 +169,7 @@ class RowSGD(RowOptimizer):
             gradient = gradient.add_(velocity, alpha=momentum) if group["nesterov"] else velocity
         weight.sub_(gradient, alpha=group["lr"])
 
-    compiled = True
-
-    def update_compiled(self, rows: RowStep, weight: Tensor, state: list[Tensor]) -> None:
+    def step_rows(self, rows: RowStep, weight: Tensor, state: list[Tensor]) -> None:
         group = self.param_groups[0]
         rows.sgd(
             weight,
@@ -229,9 +221,7 @@ class RowAdamW(RowOptimizer):
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         weight.sub_(first / denominator * size.to(weight.dtype))
 
-    compiled = True
-
-    def update_compiled(self, rows: RowStep, weight: Tensor, state: list[Tensor]) -> None:
+    def step_rows(self, rows: RowStep, weight: Tensor, state: list[Tensor]) -> None:
         group = self.param_groups[0]
         first, second, steps = state
         rows.adamw(
@@ -273,9 +263,7 @@ class RowAdagrad(RowOptimizer):
         total += gradient.square().mean(dim=1, keepdim=True)
         weight.sub_(gradient.div_(total.sqrt().add_(group["eps"])), alpha=group["lr"])
 
-    compiled = True
-
-    def update_compiled(self, rows: RowStep, weight: Tensor, state: list[Tensor]) -> None:
+    def step_rows(self, rows: RowStep, weight: Tensor, state: list[Tensor]) -> None:
         group = self.param_groups[0]
         rows.adagrad(weight, state[0], lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"])
 

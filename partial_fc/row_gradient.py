@@ -44,44 +44,25 @@ class StepGradient:
     Args:
         rows: the centers that the step used.
         negatives: the negatives' part.
-        places: the own classes' places among the K, int64 [M], in any order, as often as they occur.
-        own: ∂loss/∂ŵ by each of these, [M, D].
+        own: the samples' own classes.
+        slopes: ∂loss/∂ŵ of each sample's own class, [B, D].
     """
 
-    def __init__(self, rows: SampledRows, negatives: UnitGradient, places: Tensor, own: Tensor) -> None:
+    def __init__(self, rows: SampledRows, negatives: UnitGradient, own: OwnClasses, slopes: Tensor) -> None:
         self.index = rows.index
         self.inverse = rows.inverse
         self.needs_rows = negatives.needs_rows
         self.negatives = negatives
-        self.own_classes = OwnClasses(places)
-        self.own = own[self.own_classes.order] * rows.inverse[self.own_classes.places]
+        self.own = own
+        self.slopes = slopes[own.samples] * rows.inverse[own.places]
 
     def __len__(self) -> int:
         return len(self.inverse)
 
     def raw_block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:
         gradient = self.negatives.block(start, stop, rows)
-        inside = self.own_classes.within(start, stop)
-        if inside is not None:
-            gradient.index_add_(0, self.own_classes.places[inside] - start, self.own[inside])
+        self.own.add(gradient, start, stop, self.slopes)
         return gradient
-
-
-class RowSum:
-    """Gradients that stand in memory: [K, D] of the rows ``index`` [K], or of all rows where that is None."""
-
-    inverse = None
-    needs_rows = False
-
-    def __init__(self, index: Tensor | None, values: Tensor) -> None:
-        self.index = index
-        self.values = values
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def raw_block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:
-        return self.values[start:stop].clone()
 
 
 def project(values: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
@@ -91,27 +72,44 @@ def project(values: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
     return values.addcmul_(rows, along * inverse.square(), value=-1.0)
 
 
-def merged(gradients: Sequence[RowGradient], weight: Tensor) -> RowGradient:
-    """The sum of several steps' gradients by the shard's centers ``weight`` [rows, D], each row once."""
-    if len(gradients) == 1:
-        return gradients[0]
-    if any(gradient.index is None for gradient in gradients):
-        index, values = None, torch.zeros_like(weight)
-    else:
-        index = torch.cat([gradient.index for gradient in gradients if gradient.index is not None]).unique()
-        values = weight.new_zeros(len(index), weight.shape[1])
-    for gradient in gradients:
-        part = materialized(gradient, weight)
-        if gradient.index is None:
-            values += part
-        else:
-            place = gradient.index if index is None else torch.searchsorted(index, gradient.index)
-            values.index_add_(0, place, part)
-    return RowSum(index, values)
+def finished_block(gradient: RowGradient, start: int, stop: int, rows: Tensor) -> Tensor:
+    """∂loss/∂rows for the places [start, stop) of the K, [n, D], given the centers ``rows`` there [n, D]."""
+    values = gradient.raw_block(start, stop, rows)
+    return values if gradient.inverse is None else project(values, rows, gradient.inverse[start:stop])
 
 
-def materialized(gradient: RowGradient, weight: Tensor) -> Tensor:
-    """All of ∂loss/∂rows at once, [K, D], for the shard's centers ``weight`` [rows, D]."""
-    rows = weight if gradient.index is None else weight[gradient.index]
-    values = gradient.raw_block(0, len(gradient), rows)
-    return values if gradient.inverse is None else project(values, rows, gradient.inverse)
+class GradientSum:
+    """The sum of several steps' gradients, made a block at a time as well: no [K, D] of any of them.
+
+    Args:
+        gradients: of the steps.
+    """
+
+    inverse = None
+    needs_rows = True
+
+    def __init__(self, gradients: Sequence[RowGradient]) -> None:
+        self.gradients = gradients
+        indices = [gradient.index for gradient in gradients]
+        sampled = [index for index in indices if index is not None]
+        self.index = torch.cat(sampled).unique() if len(sampled) == len(indices) else None
+        self.length = max(map(len, gradients)) if self.index is None else len(self.index)
+        self.places = [  # of each gradient's rows among those of the sum; None where they are the same
+            index if self.index is None or index is None else torch.searchsorted(self.index, index) for index in indices
+        ]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def raw_block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:
+        assert rows is not None
+        values = torch.zeros_like(rows)
+        for gradient, places in zip(self.gradients, self.places, strict=True):
+            if places is None:
+                values += finished_block(gradient, start, stop, rows)
+                continue
+            first, last = torch.searchsorted(places, torch.tensor([start, stop], device=places.device)).tolist()
+            if last > first:
+                here = places[first:last] - start
+                values.index_add_(0, here, finished_block(gradient, first, last, rows[here]))
+        return values

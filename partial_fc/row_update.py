@@ -8,24 +8,24 @@ from torch import Tensor
 
 from .kernels import native
 from .kernels.blocked import block_rows
+from .kernels.row_step import RowStep
 from .row_gradient import RowGradient, project
 
 
 class RowRule(Protocol):
-    """What an optimizer does to rows.
-
-    Attributes:
-        compiled: whether ``update_compiled`` is there.
-    """
-
-    compiled: bool
+    """What an optimizer does to rows."""
 
     def update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
         """Steps rows [n, D] and their state [n, ...] in place; the gradient [n, D] may be overwritten."""
         ...
 
-    def update_compiled(self, rows: native.RowStep, weight: Tensor, state: list[Tensor]) -> None:
-        """The same for some rows of the whole matrix [N, D] and its state [N, ...], float32 on a CPU, in one pass."""
+
+@runtime_checkable
+class OnePassRule(Protocol):
+    """A rule that compiled and fused passes know too."""
+
+    def step_rows(self, rows: RowStep, weight: Tensor, state: list[Tensor]) -> None:
+        """The same for some rows of the whole shard's matrix [N, D] and its state [N, ...], in one pass."""
         ...
 
 
@@ -50,7 +50,7 @@ def apply(gradient: RowGradient, tensors: Sequence[Tensor], rule: RowRule, facto
         gradient.apply(tensors, rule, factor, broken)
         return
     weight, *state = tensors
-    compiled = rule.compiled and native.supports(weight)
+    compiled = rule if isinstance(rule, OnePassRule) and native.supports(weight) else None
     number = float(factor) if compiled else 1.0
     size = block_rows(weight)
     for start in range(0, len(gradient), size):
@@ -58,8 +58,8 @@ def apply(gradient: RowGradient, tensors: Sequence[Tensor], rule: RowRule, facto
         if compiled:
             rows = _rows(weight, gradient.index, start, stop) if gradient.needs_rows else None
             values = gradient.raw_block(start, stop, rows)
-            step = native.RowStep(gradient.index, start, stop, values, gradient.inverse, number)
-            rule.update_compiled(step, weight, state)
+            step = native.CompiledStep(gradient.index, start, stop, values, gradient.inverse, number)
+            compiled.step_rows(step, weight, state)
         else:
             _by_torch(gradient, start, stop, tensors, rule, factor, broken)
 

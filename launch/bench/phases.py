@@ -91,7 +91,7 @@ def _labelled(head: Head, rank: Rank) -> Iterator[None]:
         calls.append((head.module, "_sample", "sample"))
     else:
         calls = [(dist, name, "exchange") for name in ("all_gather", "all_reduce", "reduce")]
-    if (passes := native.library()) is not None:
+    if (passes := native.passes()) is not None:
         calls += [(passes, name, name) for name in vars(passes) if name.startswith("pfc_")]
     with ExitStack() as stack:
         for owner, name, label in calls:

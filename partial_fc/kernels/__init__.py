@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .rows import SampledRows
+from .rows import OwnClasses, SampledRows
 
 
 class UnitGradient(Protocol):
@@ -35,14 +35,13 @@ class UnitGradient(Protocol):
 class NegativesKernel(Protocol):
     """One reduction over the negatives, of one step on one rank."""
 
-    def forward(self, unit: Tensor, rows: SampledRows, columns: Tensor, *, backward: bool) -> Tensor:
+    def forward(self, unit: Tensor, rows: SampledRows, own: OwnClasses, *, backward: bool) -> Tensor:
         """This rank's part of the sum over the negatives, float64 [B], to be added to the other ranks'.
 
         Args:
             unit: normalised embeddings [B, D].
             rows: the centers [K, D] as they are stored; their inverse norms are measured on the way.
-            columns: place of each sample's own class among the K, int64 [B]; −1 where another rank has it. That class
-                is no negative.
+            own: the samples' own classes, which are no negatives.
             backward: whether ``backward`` will follow. Where it will not, less may be computed and kept.
         """
         ...

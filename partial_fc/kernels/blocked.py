@@ -7,21 +7,17 @@ asks, from the p that were kept or, where these would not fit ``keep_bytes``, fr
 
 Counted for K rows: with p kept 6·B·K·D operations, K·D read once here and once by the optimizer, B·K written and read;
 made again 8·B·K·D, and nothing of size B·K anywhere.
-
-p needs no shift up to scale 64: float32 holds exp(±64), and the sum of 10¹⁰ of them. Larger scales take the plain
-kernel.
 """
 
 import torch
 from torch import Tensor
 
-from . import Once
 from .exponentials import exponentials
 from .keeping import keeps_probabilities
 from .products import operand_dtype, products_in
 from .rows import OwnClasses, SampledRows
+from .unshifted import UnshiftedLogSumExp
 
-MAX_SCALE = 64.0
 # Of a block of rows. On a CPU it, its product and its update stay in the cache; a GPU wants large launches.
 _BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 27}
 
@@ -36,25 +32,11 @@ def _block_bytes(weight: Tensor) -> int:
     return _BLOCK_BYTES[weight.device.type] * (torch.get_num_threads() if weight.device.type == "cpu" else 1)
 
 
-class LogSumExpBlocked:
-    """The same numbers as ``cosines.LogSumExp``.
+class LogSumExpBlocked(UnshiftedLogSumExp):
+    """The same numbers as ``cosines.LogSumExp``; ``compute_dtype`` is float32, float64 or bfloat16."""
 
-    Args:
-        compute_dtype: of the products, float32, float64 or bfloat16.
-        scale: s, at most 64.
-        ceiling: negatives with a larger cosine are left out; none when None.
-        keep_bytes: the most memory that the kept p may take.
-    """
-
-    def __init__(self, compute_dtype: torch.dtype, scale: float, ceiling: float | None, keep_bytes: int) -> None:
-        self.compute_dtype = compute_dtype
-        self.scale = scale
-        self.ceiling = torch.inf if ceiling is None else ceiling
-        self.keep_bytes = keep_bytes
-        self.saved = Once()
-
-    def forward(self, unit: Tensor, rows: SampledRows, columns: Tensor, *, backward: bool) -> Tensor:
-        powers = _Powers(self, unit, rows, columns, keep=backward)
+    def forward(self, unit: Tensor, rows: SampledRows, own: OwnClasses, *, backward: bool) -> Tensor:
+        powers = _Powers(self, unit, rows, own, keep=backward)
         total = torch.zeros(len(unit), dtype=torch.float64, device=unit.device)
         weighted = torch.zeros_like(unit)  # U, [B, D]
         size = block_rows(unit)
@@ -74,29 +56,17 @@ class LogSumExpBlocked:
             self.saved.keep(powers, weighted)
         return total
 
-    def finish(self, summed: Tensor) -> Tensor:
-        return summed.log()
-
-    def backward(self, total: Tensor, slope: Tensor) -> tuple[Tensor, "_Powers"]:
-        powers, weighted = self.saved.take()
-        # ∂loss/∂z = coefficient·p; where a sample has no negative at all, p is 0 and ℓ −∞.
-        coefficient = (slope * self.scale * torch.exp(-total.clamp_min(-600.0)))[:, None]
-        powers.weight_unit(coefficient)
-        return (coefficient * weighted.double()).to(weighted.dtype), powers
-
 
 class _Powers:
     """p/‖w‖ [K, B] of the negatives, by blocks; and from it (∂loss/∂ŵ)/‖w‖ = p/‖w‖ · (coefficient·unit)."""
 
     def __init__(
-        self, kernel: LogSumExpBlocked, unit: Tensor, rows: SampledRows, columns: Tensor, *, keep: bool
+        self, kernel: LogSumExpBlocked, unit: Tensor, rows: SampledRows, own: OwnClasses, *, keep: bool
     ) -> None:
-        self.kernel, self.unit, self.rows = kernel, unit, rows
+        self.kernel, self.unit, self.rows, self.own = kernel, unit, rows, own
+        self.ceiling = torch.inf if kernel.ceiling is None else kernel.ceiling
         self.dtype = operand_dtype(kernel.compute_dtype, unit.device)
         self.columns = unit.to(self.dtype).T.contiguous()  # [D, B]
-        here = (columns >= 0).nonzero()[:, 0]
-        self.own = OwnClasses(columns[here])
-        self.samples = here[self.own.order]
         fits = keep and keeps_probabilities(len(unit), len(rows), self.dtype, kernel.keep_bytes)
         size = min(block_rows(unit), len(rows))
         self.kept = unit.new_empty(len(rows), len(unit), dtype=self.dtype) if fits else None
@@ -121,14 +91,13 @@ class _Powers:
             else:
                 products.copy_(block @ self.columns)
         here = self.own.within(start, stop)
-        own = None if here is None else (self.own.places[here] - start, self.samples[here])
-        exponentials(products, self.rows.inverse[start:stop], self.kernel.scale, self.kernel.ceiling, own, total)
+        own = None if here is None else (self.own.places[here] - start, self.own.samples[here])
+        exponentials(products, self.rows.inverse[start:stop], self.kernel.scale, self.ceiling, own, total)
         if kept is None or kept is products:
             return products.to(self.dtype)
         return kept.copy_(products)
 
     def weight_unit(self, coefficient: Tensor) -> None:
-        """Sets coefficient·unit [B, D], with the coefficient float64 [B, 1]."""
         self.weighted_unit = (coefficient * self.unit.double()).to(self.dtype)
 
     def block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import Once
 from .products import operand_dtype, products_in
-from .rows import SampledRows
+from .rows import OwnClasses, SampledRows
 
 
 class _CosinesKernel:
@@ -19,17 +19,17 @@ class _CosinesKernel:
         self.compute_dtype = compute_dtype
         self.saved = Once()
 
-    def _cosines(self, unit: Tensor, rows: SampledRows, columns: Tensor, own: float) -> Tensor:
-        """z [B, K] in the dtype of ``unit``, with the value ``own`` in place of each sample's own class."""
+    def _cosines(self, unit: Tensor, rows: SampledRows, own: OwnClasses, value: float) -> Tensor:
+        """z [B, K] in the dtype of ``unit``, with ``value`` in place of each sample's own class."""
         dtype = operand_dtype(self.compute_dtype, unit.device)
         compute_unit, compute_rows = unit.to(dtype), rows.normalized(0, len(rows)).to(dtype)
         with products_in(self.compute_dtype, unit.device):
             cosines = (compute_unit @ compute_rows.T).to(unit.dtype)
         if len(rows):
             # A sample whose class lives elsewhere writes back what stands in its first column.
-            place = columns.clamp_min(0)[:, None]
-            here = (columns >= 0)[:, None]
-            cosines.scatter_(1, place, torch.where(here, own, cosines.gather(1, place)))
+            place = own.columns.clamp_min(0)[:, None]
+            here = (own.columns >= 0)[:, None]
+            cosines.scatter_(1, place, torch.where(here, value, cosines.gather(1, place)))
         self.saved.keep(cosines, compute_unit, compute_rows, rows.inverse)
         return cosines
 
@@ -66,8 +66,8 @@ class LogSumExp(_CosinesKernel):
         self.scale = scale
         self.ceiling = ceiling
 
-    def forward(self, unit: Tensor, rows: SampledRows, columns: Tensor, *, backward: bool) -> Tensor:
-        cosines = self._cosines(unit, rows, columns, -torch.inf)
+    def forward(self, unit: Tensor, rows: SampledRows, own: OwnClasses, *, backward: bool) -> Tensor:
+        cosines = self._cosines(unit, rows, own, -torch.inf)
         if self.ceiling is not None:
             cosines.masked_fill_(cosines > self.ceiling, -torch.inf)
         if len(rows) == 0:
@@ -91,8 +91,8 @@ class LogSumExp(_CosinesKernel):
 class SumOfSquares(_CosinesKernel):
     """q = Σ z² over the negatives."""
 
-    def forward(self, unit: Tensor, rows: SampledRows, columns: Tensor, *, backward: bool) -> Tensor:
-        return self._cosines(unit, rows, columns, 0.0).square().sum(dim=1, dtype=torch.float64)
+    def forward(self, unit: Tensor, rows: SampledRows, own: OwnClasses, *, backward: bool) -> Tensor:
+        return self._cosines(unit, rows, own, 0.0).square().sum(dim=1, dtype=torch.float64)
 
     def finish(self, summed: Tensor) -> Tensor:
         return summed

@@ -6,7 +6,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from .blocked import MAX_SCALE
+from .unshifted import MAX_SCALE
 
 _WIDEST = 8192  # a row of it, its gradient and its momentum still fit the registers of one program
 

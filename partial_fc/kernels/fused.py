@@ -15,11 +15,11 @@ No shape depends on the device's numbers, nothing asks for them, and each offset
 import torch
 from torch import Tensor
 
-from . import Once
 from .fused_powers import TILES, powers
 from .fused_rows import normalized_rows
 from .keeping import keeps_probabilities
-from .rows import SampledRows
+from .rows import OwnClasses, SampledRows
+from .unshifted import UnshiftedLogSumExp
 
 _PAD = 64  # rows; so that a block splits evenly
 # How large a block of the forward pass may be, as numbers of p or ŵ, whichever is wider: 32,768 rows at B = 1024, few
@@ -27,40 +27,16 @@ _PAD = 64  # rows; so that a block splits evenly
 BLOCK_NUMBERS = 1 << 25
 
 
-class LogSumExpFused:
-    """The same numbers as ``cosines.LogSumExp``. Rows whose index is −1 are none.
+class LogSumExpFused(UnshiftedLogSumExp):
+    """The same numbers as ``cosines.LogSumExp``. Rows whose index is −1 are none. Products in float32 or bfloat16."""
 
-    Args:
-        compute_dtype: of the products, float32 or bfloat16.
-        scale: s, at most 64.
-        ceiling: negatives with a larger cosine are left out; none when None.
-        keep_bytes: the most memory that the kept p may take.
-    """
-
-    def __init__(self, compute_dtype: torch.dtype, scale: float, ceiling: float | None, keep_bytes: int) -> None:
-        self.compute_dtype = compute_dtype
-        self.scale = scale
-        self.ceiling = ceiling
-        self.keep_bytes = keep_bytes
-        self.saved = Once()
-
-    def forward(self, unit: Tensor, rows: SampledRows, columns: Tensor, *, backward: bool) -> Tensor:
+    def forward(self, unit: Tensor, rows: SampledRows, own: OwnClasses, *, backward: bool) -> Tensor:
         with torch.cuda.device_of(unit):
-            probabilities = FusedPowers(self, unit, rows, columns, keep=backward)
+            probabilities = FusedPowers(self, unit, rows, own, keep=backward)
             total, weighted = probabilities.sums(weighted=backward)
         if backward:
             self.saved.keep(probabilities, weighted)
         return total
-
-    def finish(self, summed: Tensor) -> Tensor:
-        return summed.log()
-
-    def backward(self, total: Tensor, slope: Tensor) -> tuple[Tensor, "FusedPowers"]:
-        probabilities, weighted = self.saved.take()
-        # ∂loss/∂z = coefficient·p; where a sample has no negative at all, p is 0 and ℓ −∞.
-        coefficient = (slope * self.scale * torch.exp(-total.clamp_min(-600.0)))[:, None]
-        probabilities.weight_unit(coefficient)
-        return (coefficient * weighted.double()).to(weighted.dtype), probabilities
 
 
 class FusedPowers:
@@ -68,8 +44,8 @@ class FusedPowers:
 
     needs_rows = False
 
-    def __init__(self, kernel: LogSumExpFused, unit: Tensor, rows: SampledRows, columns: Tensor, *, keep: bool) -> None:
-        self.kernel, self.rows, self.columns = kernel, rows, columns.contiguous()
+    def __init__(self, kernel: LogSumExpFused, unit: Tensor, rows: SampledRows, own: OwnClasses, *, keep: bool) -> None:
+        self.kernel, self.rows, self.columns = kernel, rows, own.columns.contiguous()
         self.unit = unit.contiguous()
         self.compute_unit = self.unit.to(kernel.compute_dtype)
         fits = keep and keeps_probabilities(len(unit), _padded(len(rows)), kernel.compute_dtype, kernel.keep_bytes)
@@ -91,7 +67,6 @@ class FusedPowers:
         return partial.sum(dim=0, dtype=torch.float64), total
 
     def weight_unit(self, coefficient: Tensor) -> None:
-        """Sets coefficient·unit [B, D], with the coefficient float64 [B, 1]."""
         self.weighted_unit = (coefficient * self.unit.double()).to(self.kernel.compute_dtype)
 
     def slope(self, start: int, stop: int) -> Tensor:

@@ -9,6 +9,7 @@ what the gradient is multiplied with, are numbers on the device.
 # Triton's language is not the Python that a type checker knows.
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .fused_rows import row_places, row_tile
+from .row_step import RowStep
 
 # How large a block is, as numbers of its slopes: 8,192 rows of 512, whose slopes stay in the cache of a large card.
 BLOCK_NUMBERS = 1 << 22
@@ -29,7 +31,7 @@ def block_rows(dim: int) -> int:
 
 
 @dataclass(frozen=True)
-class FusedBlock:
+class FusedBlock(RowStep):
     """A block of n of a step's rows.
 
     Attributes:
@@ -61,40 +63,18 @@ class FusedBlock:
         self._launch(project_kernel, self.slopes, self._part(weight), *self._common())
         return self.slopes
 
-    def sgd(
-        self,
-        weight: Tensor,
-        velocity: Tensor | None,
-        *,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        nesterov: bool,
-    ) -> None:
-        state = self._part(weight if velocity is None else velocity)
-        numbers = [lr, momentum, weight_decay]
-        constants = {"HAS_MOMENTUM": velocity is not None, "NESTEROV": nesterov}
-        self._launch(sgd_kernel, self.slopes, self._part(weight), state, *self._common(), *numbers, **constants)
-
-    def adamw(
-        self,
-        weight: Tensor,
-        moments: tuple[Tensor, Tensor],
-        steps: Tensor,
-        *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-    ) -> None:
-        state = [self._part(one) for one in (*moments, steps)]
-        logs = [math.log2(beta) if beta else -math.inf for beta in betas]
-        numbers = [lr, *betas, *logs, eps, weight_decay]
-        self._launch(adamw_kernel, self.slopes, self._part(weight), *state, *self._common(), *numbers)
-
-    def adagrad(self, weight: Tensor, total: Tensor, *, lr: float, eps: float, weight_decay: float) -> None:
-        tensors = [self._part(weight), self._part(total)]
-        self._launch(adagrad_kernel, self.slopes, *tensors, *self._common(), lr, eps, weight_decay)
+    def _run(self, rule: str, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> None:
+        constants = {}
+        if rule == "sgd":
+            weight, velocity = tensors
+            *numbers, nesterov = numbers
+            constants = {"HAS_MOMENTUM": velocity is not None, "NESTEROV": bool(nesterov)}
+            tensors = [weight, weight if velocity is None else velocity]  # not read where there is none
+        elif rule == "adamw":
+            lr, *betas, eps, decay = numbers
+            numbers = [lr, *betas, *(math.log2(beta) if beta else -math.inf for beta in betas), eps, decay]
+        parts = [self._part(one) for one in tensors if one is not None]
+        self._launch(_RULES[rule], self.slopes, *parts, *self._common(), *numbers, **constants)
 
     def rows(self, matrix: Tensor) -> Tensor:
         """A copy of the rows [n, ...] of a matrix [N, ...]; any row where there is none."""
@@ -258,3 +238,6 @@ def write_kernel(
         inside = exists[:, None] & (column[None, :] < dim)
         new = tl.load(values + place[:, None].to(tl.int64) * dim + column[None, :], mask=inside, other=0.0)
         tl.store(target + row[:, None] * dim + column[None, :], new, mask=inside)
+
+
+_RULES = {"sgd": sgd_kernel, "adamw": adamw_kernel, "adagrad": adagrad_kernel}

@@ -31,7 +31,7 @@ class SumOfSquaresByGram:
         self.compute_dtype = compute_dtype
         self.saved = Once()
 
-    def forward(self, unit: Tensor, rows: SampledRows, columns: Tensor, *, backward: bool) -> Tensor:
+    def forward(self, unit: Tensor, rows: SampledRows, own: OwnClasses, *, backward: bool) -> Tensor:
         gram = unit.new_zeros(unit.shape[1], unit.shape[1])
         dtype = operand_dtype(self.compute_dtype, unit.device)
         with products_in(self.compute_dtype, unit.device):
@@ -39,25 +39,24 @@ class SumOfSquaresByGram:
                 block = rows.normalized(start, min(start + _BLOCK, len(rows))).to(dtype)
                 gram += (block.T @ block).to(unit.dtype)
         mapped = unit @ gram  # G x̂, [B, D]
-        here = (columns >= 0).nonzero()[:, 0]  # whose own class must be taken out again
-        places = columns[here]
-        own = rows.at(places) * rows.inverse[places]
-        target = (unit[here] * own).sum(dim=1, keepdim=True)  # z_y, [here, 1]
+        here = own.samples  # whose own class must be taken out again
+        own_rows = rows.at(own.places) * rows.inverse[own.places]
+        target = (unit[here] * own_rows).sum(dim=1, keepdim=True)  # z_y, [here, 1]
         squares = (unit.double() * mapped.double()).sum(dim=1)
         squares[here] -= target[:, 0].double().square()
-        mapped[here] -= target * own
-        self.saved.keep(unit, rows, mapped, here, places, target)
+        mapped[here] -= target * own_rows
+        self.saved.keep(unit, rows, mapped, own, target)
         return squares
 
     def finish(self, summed: Tensor) -> Tensor:
         return summed
 
     def backward(self, total: Tensor, slope: Tensor) -> tuple[Tensor, "_Moment"]:
-        unit, rows, mapped, here, places, target = self.saved.take()
+        unit, rows, mapped, own, target = self.saved.take()
         weight = (2.0 * slope).to(unit.dtype)[:, None]  # c, [B, 1]
         moment = unit.T @ (weight * unit)  # M, [D, D]
-        own = -(weight[here] * target) * unit[here]
-        return weight * mapped, _Moment(moment, self.compute_dtype, rows.inverse, places, own)
+        own_slopes = -(weight[own.samples] * target) * unit[own.samples]
+        return weight * mapped, _Moment(moment, self.compute_dtype, rows.inverse, own, own_slopes)
 
 
 class _Moment:
@@ -66,19 +65,15 @@ class _Moment:
     needs_rows = True
 
     def __init__(
-        self, moment: Tensor, compute_dtype: torch.dtype, inverse: Tensor, places: Tensor, own: Tensor
+        self, moment: Tensor, compute_dtype: torch.dtype, inverse: Tensor, own: OwnClasses, own_slopes: Tensor
     ) -> None:
-        self.compute_dtype, self.inverse = compute_dtype, inverse
+        self.compute_dtype, self.inverse, self.own, self.own_slopes = compute_dtype, inverse, own, own_slopes
         self.moment = moment.to(operand_dtype(compute_dtype, moment.device))
-        self.own_classes = OwnClasses(places)
-        self.own = own[self.own_classes.order]
 
     def block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:
         assert rows is not None
         unit = (rows * self.inverse[start:stop]).to(self.moment.dtype)
         with products_in(self.compute_dtype, unit.device):
             gradient = (unit @ self.moment).to(rows.dtype)
-        inside = self.own_classes.within(start, stop)
-        if inside is not None:
-            gradient.index_add_(0, self.own_classes.places[inside] - start, self.own[inside])
+        self.own.add(gradient, start, stop, self.own_slopes)
         return gradient.mul_(self.inverse[start:stop])

@@ -7,7 +7,7 @@ installation (the folder alone), another platform.
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from .row_step import RowStep
 
 # What torch calls a processor's abilities → the suffix of the file compiled for it; best first (setup.py builds them).
 VARIANTS = {"AVX512": "_v4", "AVX2": "_v3", "DEFAULT": ""}
@@ -32,7 +34,7 @@ _SIGNATURES: dict[str, list[type]] = {
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def passes() -> ctypes.CDLL | None:
     """The compiled passes, or None where this installation has none."""
     able = list(VARIANTS).index(torch.backends.cpu.get_cpu_capability()) if _is_x86() else len(VARIANTS) - 1
     for suffix in list(VARIANTS.values())[able:]:
@@ -52,7 +54,7 @@ def library() -> ctypes.CDLL | None:
 
 def supports(matrix: Tensor) -> bool:
     """Whether rows of this matrix can be walked by the compiled passes."""
-    return matrix.device.type == "cpu" and matrix.dtype == torch.float32 and library() is not None
+    return matrix.device.type == "cpu" and matrix.dtype == torch.float32 and passes() is not None
 
 
 def measure_rows(
@@ -100,8 +102,8 @@ def exponentials(products: Tensor, inverse: Tensor, scale: float, ceiling: float
         total += sums[first]
 
 
-class RowStep:
-    """The rows [start, stop) of a step, to be stepped in place by one of the three optimizers.
+class CompiledStep(RowStep):
+    """The rows [start, stop) of a step, stepped by a compiled pass.
 
     Args:
         index: places of all the step's rows in the shard, int64 [K]; None for all rows.
@@ -118,36 +120,8 @@ class RowStep:
         self.start, self.stop = start, stop
         self.gradient, self.inverse, self.factor = gradient, inverse, factor
 
-    def sgd(
-        self,
-        weight: Tensor,
-        velocity: Tensor | None,
-        *,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        nesterov: bool,
-    ) -> None:
-        self._walk(_functions().pfc_sgd, [weight, velocity], lr, momentum, weight_decay, nesterov)
-
-    def adamw(
-        self,
-        weight: Tensor,
-        moments: tuple[Tensor, Tensor],
-        steps: Tensor,
-        *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-    ) -> None:
-        self._walk(_functions().pfc_adamw, [weight, *moments, steps], lr, *betas, eps, weight_decay)
-
-    def adagrad(self, weight: Tensor, total: Tensor, *, lr: float, eps: float, weight_decay: float) -> None:
-        self._walk(_functions().pfc_adagrad, [weight, total], lr, eps, weight_decay)
-
-    def _walk(self, function: Callable[..., None], tensors: list[Tensor | None], *numbers: float) -> None:
-        dim = self.gradient.shape[1]
+    def _run(self, rule: str, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> None:
+        function, dim = getattr(_functions(), f"pfc_{rule}"), self.gradient.shape[1]
 
         def walk(first: int, last: int) -> None:
             place = _Place(self.index, first)
@@ -173,7 +147,7 @@ def _row(tensor: Tensor, row: int) -> int:
 
 
 def _functions() -> ctypes.CDLL:
-    loaded = library()
+    loaded = passes()
     assert loaded is not None
     return loaded
 

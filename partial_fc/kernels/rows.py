@@ -1,6 +1,7 @@
 """The centers that a step uses, read a block at a time where they are stored."""
 
 from bisect import bisect_left
+from functools import cached_property
 
 from torch import Tensor
 
@@ -60,21 +61,38 @@ class SampledRows:
 
 
 class OwnClasses:
-    """The places of the batch's own classes among the K, and which of them stand in a block.
+    """Where the batch's own classes stand among the K rows of this rank.
 
     Args:
-        places: int64 [M], in any order; a class may stand there several times.
-
-    Attributes:
-        places: the same, ascending.
-        order: where each of them stood before, int64 [M].
+        columns: place of each sample's own class, int64 [B]; −1 where another rank has it. Two samples may have the
+            same.
     """
 
-    def __init__(self, places: Tensor) -> None:
-        self.places, self.order = places.sort(stable=True)
-        self._listed: list[int] = self.places.tolist()
+    def __init__(self, columns: Tensor) -> None:
+        self.columns = columns
+
+    @cached_property
+    def samples(self) -> Tensor:
+        """The samples whose class is here, int64 [M], in the order of ``places``."""
+        here = (self.columns >= 0).nonzero()[:, 0]
+        return here[self.columns[here].argsort(stable=True)]
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Places of their classes, int64 [M], ascending."""
+        return self.columns[self.samples]
 
     def within(self, start: int, stop: int) -> slice | None:
         """Which of the M stand in the block [start, stop); None where none does."""
         first, last = bisect_left(self._listed, start), bisect_left(self._listed, stop)
         return slice(first, last) if last > first else None
+
+    def add(self, gradient: Tensor, start: int, stop: int, values: Tensor) -> None:
+        """Adds those of ``values`` [M, D] that stand in the block [start, stop) to its ``gradient`` [n, D]."""
+        inside = self.within(start, stop)
+        if inside is not None:
+            gradient.index_add_(0, self.places[inside] - start, values[inside])
+
+    @cached_property
+    def _listed(self) -> list[int]:
+        return self.places.tolist()

@@ -12,7 +12,7 @@ from pfc.partial_fc import PartialFC, RowAdagrad, RowAdamW, RowOptimizer, RowSGD
 from pfc.partial_fc.centers import ClassShard
 from pfc.partial_fc.kernels import device
 from pfc.partial_fc.kernels.blocked import LogSumExpBlocked
-from pfc.partial_fc.kernels.rows import SampledRows
+from pfc.partial_fc.kernels.rows import OwnClasses, SampledRows
 from pfc.partial_fc.row_gradient import RowGradient, StepGradient, project
 from pfc.partial_fc.sampling import sample_batch, sample_classes
 from tests.partial_fc.cases import Case, StepResult, step_on_rank
@@ -132,17 +132,15 @@ def fused_beside_plain(case: KernelCase) -> dict[str, tuple[Tensor, Tensor]]:
     for fused in (False, True):
         rows = SampledRows(weight.clone(), padded if fused else index)
         where = torch.where(columns >= 0, place[columns], -1) if fused else columns
+        own_classes = OwnClasses(where)
         kernel = (LogSumExpFused if fused else LogSumExpBlocked)(
             case.dtype if fused else torch.float32, case.scale, case.ceiling, keep_bytes
         )
-        total = kernel.finish(kernel.forward(unit, rows, where, backward=True))
+        total = kernel.finish(kernel.forward(unit, rows, own_classes, backward=True))
         unit_grad, negatives = kernel.backward(total, slope)
-        here = (where >= 0).nonzero()[:, 0]
         gradient: RowGradient
-        if fused:
-            gradient = FusedGradient(negatives, where, own)  # type: ignore[arg-type]
-        else:
-            gradient = StepGradient(rows, negatives, where[here], own[here])
+        step = StepGradient(rows, negatives, own_classes, own)
+        gradient = FusedGradient(negatives, where, own) if fused else step  # type: ignore[arg-type]
         chosen = weight if index is None else weight[index]
         assert gradient.index is None if index is None else torch.equal(gradient.index, index)
         assert gradient.inverse is not None
@@ -214,7 +212,7 @@ def far_rows(folder: str) -> None:
     ):
         kernel = LogSumExpFused(torch.float32, 16.0, None, 1 << 20)
         columns = torch.tensor([0, 3, -1, -1])
-        total = kernel.finish(kernel.forward(unit, SampledRows(matrix, places), columns, backward=True))
+        total = kernel.finish(kernel.forward(unit, SampledRows(matrix, places), OwnClasses(columns), backward=True))
         _, negatives = kernel.backward(total, torch.ones(4, dtype=torch.float64))
         head = PartialFC(1, dim, objective=objectives.Softmax())
         gradient = FusedGradient(negatives, columns, unit)

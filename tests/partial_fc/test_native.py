@@ -12,9 +12,10 @@ from pfc.partial_fc.kernels import native
 from pfc.partial_fc.kernels.rows import SampledRows
 from pfc.partial_fc.kernels.unit import inverse_norms
 from pfc.partial_fc.row_update import apply
+from tests.partial_fc.cases import Given
 from tests.partial_fc.test_optim import ROW_OPTIMIZERS
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="pfc was installed without a C compiler")
+pytestmark = pytest.mark.skipif(native.passes() is None, reason="pfc was installed without a C compiler")
 
 CLASSES, DIM = 2111, 37
 
@@ -57,7 +58,7 @@ def test_training_is_that_of_torchs_passes(
 ) -> None:
     objective = objectives.DSoftmax(scale=16.0, stop=0.5)
     compiled = trained(name, sample_rate, keep_bytes, objective)
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "passes", lambda: None)
     plain = trained(name, sample_rate, keep_bytes, objective)
     for one, other in zip(compiled, plain, strict=True):
         # AdamW's first steps are the gradients' signs: rounding decides where a gradient is nearly none.
@@ -74,34 +75,19 @@ def test_each_rows_step(name: str, sampled: bool, by_unit: bool, threads: int, m
     count = 403 if index is None else len(index)
     inverse = inverse_norms(weight if index is None else weight[index]) if by_unit else None
     results = []
-    for library in (native.library, lambda: None):
-        monkeypatch.setattr(native, "library", library)
+    for passes in (native.passes, lambda: None):
+        monkeypatch.setattr(native, "passes", passes)
         head = PartialFC(403, DIM, objective=objectives.DSoftmax())
         head.load_centers(weight)
         optimizer: RowOptimizer = ROW_OPTIMIZERS[name](head)
         tensors = [head.weight.data, *(value.to_local() for value in optimizer.state_dict()["state"].values())]
         for step in range(3):
             values = torch.randn(count, DIM, generator=torch.Generator().manual_seed(step))
-            apply(Given(index, inverse, values), tensors, optimizer, torch.tensor(0.5), torch.tensor(False))
+            apply(Given(index, values, inverse), tensors, optimizer, torch.tensor(0.5), torch.tensor(False))
         results.append(tensors)
     for one, other in zip(*results, strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
     assert (results[0][0] != weight).any(dim=1).sum() == count
-
-
-class Given:
-    """A gradient that stands in memory and may still be that by the normalised rows."""
-
-    needs_rows = False
-
-    def __init__(self, index: Tensor | None, inverse: Tensor | None, values: Tensor) -> None:
-        self.index, self.inverse, self.values = index, inverse, values
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def raw_block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:
-        return self.values[start:stop].clone()
 
 
 @pytest.mark.parametrize("objective", [objectives.P2SGrad(), objectives.CosFace(scale=200.0)])
@@ -109,7 +95,7 @@ def test_kernels_without_compiled_exponentials_use_the_other_passes(
     objective: objectives.Objective, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled = trained("momentum", 0.3, 1 << 30, objective)
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "passes", lambda: None)
     for one, other in zip(compiled, trained("momentum", 0.3, 1 << 30, objective), strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
 
@@ -167,7 +153,7 @@ def test_offsets_go_beyond_32_bits(tmp_path: Path) -> None:
     sampled = SampledRows(weight, index)
     assert torch.equal(sampled.measure(0, 2), weight[index])
     gradient = torch.ones(2, dim)
-    native.RowStep(index, 0, 2, gradient, None, 1.0).sgd(
+    native.CompiledStep(index, 0, 2, gradient, None, 1.0).sgd(
         weight, None, lr=1.0, momentum=0.0, weight_decay=0.0, nesterov=False
     )
     assert weight[index, 0].tolist() == [2.0, 3.0]
@@ -176,4 +162,4 @@ def test_offsets_go_beyond_32_bits(tmp_path: Path) -> None:
 
 def test_a_file_compiled_from_an_older_text_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_VERSION", -1)
-    assert native.library.__wrapped__() is None
+    assert native.passes.__wrapped__() is None

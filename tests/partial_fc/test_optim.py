@@ -8,8 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pfc.partial_fc import PartialFC, RowAdagrad, RowAdamW, RowOptimizer, RowSGD, objectives
-from pfc.partial_fc.row_gradient import RowSum
-from tests.partial_fc.cases import dense_row_gradient
+from tests.partial_fc.cases import Given, dense_row_gradient
 from tests.ranks import run_ranks
 
 CLASSES, DIM = 60, 6
@@ -115,7 +114,7 @@ def test_micro_batches_are_averaged(name: str) -> None:
     # The same step from a single pass: its values replaced by the average, on the union of the rows.
     again.steps = 0
     again(*batch(0)).backward()
-    again.row_gradients[:] = [RowSum(touched, average[touched])]
+    again.row_gradients[:] = [Given(touched, average[touched])]
     other.step()
     assert torch.allclose(head.weight, again.weight, rtol=1e-12, atol=1e-15)
 

@@ -1,0 +1,51 @@
+"""ℓ = log Σ exp(scale·z) without the shift by the largest logit: what the kernels that walk over blocks share.
+
+p = exp(scale·z) needs no shift up to scale 64: float32 holds exp(±64), and the sum of 10¹⁰ of them. So one pass over
+the rows gives Σ p and U = Σ p·ŵ, and with ∂ℓ/∂x̂ = scale·U/Σp the embeddings' gradient too. Larger scales take the
+plain kernel.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import Once, UnitGradient
+
+MAX_SCALE = 64.0
+
+
+class Powers(UnitGradient, Protocol):
+    """The p of a step, which make the rows' gradients: ∂loss/∂ŵ = p · (coefficient·unit)."""
+
+    def weight_unit(self, coefficient: Tensor) -> None:
+        """Sets coefficient·unit [B, D], with the coefficient ∂loss/∂z / p, float64 [B, 1]."""
+        ...
+
+
+class UnshiftedLogSumExp:
+    """The parts of a ``NegativesKernel`` besides its forward pass, which saves (``Powers``, U [B, D]).
+
+    Args:
+        compute_dtype: of the products.
+        scale: s, at most 64.
+        ceiling: negatives with a larger cosine are left out; none when None.
+        keep_bytes: the most memory that the kept p may take.
+    """
+
+    def __init__(self, compute_dtype: torch.dtype, scale: float, ceiling: float | None, keep_bytes: int) -> None:
+        self.compute_dtype = compute_dtype
+        self.scale = scale
+        self.ceiling = ceiling
+        self.keep_bytes = keep_bytes
+        self.saved = Once()
+
+    def finish(self, summed: Tensor) -> Tensor:
+        return summed.log()
+
+    def backward(self, total: Tensor, slope: Tensor) -> tuple[Tensor, Powers]:
+        powers, weighted = self.saved.take()
+        # ∂loss/∂z = coefficient·p; where a sample has no negative at all, p is 0 and ℓ −∞.
+        coefficient = (slope * self.scale * torch.exp(-total.clamp_min(-600.0)))[:, None]
+        powers.weight_unit(coefficient)
+        return (coefficient * weighted.double()).to(weighted.dtype), powers
