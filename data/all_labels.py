@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .array_cache import load_arrays, settled, stamp, store_arrays
+from .array_cache import cached_arrays, stamp
 from .errors import DamagedRecord
 from .labels import FLOAT32_EXACT
 from .recordio import MAGIC
@@ -31,12 +31,7 @@ def load_labels(dataset: RecordDataset, progress: Progress | None = None) -> np.
     files += [path.with_suffix(".idx") for path in files]
     about: dict[str, Any] = {"labels": dataset.told_classes, "encoding": dataset.label_encoding, "version": _VERSION}
     about["files"] = [[path.name, *stamp(path)] for path in files]
-    arrays = load_arrays(_place(dataset.path), about)
-    if arrays is None:
-        labels = _read_labels(dataset, progress)
-        if not settled(files) or (arrays := store_arrays(_place(dataset.path), about, [labels])) is None:
-            return labels
-    return arrays[0]
+    return cached_arrays(_place(dataset.path), about, files, lambda: [_read_labels(dataset, progress)])[0]
 
 
 def _place(path: Path) -> Path:

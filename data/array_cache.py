@@ -16,13 +16,14 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
+
+from .replacing import replacing
 
 _START = struct.Struct("<8sII")
 _NAME = b"PFCCACHE"
@@ -40,6 +41,21 @@ def stamp(path: Path) -> list[int]:
 def settled(paths: Sequence[Path]) -> bool:
     """Whether the files were last changed so long ago that another change would show in their stamps."""
     return all(time.time() - path.stat().st_mtime > _SETTLED for path in paths)
+
+
+def cached_arrays(
+    path: Path, about: dict[str, Any], files: Sequence[Path], make: Callable[[], list[np.ndarray]]
+) -> list[np.ndarray]:
+    """The arrays that are kept for ``path``, see ``load_arrays``; where there are none, those that ``make`` gives.
+
+    They are kept from then on, unless one of ``files``, which they are made from, has changed just now.
+    """
+    arrays = load_arrays(path, about)
+    if arrays is None:
+        arrays = make()
+        if settled(files):
+            arrays = store_arrays(path, about, arrays) or arrays
+    return arrays
 
 
 def load_arrays(path: Path, about: dict[str, Any]) -> list[np.ndarray] | None:
@@ -80,21 +96,16 @@ def _places(path: Path) -> list[Path]:
 
 def _write(path: Path, about: dict[str, Any], arrays: Sequence[np.ndarray]) -> None:
     header = json.dumps({"about": about, "arrays": [[array.dtype.str, len(array)] for array in arrays]}).encode()
-    unfinished = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(_START.pack(_NAME, 0, len(header)))
-            crc = zlib.crc32(struct.pack("<I", len(header)))
-            for part in (header, *(np.ascontiguousarray(array).view(np.uint8).data for array in arrays if len(array))):
-                padding = bytes(-file.tell() % _ALIGN) if part is not header else b""
-                file.write(padding)
-                file.write(part)
-                crc = zlib.crc32(part, zlib.crc32(padding, crc))
-            file.seek(0)
-            file.write(_START.pack(_NAME, crc, len(header)))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as unfinished, unfinished.open("wb") as file:
+        file.write(_START.pack(_NAME, 0, len(header)))
+        crc = zlib.crc32(struct.pack("<I", len(header)))
+        for part in (header, *(np.ascontiguousarray(array).view(np.uint8).data for array in arrays if len(array))):
+            padding = bytes(-file.tell() % _ALIGN) if part is not header else b""
+            file.write(padding)
+            file.write(part)
+            crc = zlib.crc32(part, zlib.crc32(padding, crc))
+        file.seek(0)
+        file.write(_START.pack(_NAME, crc, len(header)))
 
 
 def _load(path: Path, about: dict[str, Any]) -> list[np.ndarray] | None:
@@ -102,7 +113,10 @@ def _load(path: Path, about: dict[str, Any]) -> list[np.ndarray] | None:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         name, crc, length = _START.unpack_from(mapped)
-        if name != _NAME or json.loads(mapped[_START.size : _START.size + length])["about"] != about:
+        if name != _NAME:
+            return None
+        header = json.loads(mapped[_START.size : _START.size + length])
+        if header["about"] != about:
             return None
     except (OSError, ValueError, KeyError, TypeError, struct.error):  # none, empty, or damaged
         return None
@@ -114,7 +128,7 @@ def _load(path: Path, about: dict[str, Any]) -> list[np.ndarray] | None:
         return None
     at = _START.size + length
     arrays: list[np.ndarray] = []
-    for dtype, count in json.loads(mapped[_START.size : at])["arrays"]:
+    for dtype, count in header["arrays"]:
         at += -at % _ALIGN if count else 0
         arrays.append(np.frombuffer(mapped, dtype=dtype, count=count, offset=at if count else 0))
         at += arrays[-1].nbytes

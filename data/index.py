@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .array_cache import load_arrays, settled, stamp, store_arrays
+from .array_cache import cached_arrays, stamp
 from .errors import DamagedRecord, UsageError
 from .labels import FLOAT32_EXACT
 from .recordio import ImageRecord, RecordFile, unpack_image
@@ -131,20 +131,16 @@ def load_index(rec: Path, idx: Path) -> tuple[Sequence[int] | np.ndarray, np.nda
         return _evenly(*_sorted(*read_index(idx), idx))
     cache = idx.with_name(f"{idx.name}.cache")
     about: dict[str, Any] = {"index": idx.name, "version": _VERSION, "idx": stamp(idx), "rec": stamp(rec)}
-    arrays = load_arrays(cache, about)
-    if arrays is None:
-        keys, offsets = _evenly(*_sorted(*read_index(idx), idx))
-        spaced = [keys.start, keys.stop, keys.step] if isinstance(keys, range) else []
-        arrays = [
-            np.array(spaced, dtype=np.int64),
-            np.empty(0, dtype=np.uint32) if spaced else np.asarray(keys),
-            offsets,
-        ]
-        if not settled([idx, rec]) or (stored := store_arrays(cache, about, arrays)) is None:
-            return keys, offsets
-        arrays = stored
-    spaced, keys, offsets = arrays
+    spaced, keys, offsets = cached_arrays(cache, about, [idx, rec], partial(_index_arrays, idx))
     return range(*spaced.tolist()) if len(spaced) else keys, offsets
+
+
+def _index_arrays(idx: Path) -> list[np.ndarray]:
+    """[start, stop, step] of evenly spaced keys, else nothing; the keys, where they are not; the offsets."""
+    keys, offsets = _evenly(*_sorted(*read_index(idx), idx))
+    if isinstance(keys, range):
+        return [np.array([keys.start, keys.stop, keys.step], dtype=np.int64), np.empty(0, dtype=np.uint32), offsets]
+    return [np.empty(0, dtype=np.int64), np.asarray(keys), offsets]
 
 
 def read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 
 from .dataset import RecordDataset
-
-MERGED_NAME = "merged.idx"
+from .replacing import replacing
 
 
 def write_merged_index(dataset: RecordDataset, path: str | Path) -> list[Path]:
@@ -19,9 +17,8 @@ def write_merged_index(dataset: RecordDataset, path: str | Path) -> list[Path]:
     the order that the offsets assume: ``fn.readers.mxnet(path=[...], index_path=[path])``.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     base, number = 0, 0
-    with temporary.open("w", encoding="ascii") as file:
+    with replacing(path) as unfinished, unfinished.open("w", encoding="ascii") as file:
         for shard in dataset.shards:
             offsets = np.asarray(shard.offsets[shard.first : shard.first + shard.images], dtype=np.int64) + base
             for first in range(0, len(offsets), 1 << 16):
@@ -29,5 +26,4 @@ def write_merged_index(dataset: RecordDataset, path: str | Path) -> list[Path]:
                 file.writelines(f"{number + place}\t{offset}\n" for place, offset in enumerate(part))
                 number += len(part)
             base += shard.file.size
-    temporary.replace(path)
     return [shard.file.path for shard in dataset.shards]

@@ -7,7 +7,6 @@ pickle from elsewhere can run any code, so it is read by an unpickler that knows
 from __future__ import annotations
 
 import io
-import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from .errors import UsageError
 from .order import SampleOrder
 from .plain_pickle import RefusedError, load_plain
+from .replacing import replacing
 
 if TYPE_CHECKING:
     from .dataset import RecordDataset
@@ -83,13 +83,8 @@ def write_pairs(path: str | Path, pairs: Pairs) -> None:
     if path.exists():
         raise UsageError(f"{path} exists already: name another file or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with unfinished.open("wb") as file:
-            pickle.dump((list(pairs.images), pairs.same.tolist()), file, protocol=4)
-        unfinished.rename(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as unfinished, unfinished.open("wb") as file:
+        pickle.dump((list(pairs.images), pairs.same.tolist()), file, protocol=4)
 
 
 def make_pairs(dataset: RecordDataset, num_pairs: int, seed: int) -> Pairs:

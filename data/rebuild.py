@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from array import array
 from pathlib import Path
 from typing import NamedTuple
-from uuid import uuid4
 
 import numpy as np
 
 from .errors import UsageError
 from .recordio import ImageRecord, RecordFile, unpack_image
+from .replacing import replacing
 from .workers import Progress
 
 _NO_ID = -1
@@ -86,15 +85,11 @@ def _rebuild(file: RecordFile, progress: Progress | None, done: int, total: int)
     else:
         keys = np.arange(len(ids))
     idx = file.path.with_suffix(".idx")
-    unfinished = idx.with_name(f".{idx.name}.{uuid4().hex[:8]}.partial")
     try:
-        with unfinished.open("w", encoding="ascii", newline="\n") as out:
+        with replacing(idx) as unfinished, unfinished.open("w", encoding="ascii", newline="\n") as out:
             out.writelines(f"{keys[i]}\t{offsets[i]}\n" for i in map(int, np.argsort(keys, kind="stable")))
-        os.replace(unfinished, idx)
     except OSError as error:
         raise UsageError(f"{idx} cannot be written: {error}") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
     return Rebuilt(idx, len(keys), damaged)
 
 

@@ -17,6 +17,7 @@ from .errors import UsageError
 from .index import Shard
 from .manifest import LABEL_NAMES_NAME, Manifest, ShardEntry
 from .recordio import RecordWriter
+from .shards import entry_of
 from .workers import Progress
 
 
@@ -65,13 +66,7 @@ def _copy_shard(shard: Shard, good: np.ndarray, folder: Path) -> ShardEntry:
     with RecordWriter(folder / shard.file.path.name) as writer:
         for position in map(int, good):
             writer.write(int(shard.keys[position]), shard.read_payload(position).tobytes())
-    return ShardEntry(
-        rec=writer.path.name,
-        idx=writer.path.with_suffix(".idx").name,
-        images=writer.records,
-        bytes=writer.size,
-        sha256=writer.sha256,
-    )
+    return entry_of(writer)
 
 
 def _write_about(

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 
 from .errors import UsageError
-from .sources.base import Numbers, Source, some
+from .sources.base import LazyTexts, Numbers, Source, some
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,7 @@ def select(source: Source, wanted: Filter) -> Selection:
             names = [""] * identities
             for code in np.flatnonzero(kept).tolist():
                 names[labels[code]] = source.names[code]
-    chosen = (source.codes >= 0) & kept[source.codes] if len(source.codes) else np.zeros(0, dtype=bool)
-    images = np.flatnonzero(chosen).astype(np.int32)
+    images = np.flatnonzero((source.codes >= 0) & kept[source.codes]).astype(np.int32)
     had_images = counts > 0
     return Selection(
         images=images,
@@ -96,7 +94,7 @@ def _named(names: Sequence[str], path: Path) -> np.ndarray:
     return found
 
 
-class _Picked(Sequence[str]):
+class _Picked(LazyTexts):
     """Some of many names, without a copy."""
 
     def __init__(self, names: Sequence[str], kept: np.ndarray) -> None:
@@ -106,11 +104,5 @@ class _Picked(Sequence[str]):
     def __len__(self) -> int:
         return len(self._places)
 
-    @overload
-    def __getitem__(self, place: int) -> str: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[str]: ...
-    def __getitem__(self, place: int | slice) -> str | Sequence[str]:
-        if isinstance(place, slice):
-            return [self._names[int(i)] for i in self._places[place]]
+    def text(self, place: int) -> str:
         return self._names[int(self._places[place])]

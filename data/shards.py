@@ -151,16 +151,7 @@ class ShardedWriter:
             identities=self.identities,
             image_size=self._image_size,
             label_encoding=self._encoding,
-            shards=tuple(
-                ShardEntry(
-                    rec=writer.path.name,
-                    idx=writer.path.with_suffix(".idx").name,
-                    images=writer.records,
-                    bytes=writer.size,
-                    sha256=writer.sha256,
-                )
-                for writer in self._writers
-            ),
+            shards=tuple(map(entry_of, self._writers)),
             pfc=version("pfc"),
             **self._about,
         ).write(self.folder)
@@ -176,6 +167,17 @@ class ShardedWriter:
         if self.overwrite and self._place.exists():
             shutil.rmtree(self._place)
         os.replace(self.folder, self._place)
+
+
+def entry_of(writer: RecordWriter) -> ShardEntry:
+    """What dataset.json says of the shard that ``writer`` wrote."""
+    return ShardEntry(
+        rec=writer.path.name,
+        idx=writer.path.with_suffix(".idx").name,
+        images=writer.records,
+        bytes=writer.size,
+        sha256=writer.sha256,
+    )
 
 
 def check_output(out: Path, *, overwrite: bool | None) -> None:

@@ -72,7 +72,24 @@ class Source(ABC):
             yield name.encode("utf-8", "surrogateescape") + b"\0"
 
 
-class Texts(Sequence[str]):
+class LazyTexts(Sequence[str]):
+    """Texts that are made one by one when they are asked for; a subclass has ``__len__`` and ``text``."""
+
+    @abstractmethod
+    def text(self, place: int) -> str:
+        """The text at ``place``, which is at least 0 and below the length."""
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[str]: ...
+    def __getitem__(self, place: int | slice) -> str | Sequence[str]:
+        if isinstance(place, slice):
+            return [self.text(i) for i in range(*place.indices(len(self)))]
+        return self.text(range(len(self))[place])
+
+
+class Texts(LazyTexts):
     """Many short texts in 8 bytes each and their own; file names of any bytes included."""
 
     def __init__(self) -> None:
@@ -86,20 +103,14 @@ class Texts(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, place: int) -> str: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[str]: ...
-    def __getitem__(self, place: int | slice) -> str | Sequence[str]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
+    def text(self, place: int) -> str:
         return os.fsdecode(bytes(self._bytes[self._ends[place] : self._ends[place + 1]]))
 
     def digest(self) -> bytes:
         return hashlib.sha256(self._bytes).digest() + hashlib.sha256(self._ends).digest()
 
 
-class Numbers(Sequence[str]):
+class Numbers(LazyTexts):
     """The names of identities that have numbers only: int64 [K], read as texts."""
 
     def __init__(self, numbers: np.ndarray) -> None:
@@ -108,12 +119,8 @@ class Numbers(Sequence[str]):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    @overload
-    def __getitem__(self, place: int) -> str: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[str]: ...
-    def __getitem__(self, place: int | slice) -> str | Sequence[str]:
-        return Numbers(self.numbers[place]) if isinstance(place, slice) else str(self.numbers[place])
+    def text(self, place: int) -> str:
+        return str(self.numbers[place])
 
 
 class FileSource(Source):

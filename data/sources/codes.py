@@ -45,6 +45,13 @@ def codes_of(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return numbers[none:], np.maximum(codes.astype(np.int32) - none, -1)
 
 
+def names_of(numbers: np.ndarray, known: list[str] | None) -> Sequence[str]:
+    """The names of label numbers, int64 [K] ascending: those of ``known`` where it names them all, else the numbers."""
+    if known is None or (len(numbers) and len(known) <= numbers[-1]):
+        return Numbers(numbers)
+    return [known[number] for number in numbers.tolist()]
+
+
 class NameCodes:
     """Gives each new name the next code; ``finish`` sorts them."""
 
@@ -58,18 +65,19 @@ class NameCodes:
     def code(self, name: str) -> int:
         return self._code.setdefault(name, len(self._code))
 
-    def finish(self) -> tuple[Sequence[str], np.ndarray | None, np.ndarray, np.ndarray]:
+    def finish(self, known: list[str] | None = None) -> tuple[Sequence[str], np.ndarray | None, np.ndarray, np.ndarray]:
         """Names [K] in order; their numbers (int64 [K]) where all are numbers; codes int32 [N]; rank int32 [K].
 
         Numbers are ordered as numbers, else names as texts. rank is the final code of each code given.
+        known: the names that numbers stand for, see ``names_of``.
         """
         given = list(self._code)
         values = [whole_number(name) if name.isdecimal() and str(int(name)) == name else None for name in given]
         if all(value is not None for value in values):
             numbers = np.array(values, dtype=np.int64)
             order = np.argsort(numbers)
-            names: Sequence[str] = Numbers(numbers[order])
             sorted_numbers: np.ndarray | None = numbers[order]
+            names = names_of(sorted_numbers, known)
         else:
             order = np.array(sorted(range(len(given)), key=given.__getitem__), dtype=np.int64)
             names, sorted_numbers = [given[i] for i in order], None

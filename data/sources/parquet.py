@@ -80,10 +80,10 @@ class EmbeddedSource(Source):
     """Images that lie in the column ``images`` of Parquet files.
 
     Rows of Parquet cannot be read one by one, so ``prepare`` copies the images into one temporary file, from which
-    they are then read in any order.
+    they are then read in any order. ``known``: names of label numbers.
     """
 
-    def __init__(self, path: Path, files: list[Path], images: str, label_column: str) -> None:
+    def __init__(self, path: Path, files: list[Path], images: str, label_column: str, known: list[str] | None) -> None:
         self.about = printable(f"table {path.resolve()}")
         self._files = files
         self._column = images
@@ -98,10 +98,7 @@ class EmbeddedSource(Source):
         self._starts = [0, *accumulate(counts)]
         if not self._starts[-1]:
             raise UsageError(f"{path} lists no image: it is empty")
-        self.names, self.numbers, self.codes, _ = labels.finish()
-        known = label_names(open_parquet(files[0]).schema_arrow, label_column)
-        if known is not None and self.numbers is not None and self.numbers[-1] < len(known):
-            self.names = [known[number] for number in self.numbers.tolist()]
+        self.names, self.numbers, self.codes, _ = labels.finish(known)
         self._spool = Path()
         self._ends = np.zeros(0, dtype=np.int64)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal, NamedTuple, overload
+from typing import Literal, NamedTuple
 from uuid import uuid4
 
 import numpy as np
@@ -19,8 +19,8 @@ from ..labels import LabelEncoding, decode_label, encode_label, encoding_for
 from ..manifest import printable
 from ..recordio import RecordFile, unpack_image
 from ..storing import Storing
-from .base import Numbers, Source
-from .codes import NameCodes, codes_of
+from .base import LazyTexts, Source
+from .codes import NameCodes, codes_of, names_of
 
 Joining = Literal["apart", "shared"]
 """Identities of several data sets: all different, or the same where their names are."""
@@ -47,7 +47,9 @@ class RecordSource(Source):
         self.image_size = sizes.pop() if len(sizes) == 1 else None
 
         each = [codes_of(dataset.labels(damaged=-1)) for dataset in self.sets]
-        names = [_names(dataset, numbers) for dataset, (numbers, _) in zip(self.sets, each, strict=True)]
+        names = [
+            names_of(numbers, dataset.identity_names()) for dataset, (numbers, _) in zip(self.sets, each, strict=True)
+        ]
         if len(self.sets) == 1:
             (self.numbers, self.codes), self.names = each[0], names[0]
             self.told = self.sets[0].told_classes
@@ -159,19 +161,12 @@ def _open(run: str, rec: Path) -> RecordFile:
     return RecordFile(rec)
 
 
-def _names(dataset: RecordDataset, numbers: np.ndarray) -> Sequence[str]:
-    known = dataset.identity_names()
-    if known is None or (len(numbers) and len(known) <= numbers[-1]):
-        return Numbers(numbers)
-    return [known[number] for number in numbers.tolist()]
-
-
 def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """The codes of all sets, one after the other: ``parts`` are (new code of each code, codes)."""
     return np.concatenate([np.where(codes < 0, -1, np.append(new, -1)[codes]) for new, codes in parts]).astype(np.int32)
 
 
-class SetNames(Sequence[str]):
+class SetNames(LazyTexts):
     """The names of several sets, one after the other, as set/name; sets of one name are numbered."""
 
     def __init__(self, sets: Sequence[str], names: Sequence[Sequence[str]]) -> None:
@@ -185,12 +180,6 @@ class SetNames(Sequence[str]):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    @overload
-    def __getitem__(self, place: int) -> str: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[str]: ...
-    def __getitem__(self, place: int | slice) -> str | Sequence[str]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
+    def text(self, place: int) -> str:
         at = bisect_right(self._starts, place) - 1
         return f"{self._sets[at]}/{self._names[at][place - self._starts[at]]}"

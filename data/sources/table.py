@@ -34,26 +34,26 @@ def table_source(
         files = find_parquet(path)
         schema = open_parquet(files[0]).schema_arrow
         path_column = _choose(path, schema.names, path_column, label_column)
+        known = label_names(schema, label_column)
         if holds_images(schema.field(path_column).type):
-            return EmbeddedSource(path, files, path_column, label_column)
+            return EmbeddedSource(path, files, path_column, label_column, known)
         rows = read_columns(files, path_column, label_column)
-        names = label_names(schema, label_column)
     elif kind in (".csv", ".tsv"):
         delimiter = "\t" if kind == ".tsv" else ","
         path_column = _choose(path, _header(path, delimiter), path_column, label_column)
         rows = _csv_rows(path, delimiter, path_column, label_column)
-        names = None
+        known = None
     else:
         raise UsageError(f"{path}: a table ends in .csv, .tsv or .parquet, or is a folder of .parquet files")
     if root is None:
         root = path if path.is_dir() else path.parent
-    return TableSource(path, root, rows, names)
+    return TableSource(path, root, rows, known)
 
 
 class TableSource(FileSource):
-    """The images of ``rows``: (where, path, label), paths relative to ``root``; ``names`` of the label numbers."""
+    """The images of ``rows``: (where, path, label), paths relative to ``root``; ``known`` names of label numbers."""
 
-    def __init__(self, path: Path, root: Path, rows: Iterator[tuple[str, Any, Any]], names: list[str] | None) -> None:
+    def __init__(self, path: Path, root: Path, rows: Iterator[tuple[str, Any, Any]], known: list[str] | None) -> None:
         super().__init__(root, Texts())
         self.about = printable(f"table {path.resolve()}")
         check_root(root)
@@ -71,9 +71,7 @@ class TableSource(FileSource):
             labels.append(str(label))
         if not len(self.paths):
             raise UsageError(f"{path} lists no image: it is empty")
-        self.names, self.numbers, self.codes, _ = labels.finish()
-        if names is not None and self.numbers is not None and self.numbers[-1] < len(names):
-            self.names = [names[number] for number in self.numbers.tolist()]
+        self.names, self.numbers, self.codes, _ = labels.finish(known)
 
 
 def _choose(path: Path, columns: list[str], path_column: str | None, label_column: str) -> str:
