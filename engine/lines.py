@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from ..data import JointDataset, RecordDataset
-from ..partial_fc.kernels.blocked import MAX_SCALE
 from ..partial_fc.kernels.keeping import default_keep_bytes, keeps_probabilities, probability_bytes
 from ..partial_fc.kernels.products import operand_dtype
+from ..partial_fc.kernels.unshifted import MAX_SCALE
 from ..partial_fc.objectives import LogSumExpObjective
 from .checkpoint import Found
 from .config import Config, Objective

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..data.errors import UsageError
 from .config import Config
-from .config_errors import shown
+from .config.errors import shown
 
 FIXED = {
     "backbone.name": "its weights belong to that network",

@@ -1,8 +1,14 @@
 """What changes as a run goes on: the learning rate (linear warm-up, then a decay) and the sample rate."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
-from typing import Literal, assert_never
+from typing import TYPE_CHECKING, Literal, assert_never
+
+if TYPE_CHECKING:
+    from .build import Parts
+    from .config import Config
 
 ScheduleName = Literal["polynomial", "cosine", "constant"]
 
@@ -50,3 +56,28 @@ def sample_rate_at(share: float, first: float, later: Sequence[Sequence[float]])
         later: pairs [share, rate], shares rising: from that share of the run on, that rate.
     """
     return next((rate for begin, rate in reversed(later) if share >= begin), first)
+
+
+def set_rates(config: Config, parts: Parts, step: int, total_steps: int) -> float:
+    """Sets the learning rates of both optimizers and the head's sample rate for the step of this number, from 0.
+
+    Returns:
+        the backbone's learning rate.
+    """
+    schedule, optimizers, head = config.schedule, config.optimizer, config.head
+    factor = learning_rate_factor(
+        step,
+        steps=total_steps,
+        warmup_steps=schedule.warmup_steps,
+        name=schedule.name,
+        power=schedule.power,
+        final=schedule.final,
+    )
+    for optimizer, peak in (
+        (parts.backbone_optimizer, optimizers.backbone.lr),
+        (parts.head_optimizer, optimizers.head.lr),
+    ):
+        for group in optimizer.param_groups:
+            group["lr"] = peak * factor
+    parts.head.sample_rate = sample_rate_at(step / total_steps, head.sample_rate, head.sample_rate_schedule)
+    return optimizers.backbone.lr * factor

@@ -1,27 +1,22 @@
 """The training loop: build everything from the configuration, step, tell, save, evaluate."""
 
-import shutil
 import signal
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ..data import Pairs, read_pairs
-from ..data.errors import UsageError
 from ..data.pipeline import Batch
 from . import build, build_data, checkpoint, distributed, initial, label_map, lines, run_state
 from .config import Config
 from .damage import DamageTally
 from .diagnosis import NotFinite, diagnose
 from .distributed import World
-from .evaluation import evaluate_pairs
+from .evaluating import evaluate_sets, read_pair_sets
 from .report import write_report
+from .rollback import Rollback
 from .saving import Saving
-from .schedule import learning_rate_factor, sample_rate_at
+from .schedule import set_rates
 from .spikes import SpikeWatch
 from .stopping import EXIT_CODES, signal_of, stop_requests
 from .telemetry import Telemetry, Throughput
@@ -76,11 +71,10 @@ class Trainer:
         self.world, self.heartbeat = world, world.heartbeat
         self.heartbeat.enter("opening the data", on_files=True)
         self.run_dir = config.run.path
-        self.start = _starting_point(self.run_dir, resume)
+        self.start = checkpoint.starting_point(self.run_dir, resume)
         self.dataset = build_data.open_dataset(config)
-        self.pairs = _read_pairs(config.evaluation.pairs)
+        self.pairs = read_pair_sets(config.evaluation.pairs)
         self.config = config = build.completed(config, self.dataset)
-        self.image_size = build.input_size(config)
         self.images_per_step = config.images_per_step(world.size)
 
         self.heartbeat.enter("building the network and the head", on_files=True)
@@ -96,15 +90,17 @@ class Trainer:
         self.step = state.get("step", 0)
         self.training_step = TrainingStep(config, parts, world, state.get("skipped_steps", 0))
         self.skipped_steps = self.training_step.skipped_steps  # the tensor itself, counted there
-        self.spikes = SpikeWatch(config.spike) if config.spike is not None else None
-        self.rollbacks: int = state.get("rollbacks", 0)
         self.batches: list[Batch] = []  # of the last step, for the diagnosis
         self.first_head_step = 0
         self.loader = build_data.build_loader(
-            config, self.dataset, world, image_size=self.image_size, position=state.get("position", 0)
+            config, self.dataset, world, image_size=build.input_size(config), position=state.get("position", 0)
         )
         self.total_steps = self._steps_of_run()
         self.telemetry = self._telemetry()
+        self.spikes = self.rollback = None
+        if config.spike is not None:
+            self.spikes = SpikeWatch(config.spike)
+            self.rollback = Rollback(config.spike, self.run_dir, state.get("rollbacks", 0), self.telemetry.message)
         self.damage = DamageTally(self.run_dir, state, world.is_main, self.telemetry.message)
         self.throughput = Throughput()
         self.loss_sum = torch.zeros((), device=world.device)
@@ -128,11 +124,7 @@ class Trainer:
     def train_step(self) -> None:
         """One optimizer step, and whatever is due after it."""
         config = self.config
-        rate = self._set_learning_rate()
-        section = config.head
-        self.head.sample_rate = sample_rate_at(
-            self.step / self.total_steps, section.sample_rate, section.sample_rate_schedule
-        )
+        rate = set_rates(config, self.parts, self.step, self.total_steps)
         self.training_step.backbone.train()
         self.batches.clear()
         self.first_head_step = self.head.steps
@@ -199,27 +191,19 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Verification accuracy on every set of pairs, by all ranks."""
-        for pairs in self.pairs:
-            self.heartbeat.enter(f"evaluating on {pairs.name}")
-            with self.training_step.autocast():
-                result, cosine = evaluate_pairs(
-                    self.network,
-                    pairs,
-                    image_size=self.image_size,
-                    device=self.world.device,
-                    batch_size=self.config.evaluation.batch_size,
-                    flip=self.config.evaluation.flip,
-                    threads=self.config.data.threads,
-                    moved=self.heartbeat.moved,
-                )
-            self.telemetry.evaluation(self.step, result.to_dict())
-            self.saving.measured(self.step, pairs.name, result.to_dict())
+        for result in evaluate_sets(
+            self.network,
+            self.pairs,
+            self.config,
+            self.world,
+            step=self.step,
+            autocast=self.training_step.autocast,
+            tolerating=self.telemetry.tolerating,
+        ):
+            values = result.to_dict()
+            self.telemetry.evaluation(self.step, values)
+            self.saving.measured(self.step, result.set, values)
             self.telemetry.message(lines.evaluated(result, self.step))
-            if self.world.is_main:
-                folder = self.run_dir / "evaluation"
-                with self.telemetry.tolerating(folder):
-                    folder.mkdir(exist_ok=True)
-                    np.savez_compressed(folder / f"{pairs.name}-{self.step:08d}.npz", cosine=cosine, same=pairs.same)
         self.throughput.restart()
 
     def save(self) -> None:
@@ -229,7 +213,7 @@ class Trainer:
         counters = {
             "position": self.loader.position,
             "skipped_steps": int(self.skipped_steps),
-            "rollbacks": self.rollbacks,
+            "rollbacks": self.rollback.count if self.rollback is not None else 0,
             **self.damage.state(),
         }
         self.saving.save(self.step, counters)
@@ -255,36 +239,16 @@ class Trainer:
         self.loader.close()
 
     def _meet_spike(self, step: int, what: str) -> None:
-        """Goes back to the last checkpoint before it, and on with later data, where the configuration says so.
-
-        Args:
-            step: whose loss it was.
-            what: to be told.
-        """
-        section = self.config.spike
-        assert section is not None
+        """Goes back to the last checkpoint before ``step``, and on with later data, where the configuration says so."""
         assert self.spikes is not None
+        assert self.rollback is not None
         told = f"spike      {what}, found at step {self.step:,}"
         self.spikes.restart()
         self.saving.saver.wait()
-        checkpoints = checkpoint.find_all(self.run_dir) if section.rollback else []
-        found = max((one for one in checkpoints if one.step < step), key=lambda one: one.step, default=None)
-        if found is None:
-            why = ", there is no checkpoint to go back to" if section.rollback else ""
-            self.telemetry.message(f"{told}{why}; training goes on")
-            return
-        if self.rollbacks == section.max_rollbacks:
-            raise RuntimeError(
-                f"{told}, and the run has gone back {self.rollbacks} times already (spike.max_rollbacks): lower the "
-                "learning rate, or warm up longer"
-            )
-        self.rollbacks += 1
         self.heartbeat.enter("going back to a checkpoint", on_files=True)
-        dist.barrier()  # all have looked
-        if self.world.is_main:
-            for later in checkpoints:
-                if later.step >= step:  # with the spike in it; a restart must not find it
-                    shutil.rmtree(later.path)
+        found = self.rollback.target(step, told)
+        if found is None:
+            return
         self.saving.saver.last_step = found.step
         state, _ = run_state.restore(self.parts, found, self.world, self.config, self.labels)
         left_out = self.loader.position - state["position"]
@@ -315,22 +279,6 @@ class Trainer:
         before = self.step if self.loader.position else 0  # a converted checkpoint has steps, and its data begin anew
         return before + -(-self.loader.batches_until(schedule.epochs) // self.config.optimizer.accumulate)
 
-    def _set_learning_rate(self) -> float:
-        schedule = self.config.schedule
-        factor = learning_rate_factor(
-            self.step,
-            steps=self.total_steps,
-            warmup_steps=schedule.warmup_steps,
-            name=schedule.name,
-            power=schedule.power,
-            final=schedule.final,
-        )
-        section = self.config.optimizer
-        for optimizer, peak in ((self.backbone_optimizer, section.backbone.lr), (self.head_optimizer, section.head.lr)):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * factor
-        return section.backbone.lr * factor
-
     def _log(self, rate: float, norm: Tensor) -> None:
         self.damage.collect(self.loader)
         loss = float(self.loss_sum) / self.loss_count  # waits for the device, so the clock below is right
@@ -347,33 +295,10 @@ class Trainer:
             **self.damage.metrics(),
             **self.saving.metrics(),
         }
-        if self.spikes is not None:
-            values["rollbacks"] = self.rollbacks
+        if self.rollback is not None:
+            values["rollbacks"] = self.rollback.count
         if self.parts.scaler.is_enabled():
             values["loss_scale"] = self.parts.scaler.get_scale()
         self.telemetry.log(self.step, values)
         self.loss_sum.zero_()
         self.loss_count = 0
-
-
-def _starting_point(run_dir: Path, resume: str) -> checkpoint.Found | None:
-    latest = checkpoint.find_latest(run_dir)
-    if resume == "auto":
-        return latest
-    if resume == "never":
-        if latest is not None:
-            raise UsageError(
-                f"{run_dir} holds a run that got to step {latest.step}: go on with --resume auto, give run.name "
-                "another name, or move it away"
-            )
-        return None
-    return checkpoint.find(Path(resume))
-
-
-def _read_pairs(paths: list[str]) -> list[Pairs]:
-    sets = [read_pairs(path) for path in paths]
-    names = [pairs.name for pairs in sets]
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(f"evaluation.pairs: two sets are called {name!r}: rename one of the files")
-    return sets

@@ -5,7 +5,7 @@ in pieces that open on any number of ranks), ``state.json`` (the counters), ``co
 written under a temporary name and renamed when it is complete, so whatever has the name ``step-…`` can be loaded.
 """
 
-from .found import CONFIG, LABELS, Found, find, find_all, find_latest
+from .found import CONFIG, LABELS, Found, find, find_all, find_latest, starting_point
 from .pieces import Piece, save_alone
 from .reading import load, load_backbone, network_tensors, read_pieces
 from .retention import Best
@@ -29,5 +29,6 @@ __all__ = [
     "network_tensors",
     "read_pieces",
     "save_alone",
+    "starting_point",
     "write",
 ]

@@ -1,0 +1,23 @@
+"""The configuration of a run: YAML in, a validated and frozen object out.
+
+Every section of the file is one small class, with a line under every field. Unknown keys, wrong types and impossible
+values are refused with the path of the key, what was found and what is allowed.
+"""
+
+from .data import BalancedSampling, BlockSampling
+from .loading import load_config, parse_config
+from .model import Objective
+from .run import Config
+from .training import Adagrad, AdamW, Spike
+
+__all__ = [
+    "Adagrad",
+    "AdamW",
+    "BalancedSampling",
+    "BlockSampling",
+    "Config",
+    "Objective",
+    "Spike",
+    "load_config",
+    "parse_config",
+]
