@@ -13,6 +13,7 @@ PIP     = $(VENV)/bin/python -m pip --disable-pip-version-check -qq
 STAMP   = $(VENV)/.pfc-installed-with
 
 GLYPHS  = work/glyphs
+C_FILES = partial_fc/kernels/native.c data/plain.c
 
 .PHONY: demo test lint bench image clean
 .DELETE_ON_ERROR:
@@ -45,12 +46,12 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pfc needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 
-$(STAMP)-demo: setup.py partial_fc/kernels/native.c | $(VENV)/bin/python
+$(STAMP)-demo: setup.py $(C_FILES) | $(VENV)/bin/python
 	@echo "Installing pfc and the demo's fonts into $(VENV) (PyTorch and DALI are large: a few minutes the first time)"
 	@$(PIP) install --editable '.[demo]'
 	@touch $@
 
-$(STAMP)-dev: setup.py partial_fc/kernels/native.c | $(VENV)/bin/python
+$(STAMP)-dev: setup.py $(C_FILES) | $(VENV)/bin/python
 	@echo "Installing pfc and the tools for its tests into $(VENV) (PyTorch and DALI are large: a few minutes the first time)"
 	@$(PIP) install --editable '.[demo,export,dev]'
 	@touch $@ $(STAMP)-demo

@@ -10,8 +10,8 @@ ROOMS = ("partial_fc", "data", "engine", "launch")
 # data/ is installed as pfc.data, and so on: the tree stays flat, and nothing called "data" lands in site-packages.
 packages = [f"pfc.{name}" for room in ROOMS for name in (room, *(f"{room}.{sub}" for sub in find_packages(room)))]
 
-# The head's compiled passes, once for each kind of processor; partial_fc/kernels/native.py takes the best that runs.
-# Optional: without a C compiler pfc installs all the same, and torch makes these passes.
+# The compiled passes are optional: without a C compiler pfc installs all the same, and Python and torch make them.
+# The head's, once for each kind of processor; partial_fc/kernels/native.py takes the best that runs.
 KINDS = {"_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "_v3": ["-march=x86-64-v3"], "": []}
 if platform.machine() not in ("x86_64", "AMD64"):
     KINDS = {"": []}
@@ -25,6 +25,7 @@ compiled = [
     )
     for suffix, flags in KINDS.items()
 ]
+compiled.append(Extension("pfc.data._plain", ["data/plain.c"], extra_compile_args=["-O3"], optional=True))
 
 setup(
     name="pfc",

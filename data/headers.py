@@ -18,7 +18,6 @@ _PNG_HEADER = struct.Struct(">IIBB")  # width, height, bits, colour type
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _DECODABLE = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "PPM", "TIFF", "JPEG2000")  # by Pillow's names
 _SCAN = 0xDA
-_REMEMBERED = 256
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 … SOF15; the others are tables
 
 
@@ -30,38 +29,13 @@ def header_problem(image: np.ndarray) -> str | None:
     """
     data = image.data
     if data[:3] == _JPEG:
-        found = _jpeg_pixels(data)
-        return found if isinstance(found, str) else None
+        return _jpeg_problem(data)
     if data[:8] == _PNG:
         return _png_problem(data)
     return pillow_problem(image)
 
 
-class HeaderCheck:
-    """``header_problem`` for many images: remembers JPEG headers, of which an encoder writes few different ones."""
-
-    def __init__(self) -> None:
-        self._good: set[bytes] = set()
-        self._length = 0  # bytes of those headers
-
-    def problem(self, image: np.ndarray) -> str | None:
-        """As ``header_problem``."""
-        data = image.data
-        if self._length and bytes(data[: self._length]) in self._good:
-            return None
-        if data[:3] != _JPEG:
-            return header_problem(image)
-        found = _jpeg_pixels(data)
-        if isinstance(found, str):
-            return found
-        self._length = self._length or found
-        if found == self._length and len(self._good) < _REMEMBERED:
-            self._good.add(bytes(data[:found]))
-        return None
-
-
-def _jpeg_pixels(data: memoryview) -> int | str:
-    """Where the pixels' segment ends its head, in bytes, or what is wrong before."""
+def _jpeg_problem(data: memoryview) -> str | None:
     at, end, has_frame = 2, len(data), False
     while at + _SEGMENT.size <= end:
         start, marker, length = _SEGMENT.unpack_from(data, at)
@@ -73,7 +47,7 @@ def _jpeg_pixels(data: memoryview) -> int | str:
         if length < 2 or at + 2 + length > end:
             return f"the JPEG segment at byte {at} is cut off"
         if marker == _SCAN:
-            return at + 2 + length if has_frame else "the JPEG has no frame header"
+            return None if has_frame else "the JPEG has no frame header"
         if marker in _FRAMES:
             if length < 8:
                 return "the JPEG frame header is cut off"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .augment import Augment, draw_flips
-from .dali import PREFETCH, as_batch, build_pipeline, run_pipeline, undecodable
+from .dali import PREFETCH, as_batch, as_numbers, build_pipeline, run_pipeline, undecodable
 from .damage import DamageLimit
 from .errors import DamagedRecord, UsageError
 from .headers import header_problem, pillow_problem
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Encoded = bytes | np.ndarray
 
+_READ = 512  # samples that are read at once
 _REFUSED = "DALI refuses it"  # what Pillow can decode
 
 
@@ -138,10 +139,11 @@ class TrainLoader:
         self._pending: deque[Slice] = deque()  # handed to DALI, and not come back yet
         # DALI reads what it is given where it lies; a GPU may still be at it when its batch has come back.
         self._held: deque[list[Any]] = deque(maxlen=2 * PREFETCH + 2)
+        self._ready: deque[tuple[Slice, list[Any]]] = deque()  # read, and not yet handed to DALI
         self._pipeline: Any = build_pipeline(self._next_slice, **self._options)
-        # Slices are read by a thread of their own, one ahead of DALI, while this one waits for DALI or trains.
+        # Slices are read by a thread of their own, ahead of DALI, while this one waits for DALI or trains.
         self._thread = ThreadPoolExecutor(1, "pfc-reader")
-        self._reading = self._thread.submit(self._read_slice)
+        self._reading = self._thread.submit(self._read_slices)
 
     def __iter__(self) -> TrainLoader:
         return self
@@ -199,20 +201,27 @@ class TrainLoader:
 
     def _next_slice(self) -> list[Any]:
         """What DALI asks for, ahead of what ``__next__`` returns: encoded images, flips, drawn numbers."""
-        slice, given = self._reading.result()
-        self._reading = self._thread.submit(self._read_slice)
+        if not self._ready:
+            self._ready.extend(self._reading.result())
+            self._reading = self._thread.submit(self._read_slices)
+        slice, given = self._ready.popleft()
         self._pending.append(slice)
         self._held.append(given)
         return given
 
-    def _read_slice(self) -> tuple[Slice, list[Any]]:
+    def _read_slices(self) -> list[tuple[Slice, list[Any]]]:
+        """Some slices at once: what calling numpy and waking this thread cost is then small for each."""
         self._ahead.move(self._reader.position)
-        slice = self._reader.read()
-        flips = np.zeros(len(slice.labels), dtype=np.int32)
-        if self._flip:
-            flips = draw_flips(self._seed, slice.visits, slice.samples)
-        drawn = self._augment.draw(self._seed, slice.visits, slice.samples).values()
-        return slice, [as_batch(slice.images), flips, *drawn]
+        size = self._options["batch_size"]
+        slices = [self._reader.read() for _ in range(max(1, _READ // size))]
+        visits = np.concatenate([slice.visits for slice in slices])
+        samples = np.concatenate([slice.samples for slice in slices])
+        flips = draw_flips(self._seed, visits, samples) if self._flip else np.zeros(len(samples), dtype=np.int32)
+        drawn = [flips, *self._augment.draw(self._seed, visits, samples).values()]
+        return [
+            (slice, [as_batch(slice.images, self._device), *(as_numbers(values[at : at + size]) for values in drawn)])
+            for at, slice in zip(range(0, len(samples), size), slices, strict=True)
+        ]
 
     def _leave_out_undecodable(self, error: RuntimeError) -> None:
         """DALI does not say which image broke a batch: find it among those under way, and begin again without it."""
@@ -225,8 +234,9 @@ class TrainLoader:
             if bad and first is not None:
                 self._pipeline = None  # before what it may still be reading goes
                 self._pending.clear()
+                self._ready.clear()
                 self._reader.rewind(first)
-                self._reading = self._thread.submit(self._read_slice)
+                self._reading = self._thread.submit(self._read_slices)
                 self._pipeline = build_pipeline(self._next_slice, **self._options)
                 return
         self.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from .damage import too_many
 from .dataset import RecordDataset
 from .errors import DamagedRecord
-from .headers import HeaderCheck
+from .headers import header_problem
 from .mixture import JointDataset
 from .order import Integers, Order
 from .plain import PlainRecords
@@ -39,7 +40,7 @@ class Slice:
     samples: Integers
     visits: Integers
     labels: Integers
-    images: list[NDArray[np.uint8]]
+    images: Sequence[NDArray[np.uint8]]
     damaged: list[tuple[int, DamagedRecord]]
 
 
@@ -65,7 +66,6 @@ class SliceReader:
         self._batch_size, self._rank = batch_size, rank
         self._global_batch = batch_size * world_size
         self._plain = PlainRecords(dataset)
-        self._headers = HeaderCheck()
         self._undecodable: dict[int, DamagedRecord] = {}
         self._planned: deque[tuple[int, int, Integers, Integers]] = deque()
         self.rewind(position)
@@ -85,18 +85,22 @@ class SliceReader:
         if not self._planned:
             self._plan()
         start, self.position, samples, visits = self._planned.popleft()
-        labels = np.empty(self._batch_size, dtype=np.int64)
-        images: list[NDArray[np.uint8]] = []
+        plain = self._plain.find(samples)
+        labels, odd = plain.labels, plain.labels < 0
+        if self._undecodable:
+            odd |= np.isin(samples, list(self._undecodable))
+        others: dict[int, NDArray[np.uint8]] = {}
         damaged: list[tuple[int, DamagedRecord]] = []
-        for place, sample in enumerate(samples.tolist()):
+        for place in np.flatnonzero(odd).tolist():
+            sample = int(samples[place])
             found = self._try(sample)
             if isinstance(found, DamagedRecord):
                 damaged.append((sample, found))
                 position = self._substitute(start + self._rank * self._batch_size + place, found)
                 samples[place], visits[place] = self._order.at(position)[0], self._order.visits(position)[0]
                 found = self._dataset.read(int(samples[place]))
-            labels[place] = found[0]
-            images.append(found[1])
+            labels[place], others[place] = found
+        images = [others[i] if i in others else plain[i] for i in range(len(plain))] if others else plain
         return Slice(start, self.position, samples, visits, labels, images, damaged)
 
     def _plan(self) -> None:
@@ -115,10 +119,10 @@ class SliceReader:
         if sample in self._undecodable:
             return self._undecodable[sample]
         try:
-            found = self._plain.read(sample) or self._dataset.read(sample)
+            found = self._dataset.read(sample)
         except DamagedRecord as error:
             return error
-        problem = self._headers.problem(found[1])
+        problem = header_problem(found[1])
         if problem is not None:
             self.mark(sample, problem)
             return self._undecodable[sample]

@@ -148,13 +148,16 @@ def _bf16_on_cpu() -> Check:
 
 
 def _compiled_passes() -> Check:
+    from ..data import plain
     from ..partial_fc.kernels import native
 
     name = "compiled passes"
-    if native.passes() is not None:
-        return Check(name, "ok", "the head's, for this processor")
+    passes = {"the head's": native.passes(), "the data's": plain.compiled()}
+    missing = " and ".join(whose for whose, found in passes.items() if found is None)
+    if not missing:
+        return Check(name, "ok", "the head's and the data's, for this processor")
     advice = "training on a CPU is slower without: install a C compiler (gcc), then pfc again"
-    return Check(name, "warning", "none: pfc was installed without a C compiler", advice)
+    return Check(name, "warning", f"{missing} are missing: pfc was installed without a C compiler", advice)
 
 
 def _dali() -> Check:

@@ -15,9 +15,10 @@ from pfc.data.shards import ShardedWriter
 SIZE = (24, 20)
 
 
-def encode(picture: np.ndarray) -> bytes:
+def encode(picture: np.ndarray, form: str = "PNG") -> bytes:
+    """By default lossless: every pixel can be compared."""
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")  # lossless: every pixel can be compared
+    Image.fromarray(picture).save(file, form)
     return file.getvalue()
 
 

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from pfc.data.dataset import RecordDataset
-from pfc.data.headers import HeaderCheck, header_problem, pillow_problem
+from pfc.data.headers import header_problem, pillow_problem
 from pfc.data.pipeline import TrainLoader, decode_images
+from pfc.data.plain import PlainRecords
 from tests.data.pictures import SIZE, pack, picture
 from tests.ranks import run_ranks
 
@@ -60,14 +61,22 @@ def test_what_is_no_image_is_found(image: bytes) -> None:
     assert header_problem(np.frombuffer(image, dtype=np.uint8))
 
 
-def test_remembered_headers_change_no_judgement() -> None:
-    check = HeaderCheck()
+def test_the_compiled_pass_judges_headers_alike(tmp_path: Path) -> None:
     random = np.random.default_rng(1)
-    images = [encode(number, "JPEG", quality=90) for number in range(20)]
-    images += [encode(number, "JPEG", quality=50, optimize=True) for number in range(20)] + [encode(0, "PNG")]
-    images += [corrupted(random, images[number]) for number in range(40)]
-    for _ in range(2):
-        assert [check.problem(image) for image in images] == [header_problem(image) for image in images]
+    good = [encode(number, form) for number in range(20) for form in ("JPEG", "PNG")]
+    good += [encode(number, "JPEG", progressive=True, comment=b"a comment") for number in range(20)]
+    images = [*good, *(corrupted(random, image) for image in good * 20)]
+    jpeg, png = good[0].tobytes(), good[1].tobytes()
+    frame = jpeg.index(b"\xff\xc0")
+    odd = [jpeg[:frame] + b"\xff\xff\xff" + jpeg[frame:]]  # fill bytes
+    odd += [jpeg[: frame + 9] + bytes([components]) + jpeg[frame + 10 :] for components in (0, 2, 4, 5)]
+    odd += [png[:8] + (14).to_bytes(4, "big") + png[12:], png[:24] + b"\3" + png[25:]]
+    images += [np.frombuffer(image, dtype=np.uint8) for image in odd]
+    dataset = pack(tmp_path, [image.tobytes() for image in images], identities=len(images))
+    found = PlainRecords(dataset).find(np.arange(len(images)))
+    judged = [header_problem(dataset.read(index)[1]) is None for index in range(len(images))]
+    assert (found.labels >= 0).tolist() == judged
+    assert len(good) < sum(judged) < len(images)
 
 
 def test_what_dali_does_not_decode_is_found() -> None:

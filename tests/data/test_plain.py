@@ -1,51 +1,120 @@
-"""The short way to plain records gives what RecordDataset.read gives, or nothing."""
+"""The compiled way to plain records gives what RecordDataset.read gives, or nothing."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pfc.data import plain as plain_module
 from pfc.data.dataset import RecordDataset
 from pfc.data.errors import DamagedRecord
 from pfc.data.mixture import JointDataset
+from pfc.data.pipeline import TrainLoader
 from pfc.data.plain import PlainRecords
 from pfc.data.recordio import RecordWriter, pack_image
-from tests.data.pictures import encode, pack, picture
+from tests.data.pictures import SIZE, encode, pack, picture
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["PNG", "JPEG"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plain") / "set"
-    pack(path, [encode(picture(i, (8, 8))) for i in range(60)], identities=7, shards=3)
+    pack(path, [encode(picture(i, (8, 8)), request.param) for i in range(60)], identities=7, shards=3)
     return path
 
 
 def test_a_packed_set_is_plain(folder: Path) -> None:
     dataset = RecordDataset.open(folder)
-    plain = PlainRecords(dataset)
-    for index in range(60):
-        found = plain.read(index)
-        assert found is not None
+    found = PlainRecords(dataset).find(np.arange(60)[::-1])
+    for place, index in enumerate(range(60)[::-1]):
         label, image = dataset.read(index)
-        assert (found[0], found[1].tobytes()) == (label, image.tobytes())
+        assert (found.labels[place], found[place].tobytes()) == (label, image.tobytes())
 
 
 def test_joint_sets_have_joint_labels(folder: Path) -> None:
     joint = JointDataset([RecordDataset.open(folder)] * 2)
-    plain = PlainRecords(joint)
-    assert [(plain.read(index) or (None,))[0] for index in range(120)] == joint.labels().tolist()
+    found = PlainRecords(joint).find(np.arange(120))
+    assert found.labels.tolist() == joint.labels().tolist()
+    assert found[70].tobytes() == joint.read(70)[1].tobytes()
 
 
-def test_other_records_are_left_to_the_data_set(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keys", [range(5), [2, 3, 7, 11, 12]])
+def test_other_records_are_left_to_the_data_set(keys: Sequence[int], tmp_path: Path) -> None:
+    image = encode(picture(0, (8, 8)))
     with RecordWriter(tmp_path / "a.rec") as writer:
-        writer.write(0, pack_image([3.0, 9.0], b"two labels"))
-        writer.write(1, pack_image(1.0, (0xCED7230A).to_bytes(4, "little") * 3 + b"in parts"))
-        writer.write(2, pack_image(2.5, b"no label"))
-        writer.write(3, pack_image(2.0, b"plain"))
-        writer.write(4, pack_image(2.0, b""))
-    (tmp_path / "property").write_text("5,1,1")
+        for key, record in zip(
+            keys,
+            [
+                pack_image([3.0, 9.0], image, id=keys[0]),  # two labels
+                pack_image(1.0, image + (0xCED7230A).to_bytes(4, "little") * 3, id=keys[1]),  # in parts
+                pack_image(2.5, image, id=keys[2]),  # no label
+                pack_image(2.0, image, id=keys[3]),
+                pack_image(2.0, b"no image", id=keys[4]),
+            ],
+            strict=True,
+        ):
+            writer.write(key, record)
+    (tmp_path / "property").write_text("5,8,8")
     plain = PlainRecords(RecordDataset.open(tmp_path))
-    assert [plain.read(index) is not None for index in range(5)] == [False, False, False, True, False]
+    assert plain.find(np.arange(5)).labels.tolist() == [-1, -1, -1, 2, -1]
+
+
+def test_no_sample_outside_the_set_is_found(folder: Path) -> None:
+    plain = PlainRecords(RecordDataset.open(folder))
+    assert plain.find(np.array([-1, 60, 1 << 40, -(1 << 40)])).labels.tolist() == [-1] * 4
+
+
+@pytest.mark.parametrize("cut", [1, 3, 9, 200])
+def test_records_that_run_past_the_end_of_the_file_are_not_plain(cut: int, folder: Path, tmp_path: Path) -> None:
+    whole = RecordDataset.open(folder).shards[0]
+    rec, end = whole.file.path, int(whole.offsets[11])
+    (tmp_path / rec.name).write_bytes(rec.read_bytes()[: end - cut])
+    (tmp_path / rec.name).with_suffix(".idx").write_bytes(rec.with_suffix(".idx").read_bytes())
+    found = PlainRecords(RecordDataset.open(tmp_path / rec.name, strict=False)).find(np.arange(20))
+    assert found.labels[:10].min() == 0
+    assert found.labels[10:].tolist() == [-1] * 10
+
+
+def test_rows_hold_the_images_and_zeros(folder: Path) -> None:
+    found = PlainRecords(RecordDataset.open(folder)).find(np.arange(60))
+    np.full((60, max(map(len, found))), 255, dtype=np.uint8)  # leaves memory behind that is not zero
+    rows = found.rows()
+    assert rows is not None
+    assert rows.shape == (60, max(map(len, found)))
+    for row, image in zip(rows, found, strict=True):
+        assert row[: len(image)].tobytes() == image.tobytes()
+        assert not row[len(image) :].any()
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_images_that_do_not_say_where_they_end_or_differ_much_have_no_rows(form: str, tmp_path: Path) -> None:
+    whole, large = encode(picture(0, (8, 8)), form), encode(picture(1, (256, 256)), form)
+    for name, images in {"whole": [whole] * 4, "cut": [whole, whole[:-3]], "large": [whole] * 4 + [large]}.items():
+        pack(tmp_path / name, images, identities=2)
+        found = PlainRecords(RecordDataset.open(tmp_path / name)).find(np.arange(len(images)))
+        assert found.labels.min() == 0, name
+        assert (found.rows() is not None) == (name == "whole"), name
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_batches_are_the_same_without_the_compiled_passes(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [encode(picture(number, SIZE), form) for number in range(40)]
+    for number in (3, 17, 29):
+        images[number] = images[number][: len(images[number]) * 2 // 3]  # decoders miss the end
+    pack(tmp_path / "set", images, identities=40)
+
+    def epoch() -> list[tuple[bytes, bytes]]:
+        dataset = RecordDataset.open(tmp_path / "set")
+        loader = TrainLoader(dataset, batch_size=8, image_size=SIZE, seed=1, max_damaged=1.0)
+        batches = [next(loader) for _ in range(5)]
+        loader.close()
+        return [(batch.images.numpy().tobytes(), batch.samples.tobytes()) for batch in batches]
+
+    with_passes = epoch()
+    monkeypatch.setattr(plain_module, "compiled", lambda: None)
+    assert epoch() == with_passes
 
 
 def test_random_damage_is_never_read_the_short_way(folder: Path, tmp_path: Path) -> None:
@@ -70,15 +139,12 @@ def test_random_damage_is_never_read_the_short_way(folder: Path, tmp_path: Path)
         rec.unlink()  # not overwritten, where a data set of an earlier turn has it mapped
         rec.write_bytes(broken)
         dataset = RecordDataset.open(tmp_path, strict=False)
-        plain = PlainRecords(dataset)
-        for index in range(20, 40):
-            found = plain.read(index)
-            if found is None:
-                continue
+        found = PlainRecords(dataset).find(np.arange(20, 40))
+        for place in np.flatnonzero(found.labels >= 0).tolist():
             short += 1
             try:
-                label, image = dataset.read(index)
+                label, image = dataset.read(20 + place)
             except DamagedRecord as error:
-                pytest.fail(f"turn {turn}, image {index}: {error}")
-            assert (found[0], found[1].tobytes()) == (label, image.tobytes())
+                pytest.fail(f"turn {turn}, image {20 + place}: {error}")
+            assert (found.labels[place], found[place].tobytes()) == (label, image.tobytes())
     assert short > 300 * 15

@@ -1,0 +1,201 @@
+/* Plain records: most records of most data sets, found many at once.
+ *
+ * A record is plain when it lies in one piece that ends where the index says that the next one starts, has one label, and
+ * holds an image whose header DALI can be given (headers.py says why that is asked). Whatever is odd is left to Python,
+ * which finds out what is wrong with it. Plain C without a header of Python: plain.py calls it with addresses. Everything
+ * is read byte by byte or copied, and no byte is read that was not checked to lie in the file.
+ */
+
+#include <stdint.h>
+#include <string.h>
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "RecordIO is read as it lies in the file, in little-endian numbers"
+#endif
+
+#define MAGIC 0xCED7230Au
+#define FRAME 8 /* magic, length */
+#define HEAD 24 /* flag, label, id and its second half */
+
+/* One .rec file with its index; plain.py has the same fields. */
+struct shard {
+    const uint8_t *bytes;
+    int64_t size;
+    const int64_t *offsets; /* of all records, images or not */
+    int64_t records;
+    int64_t start;  /* the first image's number in the data set */
+    int64_t images;
+    int64_t first;  /* the first image's record */
+    int64_t first_label;
+    int64_t classes; /* labels are below; 0 where no record is plain */
+    int64_t checks_keys; /* whether a record's id is its key */
+    const uint32_t *keys; /* null where key i is key_start + i * key_step */
+    int64_t key_start, key_step;
+};
+
+/* Raised with every change of the struct or the arguments: plain.py takes no file that was compiled from an older text. */
+int pfc_plain_version(void)
+{
+    return 1;
+}
+
+static uint32_t little(const uint8_t *at)
+{
+    uint32_t number;
+    memcpy(&number, at, 4);
+    return number;
+}
+
+static uint32_t big(const uint8_t *at, int bytes)
+{
+    uint32_t number = 0;
+    for (int i = 0; i < bytes; i++)
+        number = number << 8 | at[i];
+    return number;
+}
+
+enum { NO_IMAGE, OPEN, CLOSED }; /* CLOSED: whatever may follow the image, a decoder stops where it ends */
+
+/* As headers.py: segment by segment up to the pixels. */
+static int jpeg(const uint8_t *data, int64_t length)
+{
+    int has_frame = 0;
+    for (int64_t at = 2; at + 4 <= length;) {
+        uint8_t marker = data[at + 1];
+        if (data[at] != 0xFF || marker < 0xC0 || (marker >= 0xD0 && marker <= 0xD9))
+            return NO_IMAGE;
+        if (marker == 0xFF) { /* a fill byte */
+            at += 1;
+            continue;
+        }
+        int64_t segment = big(data + at + 2, 2);
+        if (segment < 2 || at + 2 + segment > length)
+            return NO_IMAGE;
+        if (marker == 0xDA) {
+            if (!has_frame)
+                return NO_IMAGE;
+            return data[length - 2] == 0xFF && data[length - 1] == 0xD9 ? CLOSED : OPEN;
+        }
+        if (marker < 0xD0 && marker != 0xC4 && marker != 0xC8 && marker != 0xCC) {
+            if (segment < 8)
+                return NO_IMAGE;
+            uint8_t components = data[at + 9];
+            if (!big(data + at + 5, 2) || !big(data + at + 7, 2) || (components != 1 && components != 3 && components != 4))
+                return NO_IMAGE;
+            has_frame = 1;
+        }
+        at += 2 + segment;
+    }
+    return NO_IMAGE;
+}
+
+/* As headers.py: chunk by chunk to the end. */
+static int png(const uint8_t *data, int64_t length)
+{
+    for (int64_t at = 8; at + 8 <= length;) {
+        const uint8_t *kind = data + at + 4;
+        uint32_t bytes = big(data + at, 4);
+        if (!memcmp(kind, "IEND", 4))
+            return length >= at + 12 ? CLOSED : OPEN;
+        if (at == 8) {
+            if (memcmp(kind, "IHDR", 4) || bytes != 13 || length < at + 21)
+                return NO_IMAGE;
+            uint8_t depth = data[at + 16], colour = data[at + 17];
+            if (!big(data + at + 8, 4) || !big(data + at + 12, 4))
+                return NO_IMAGE;
+            if (depth != 1 && depth != 2 && depth != 4 && depth != 8 && depth != 16)
+                return NO_IMAGE;
+            if (colour != 0 && colour != 2 && colour != 3 && colour != 4 && colour != 6)
+                return NO_IMAGE;
+        }
+        at += 8 + (int64_t)bytes + 4;
+    }
+    return NO_IMAGE;
+}
+
+static int image(const uint8_t *data, int64_t length)
+{
+    if (length >= 3 && !memcmp(data, "\xff\xd8\xff", 3))
+        return jpeg(data, length);
+    return length >= 8 && !memcmp(data, "\x89PNG\r\n\x1a\n", 8) ? png(data, length) : NO_IMAGE;
+}
+
+/* The shard of a sample: the last one that starts at or before it. */
+static int64_t shard_of(const struct shard *shards, int64_t count, int64_t sample)
+{
+    int64_t low = 0, high = count;
+    while (high - low > 1) {
+        int64_t middle = (low + high) / 2;
+        if (shards[middle].start <= sample)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+static int64_t key_of(const struct shard *shard, int64_t record)
+{
+    return shard->keys ? (int64_t)shard->keys[record] : shard->key_start + record * shard->key_step;
+}
+
+/* Of one sample; plain.py has the same fields. */
+struct place {
+    int64_t shard;
+    int64_t label; /* -1 where it is not plain: the rest is then not set */
+    int64_t begin, end; /* of the image, in bytes of the shard's file */
+    int64_t closed;
+};
+
+static int64_t label_of(const struct shard *shard, int64_t sample, struct place *place)
+{
+    int64_t number = sample - shard->start, record = shard->first + number;
+    if (number < 0 || number >= shard->images || record < 0 || record >= shard->records)
+        return -1;
+    int64_t offset = shard->offsets[record];
+    int64_t limit = record + 1 < shard->records ? shard->offsets[record + 1] : shard->size;
+    if (offset < 0 || limit > shard->size || offset >= limit - (FRAME + HEAD))
+        return -1;
+    const uint8_t *at = shard->bytes + offset;
+    int64_t length = little(at + 4); /* its upper three bits are 0 in a record of one piece */
+    if (little(at) != MAGIC || length <= HEAD || length >> 29 || offset + FRAME + (length + 3) / 4 * 4 != limit)
+        return -1;
+    float label;
+    memcpy(&label, at + 12, 4);
+    if (little(at + 8) || !(label >= 0 && label < shard->classes && label == (float)(int64_t)label))
+        return -1;
+    uint64_t id = little(at + 16) | (uint64_t)little(at + 20) << 32;
+    if (shard->checks_keys && id != (uint64_t)key_of(shard, record))
+        return -1;
+    int kind = image(at + FRAME + HEAD, length - HEAD);
+    if (kind == NO_IMAGE)
+        return -1;
+    place->begin = offset + FRAME + HEAD;
+    place->end = offset + FRAME + length;
+    place->closed = kind == CLOSED;
+    return shard->first_label + (int64_t)label;
+}
+
+/* Where the images of n samples are. */
+void pfc_plain_find(const struct shard *shards, int64_t count, const int64_t *samples, int64_t n, struct place *places)
+{
+    for (int64_t i = 0; i < n; i++) {
+        const struct shard *shard = shards + shard_of(shards, count, samples[i]);
+        int64_t record = shard->first + samples[i] - shard->start;
+        places[i].shard = shard - shards;
+        if (record >= 0 && record < shard->records && shard->offsets[record] >= 0 && shard->offsets[record] < shard->size)
+            __builtin_prefetch(shard->bytes + shard->offsets[record]);
+    }
+    for (int64_t i = 0; i < n; i++)
+        places[i].label = label_of(shards + places[i].shard, samples[i], places + i);
+}
+
+/* Copies these images into the rows of a matrix [n, width] and fills the rows up with zeros. */
+void pfc_plain_copy(const struct shard *shards, const struct place *places, int64_t n, int64_t width, uint8_t *rows)
+{
+    for (int64_t i = 0; i < n; i++, rows += width) {
+        int64_t length = places[i].end - places[i].begin;
+        memcpy(rows, shards[places[i].shard].bytes + places[i].begin, length);
+        memset(rows + length, 0, width - length);
+    }
+}
