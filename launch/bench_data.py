@@ -30,10 +30,12 @@ _IDLE = 1.0
 
 @dataclass(frozen=True)
 class LoaderTiming:
-    """One line: images per second in each turn, and the ratio to DALI's shuffled reader in the same turn."""
+    """One line, of every turn; and the median ratio to the speed of DALI's shuffled reader in the same turn."""
 
     loader: str
     images_per_second: list[float]
+    processor_microseconds: list[float] | None
+    """Of all cores together, an image; None for a loader with processes of its own."""
     ratio: float
 
     @property
@@ -82,6 +84,7 @@ def measure_loaders(
             PEER: _torch_loader(dataset, batch_size, threads, device),
         }
         speeds: dict[str, list[float]] = {name: [] for name in loaders}
+        busy: dict[str, list[float]] = {name: [] for name in loaders}
         for turn in range(rounds + 1):
             names = list(loaders)
             for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody is always first
@@ -91,15 +94,16 @@ def measure_loaders(
                 for _ in range(PREFETCH + 1):
                     next(loader)
                 _wait(device)
-                begin = time.perf_counter()
+                begin, begin_busy = time.perf_counter(), time.process_time()
                 for _ in range(batches):
                     next(loader)
                 _wait(device)
-                seconds = time.perf_counter() - begin
+                seconds, busy_seconds = time.perf_counter() - begin, time.process_time() - begin_busy
                 if name == PEER:
                     time.sleep(_IDLE)
                 if turn:
                     speeds[name].append(batch_size * batches / seconds)
+                    busy[name].append(busy_seconds / batch_size / batches * 1e6)
         for loader in loaders.values():
             if isinstance(loader, TrainLoader):
                 loader.close()
@@ -107,6 +111,7 @@ def measure_loaders(
         LoaderTiming(
             name,
             seen,
+            None if name == PEER else busy[name],
             statistics.median(own / base for own, base in zip(seen, speeds[BASELINE], strict=True)),
         )
         for name, seen in speeds.items()

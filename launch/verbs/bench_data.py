@@ -1,6 +1,7 @@
 """``pfc bench data``: how fast images come out of a data set, beside DALI's own reader and a torch DataLoader."""
 
 import json
+import statistics
 from pathlib import Path
 from typing import Annotated
 
@@ -46,9 +47,10 @@ def data(
             f"{timing.median:,.0f}",
             f"{min(timing.images_per_second):,.0f}–{max(timing.images_per_second):,.0f}",
             f"{timing.ratio:.2f}",
+            f"{statistics.median(busy):.0f} µs" if (busy := timing.processor_microseconds) else "",
         )
         for timing in timings
     ]
-    print_table(("loader", "images/s", "spread", "× DALI's reader"), lines)
+    print_table(("loader", "images/s", "spread", "× DALI's reader", "processor, an image"), lines)
     if json_file is not None:
         json_file.write_text(json.dumps([timing.to_dict() for timing in timings], indent=2), encoding="utf-8")
