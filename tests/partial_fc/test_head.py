@@ -1,14 +1,11 @@
-"""The head against the oracle, on 1, 2 and 3 real ranks."""
+"""The head against the oracle, on 1, 2 and 3 real ranks; what it takes and refuses."""
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.distributed.tensor.debug import CommDebugMode
 
 from pfc.partial_fc import PartialFC, objectives
 from pfc.partial_fc.kernels.cosines import SumOfSquares
@@ -17,7 +14,11 @@ from tests.partial_fc.cases import OBJECTIVES, Case, check, dense_row_gradient, 
 from tests.ranks import run_ranks
 
 WORLDS = (1, 2, 3)
+
+
 RATES = ((1.0, 1.0), (0.3, 1.0), (1.0, 0.5), (0.3, 0.5))
+
+
 SHAPES = {
     "does not divide": {},
     "fewer classes than ranks": {"num_classes": 2},
@@ -135,23 +136,6 @@ def test_sphereface_annealing_falls_with_the_steps_of_the_head() -> None:
         assert head(embeddings, labels).item() == pytest.approx(float(expected), rel=1e-10)
 
 
-def test_bfloat16_on_the_way_between_the_ranks_stays_close() -> None:
-    exact = run_ranks(2, _step_with_payload, None)
-    rounded = run_ranks(2, _step_with_payload, torch.bfloat16)
-    for value, reference in zip(rounded, exact, strict=True):
-        assert 0 < relative_error(value, reference.double()) < 0.02
-        assert value.dtype == torch.float32
-
-
-def _step_with_payload(dtype: torch.dtype | None) -> torch.Tensor:
-    head = PartialFC(40, 32, objective=objectives.DSoftmax(scale=8.0), payload_dtype=dtype)
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    embeddings = torch.randn(4, 32, generator=generator).requires_grad_()
-    head(embeddings, torch.randint(0, 40, (4,), generator=generator)).backward()
-    assert embeddings.grad is not None
-    return embeddings.grad
-
-
 def test_cosface_is_that_of_the_common_implementation() -> None:
     """Its formula, written anew: softmax over s·(z − m·onehot), its cross-entropy clipped at 1e-30, on 2 ranks."""
     case = Case("cosface", {"scale": 64.0, "margin": 0.4}, num_classes=50, dim=128, batch=8)  # below its clip
@@ -195,85 +179,6 @@ def test_the_rate_may_change_between_steps() -> None:
         head.sample_rate = 0
 
 
-# A CPU without these multiplies in float32.
-CPU = Path("/proc/cpuinfo")
-BF16_UNITS = bool({"amx_bf16", "avx512_bf16"} & set(CPU.read_text().split() if CPU.exists() else []))
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_bfloat16_products_stay_close(name: str) -> None:
-    exact, rounded = (_one_step(name, compute_dtype) for compute_dtype in (torch.float32, torch.bfloat16))
-    for value, reference in zip(rounded, exact, strict=True):
-        error = relative_error(value, reference.double())
-        assert error < 0.1
-        assert error > 0 or not BF16_UNITS  # none: the products would not be bfloat16's
-
-
-def _one_step(name: str, compute_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    head = PartialFC(200, 64, objective=objectives.build(name, **OBJECTIVES[name]), compute_dtype=compute_dtype)
-    embeddings = torch.randn(16, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    head(embeddings, torch.arange(16)).backward()
-    assert embeddings.grad is not None
-    return embeddings.grad, dense_row_gradient(head)
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("scale", [64.0, 128.0, 256.0])
-def test_cosines_at_exactly_plus_and_minus_one_are_finite(name: str, scale: float) -> None:
-    parameters = OBJECTIVES[name] | ({"scale": scale} if "scale" in OBJECTIVES[name] else {})
-    head = PartialFC(3, 4, objective=objectives.build(name, **parameters))
-    head.load_centers(torch.eye(3, 4))
-    embeddings = torch.tensor([[2.0, 0, 0, 0], [0, -3.0, 0, 0], [0, 0, 0, 1.0]], requires_grad=True)
-    loss = head(embeddings, torch.tensor([0, 1, 2]))
-    loss.backward()
-    assert torch.isfinite(loss)
-    assert torch.isfinite(embeddings.grad).all()
-    assert torch.isfinite(dense_row_gradient(head)).all()
-    # At ±1 the part of the center at right angles to the embedding is zero, and no slope makes a pull of it.
-    assert embeddings.grad[0, 0] == 0
-    assert embeddings.grad[1, 1] == 0
-
-
-def test_scale_256_is_exact_where_the_logits_are_largest() -> None:
-    case = Case("cosface", {"scale": 256.0, "margin": 0.4}, num_classes=50, dim=3, dtype=torch.float64)
-    for world_size in WORLDS:
-        check(case, world_size)
-
-
-def test_an_embedding_of_zeros_has_a_defined_loss_and_no_gradient() -> None:
-    head = PartialFC(10, 4, objective=objectives.Softmax(scale=16.0))
-    embeddings = torch.stack([torch.zeros(4), torch.ones(4)]).requires_grad_()
-    loss = head(embeddings, torch.tensor([1, 2]))
-    loss.backward()
-    assert torch.isfinite(loss)
-    assert (embeddings.grad[0] == 0).all()
-    assert (embeddings.grad[1] != 0).any()
-    assert torch.isfinite(dense_row_gradient(head)).all()
-
-
-@pytest.mark.parametrize("length", [0.0, 1e-30, 1e-12, 1e-9])
-def test_very_short_centers_have_finite_gradients(length: float) -> None:
-    head = PartialFC(10, 4, objective=objectives.Softmax(scale=64.0))
-    head.weight.data[3] = torch.tensor([length, 0, 0, 0])
-    embeddings = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1]], requires_grad=True)
-    loss = head(embeddings, torch.tensor([1, 3]))
-    loss.backward()
-    assert torch.isfinite(loss)
-    assert torch.isfinite(embeddings.grad).all()
-    assert torch.isfinite(dense_row_gradient(head)).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_embeddings_get_gradients_of_their_own_type(dtype: torch.dtype) -> None:
-    head = PartialFC(10, 8, objective=objectives.CosFace())
-    embeddings = torch.randn(4, 8).to(dtype).requires_grad_()
-    loss = head(embeddings, torch.arange(4))
-    loss.backward()
-    assert loss.dtype == torch.float32
-    assert embeddings.grad.dtype == dtype
-    assert torch.isfinite(embeddings.grad).all()
-
-
 def test_centers_learn_when_the_embeddings_need_no_gradient() -> None:
     head = PartialFC(10, 8, objective=objectives.CosFace())
     head(torch.randn(4, 8), torch.arange(4)).backward()
@@ -307,100 +212,11 @@ def test_eval_mode_uses_all_classes_and_does_not_move_the_sampling_on() -> None:
     assert head.steps == 0
 
 
-def test_the_same_centers_begin_whatever_the_world_size() -> None:
-    whole = PartialFC(9001, 4, objective=objectives.Softmax(), seed=7).weight
-    for world_size in (2, 3):
-        parts = run_ranks(world_size, _initial_rows)
-        assert torch.equal(torch.cat(parts), whole)
-    assert len(whole.unique(dim=0)) == 9001, "no two centers begin alike"
-
-
 def test_centers_are_not_what_a_seed_of_the_users_draws() -> None:
     torch.manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(64, 16))
     rows = torch.nn.functional.normalize(PartialFC(64, 16, objective=objectives.Softmax(), seed=0).weight)
     assert (directions * rows).sum(dim=1).max() < 0.9
-
-
-def _initial_rows() -> torch.Tensor:
-    return PartialFC(9001, 4, objective=objectives.Softmax(), seed=7).weight.detach()
-
-
-def test_the_same_samples_and_losses_whatever_the_world_size() -> None:
-    alone = _five_steps(6)
-    for world_size in (2, 3):
-        of_ranks = run_ranks(world_size, _five_steps, 6 // world_size)
-        for step, (loss, classes, batch) in enumerate(alone):
-            assert torch.equal(torch.cat([steps[step][1] for steps in of_ranks]), classes)
-            assert torch.equal(of_ranks[0][step][2], batch)
-            assert abs(of_ranks[0][step][0] - loss) <= 1e-12 * abs(loss)
-    assert not torch.equal(alone[0][1], alone[1][1]), "another step, another sample"
-
-
-def _five_steps(batch: int) -> list[tuple[float, torch.Tensor, torch.Tensor]]:
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    head = PartialFC(
-        9001, 8, objective=objectives.DSoftmax(), sample_rate=0.1, batch_rate=0.5, seed=3, center_dtype=torch.float64
-    )
-    generator = torch.Generator().manual_seed(0)
-    results = []
-    for _ in range(5):
-        embeddings = torch.randn(6, 8, dtype=torch.float64, generator=generator)
-        labels = torch.randint(0, 9001, (6,), generator=generator)
-        mine = slice(rank * batch, (rank + 1) * batch)
-        loss = head(embeddings[mine], labels[mine]).item()
-        results.append((loss, head.last_sample.classes, head.last_sample.batch))
-    return results
-
-
-def test_a_step_has_three_collectives_whatever_the_world_size() -> None:
-    for world_size in (2, 3):
-        for calls in run_ranks(world_size, _count_collectives):
-            assert calls == ["c10d._allgather_base_", "c10d._reduce_scatter_base_", "c10d.allreduce_"]
-
-
-def _count_collectives() -> list[str]:
-    head = PartialFC(20, 8, objective=objectives.CosFace(), sample_rate=0.5)
-    embeddings = torch.randn(4, 8, requires_grad=True)
-    with CommDebugMode() as communication:
-        head(embeddings, torch.arange(4)).backward()
-    counts = communication.get_comm_counts()
-    return sorted(str(operation) for operation, count in counts.items() for _ in range(count))
-
-
-def test_a_process_group_may_be_a_part_of_the_world() -> None:
-    losses = run_ranks(3, _step_in_subgroup)
-    case = Case("cosface", OBJECTIVES["cosface"])
-    expected = run_ranks(2, step_on_rank, case)[0].loss
-    assert torch.equal(losses[0], expected)
-    assert torch.equal(losses[1], expected)
-    assert losses[2] is None
-
-
-def _step_in_subgroup() -> torch.Tensor | None:
-    group = dist.new_group([0, 1])
-    rank = dist.get_rank()
-    if rank == 2:
-        return None
-    case = Case("cosface", OBJECTIVES["cosface"])
-    embeddings, labels, centers = tensors(case, 2)
-    head = PartialFC(case.num_classes, case.dim, objective=objectives.CosFace(), process_group=group)
-    head.load_centers(centers.float())
-    mine = slice(rank * case.batch, (rank + 1) * case.batch)
-    return head(embeddings[mine].float(), labels[mine]).detach()
-
-
-def test_a_label_outside_the_range_is_refused_on_every_rank() -> None:
-    for message in run_ranks(2, _wrong_label):
-        assert message == "label 20 (sample 1 of rank 1) lies outside [0, 20)"
-
-
-def _wrong_label() -> str:
-    head = PartialFC(20, 8, objective=objectives.CosFace())
-    labels = torch.tensor([1, 20 if dist.get_rank() == 1 else 2])
-    with pytest.raises(ValueError, match="outside") as caught:
-        head(torch.randn(2, 8), labels)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(
