@@ -17,7 +17,7 @@ class HeadCase:
         classes, dim, batch: C, D and the global batch.
         rate: share of the classes used each step; the dense head always uses all.
         ranks: processes; gloo on a CPU, nccl on GPUs.
-        precision: of the products, "float32" or "bf16".
+        precision: of the products, "float32" or "bf16"; "fp16" is the peer's own mixed precision.
         objective: name of an objective; the baselines have CosFace alone.
         peer: folder that holds ``partial_fc_v2.py`` and ``losses.py`` of the common implementation, for "peer".
     """

@@ -59,13 +59,22 @@ def measure_ceilings(ranks: int, *, threads: int, precisions: list[str], seconds
 
 
 def _measure(rank: Rank, precisions: list[str], seconds: float) -> dict[str, Any]:
-    side = _SIDE[rank.device.type]
+    return rank_ceilings(rank, precisions, seconds, side=_SIDE[rank.device.type], numbers=_NUMBERS)
+
+
+def rank_ceilings(rank: Rank, precisions: list[str], seconds: float, *, side: int, numbers: int) -> dict[str, Any]:
+    """One rank's ``products`` and ``bandwidth`` as in ``Ceilings``, each measured for about ``seconds``.
+
+    Args:
+        side: of the square matrices.
+        numbers: float32 numbers of each of the two tensors that are copied.
+    """
     products = {}
     for name in precisions:
         matrix = torch.randn(side, side, device=rank.device).to(DTYPES[name])
         out = torch.empty_like(matrix)
         products[name] = 2 * side**3 / _fastest(rank, lambda: torch.mm(matrix, matrix, out=out), seconds)  # noqa: B023
-    source, target = (torch.zeros(_NUMBERS, device=rank.device) for _ in range(2))
+    source, target = (torch.zeros(numbers, device=rank.device) for _ in range(2))
     moved = 2 * source.nbytes
 
     def copy() -> Tensor:

@@ -31,7 +31,11 @@ class Head:
 
 def build(case: HeadCase, device: torch.device) -> Head:
     """The head of a case, on one of its ranks."""
-    module = {"pfc": _pfc, "dense": _dense, "peer": _peer}[case.head](case, device)
+    return with_sgd({"pfc": _pfc, "dense": _dense, "peer": _peer}[case.head](case, device))
+
+
+def with_sgd(module: nn.Module) -> Head:
+    """Centers are stepped by the same SGD whoever's they are: pfc's by ``RowSGD``, others by torch's."""
     if isinstance(module, PartialFC):
         return Head(module, RowSGD(module, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY))
     centers = [parameter for name, parameter in module.named_parameters() if name == "weight"]
@@ -60,4 +64,4 @@ def _peer(case: HeadCase, device: torch.device) -> nn.Module:
     sys.path.insert(0, case.peer)
     losses, module = importlib.import_module("losses"), importlib.import_module("partial_fc_v2")
     margin = losses.CombinedMarginLoss(SCALE, 1.0, 0.0, MARGIN)
-    return module.PartialFC_V2(margin, case.dim, case.classes, case.rate, False).to(device).train()
+    return module.PartialFC_V2(margin, case.dim, case.classes, case.rate, case.precision == "fp16").to(device).train()

@@ -31,7 +31,7 @@ class RankDied(Exception):
 
 @dataclass(frozen=True)
 class Rank:
-    """This process among those of a measurement."""
+    """This process among those of a measurement; one alone needs no process group."""
 
     number: int
     size: int
@@ -45,8 +45,9 @@ class Rank:
     def wait(self) -> None:
         """Until all ranks are here and their devices idle."""
         self.synchronize()
-        dist.barrier()
-        self.synchronize()
+        if self.size > 1:
+            dist.barrier()
+            self.synchronize()
 
     def reset_peak(self) -> int:
         """Forgets the peak memory so far; returns the bytes that are taken now."""
