@@ -54,7 +54,33 @@ static uint32_t big(const uint8_t *at, int bytes)
     return number;
 }
 
-enum { NO_IMAGE, OPEN, CLOSED }; /* CLOSED: whatever may follow the image, a decoder stops where it ends */
+enum { NO_IMAGE, OPEN, CLOSED }; /* CLOSED: a decoder stops where the image ends, whatever may follow, damaged or not */
+
+/* From the first scan on: whether each marker stands where the one before says, and the last bytes end the image. */
+static int scans(const uint8_t *data, int64_t at, int64_t length)
+{
+    while (at + 4 <= length) {
+        uint8_t marker = data[at + 1];
+        int64_t segment = big(data + at + 2, 2);
+        int is_scan = marker == 0xDA, is_application = (marker & 0xF0) == 0xE0;
+        if (data[at] != 0xFF || !(is_scan || is_application || marker == 0xC4 || marker == 0xDB || marker == 0xDD || marker == 0xFE))
+            return OPEN;
+        if (segment < 3 || at + 2 + segment > length || (is_scan && segment != 6 + 2 * data[at + 4]))
+            return OPEN;
+        at += 2 + segment;
+        while (is_scan) { /* coded bytes: 0xFF only before a zero or a restart's number */
+            const uint8_t *next = memchr(data + at, 0xFF, length - at);
+            if (!next || next + 1 == data + length)
+                return OPEN;
+            at = next - data;
+            is_scan = !next[1] || (next[1] & 0xF8) == 0xD0;
+            at += 2 * is_scan;
+        }
+        if (at + 2 == length && data[at] == 0xFF && data[at + 1] == 0xD9)
+            return CLOSED;
+    }
+    return OPEN;
+}
 
 /* As headers.py: segment by segment up to the pixels. */
 static int jpeg(const uint8_t *data, int64_t length)
@@ -71,11 +97,8 @@ static int jpeg(const uint8_t *data, int64_t length)
         int64_t segment = big(data + at + 2, 2);
         if (segment < 2 || at + 2 + segment > length)
             return NO_IMAGE;
-        if (marker == 0xDA) {
-            if (!has_frame)
-                return NO_IMAGE;
-            return data[length - 2] == 0xFF && data[length - 1] == 0xD9 ? CLOSED : OPEN;
-        }
+        if (marker == 0xDA)
+            return has_frame ? scans(data, at, length) : NO_IMAGE;
         if (marker < 0xD0 && marker != 0xC4 && marker != 0xC8 && marker != 0xCC) {
             if (segment < 8)
                 return NO_IMAGE;

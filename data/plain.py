@@ -121,8 +121,8 @@ class PlainImages(Sequence[NDArray[np.uint8]]):
     def rows(self) -> NDArray[np.uint8] | None:
         """The images in the rows of a matrix [b, bytes of the longest], filled up with zeros, for a decoder to read.
 
-        None where that would take more than twice the memory, or where an image does not say itself where it ends: a
-        JPEG that was cut short would be decoded to the last row, of zeros, and its damage not be noticed.
+        None where that would take more than twice the memory, or where a decoder might read past the end of an image:
+        of one that was cut short or damaged, say. What it makes of that must not depend on the other rows.
         """
         lengths = self._places["end"] - self._places["begin"]
         width = int(lengths.max())

@@ -1,10 +1,12 @@
 """The compiled way to plain records gives what RecordDataset.read gives, or nothing."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pfc.data import plain as plain_module
 from pfc.data.dataset import RecordDataset
@@ -96,6 +98,44 @@ def test_images_that_do_not_say_where_they_end_or_differ_much_have_no_rows(form:
         assert (found.rows() is not None) == (name == "whole"), name
 
 
+def jpeg(**options: object) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture(0, (64, 64))).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def test_a_jpeg_has_rows_where_every_marker_leads_to_the_next_and_the_last_ends_it(tmp_path: Path) -> None:
+    plain = jpeg()
+    scan = plain.index(b"\xff\xda")
+    middle = (scan + len(plain)) // 2
+    tables = b"\xff\xdb\0\3\0" + b"\xff\xfe\0\4hi"  # between scans
+    cases = {
+        "plain": (plain, True),
+        "progressive": (jpeg(progressive=True), True),
+        "restarts": (jpeg(restart_marker_blocks=1), True),
+        "segments behind the scan": (plain[:-2] + tables + plain[-2:], True),
+        "something behind the end": (plain + b"\0", False),
+        "no end": (plain[:-2], False),
+        "half an end": (plain[:-1], False),
+        "another end": (plain[:-1] + b"\xda", False),
+        "an end in the middle": (plain[:middle] + b"\xff\xd9" + plain[middle:], False),
+        "a segment longer than the image": (plain[:middle] + b"\xff\xc4\xff\xff" + plain[middle:], False),
+        "a segment up to the end": (plain[:-20] + b"\xff\xc4\0\x12" + plain[-18:], True),
+        "a segment into the end": (plain[:-20] + b"\xff\xc4\0\x13" + plain[-18:], False),
+        "a segment over the end": (plain[:-20] + b"\xff\xc4\0\x14" + plain[-18:], False),
+        "a segment without content": (plain[:middle] + b"\xff\xc4\0\2\xff\xda" + plain[middle:], False),
+        "coded bytes behind a segment": (plain[:-2] + tables + b"coded" + plain[-2:], False),
+        "an unknown marker": (plain[:middle] + b"\xff\1" + plain[middle:], False),
+        "another frame": (plain[:-2] + b"\xff\xc0\0\3\0" + plain[-2:], False),
+        "components that do not fit": (plain[: scan + 4] + b"\2" + plain[scan + 5 :], False),
+    }
+    for name, (image, expected) in cases.items():
+        pack(tmp_path / name, [image] * 3, identities=3)
+        found = PlainRecords(RecordDataset.open(tmp_path / name)).find(np.arange(3))
+        assert found.labels.min() == 0, name
+        assert (found.rows() is not None) == expected, name
+
+
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 def test_batches_are_the_same_without_the_compiled_passes(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -103,6 +143,9 @@ def test_batches_are_the_same_without_the_compiled_passes(
     images = [encode(picture(number, SIZE), form) for number in range(40)]
     for number in (3, 17, 29):
         images[number] = images[number][: len(images[number]) * 2 // 3]  # decoders miss the end
+    for number in range(0, 40, 2):
+        middle = len(images[number]) // 2 + number
+        images[number] = images[number][:middle] + b"\xff\xc4\1\0" + images[number][middle:]  # and look for it far off
     pack(tmp_path / "set", images, identities=40)
 
     def epoch() -> list[tuple[bytes, bytes]]:
