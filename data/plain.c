@@ -1,9 +1,9 @@
 /* Plain records: most records of most data sets, found many at once.
  *
- * A record is plain when it lies in one piece that ends where the index says that the next one starts, has one label, and
- * holds an image whose header DALI can be given (headers.py says why that is asked). Whatever is odd is left to Python,
- * which finds out what is wrong with it. Plain C without a header of Python: plain.py calls it with addresses. Everything
- * is read byte by byte or copied, and no byte is read that was not checked to lie in the file.
+ * A record is plain when it lies in one piece that ends where the index says that the next one starts, has one label,
+ * and holds an image whose header DALI can be given (headers.py says why that is asked). Whatever is odd is left to
+ * Python, which finds out what is wrong with it. Plain C without a header of Python: plain.py calls it with addresses.
+ * Everything is read byte by byte or copied, and no byte is read that was not checked to lie in the file.
  */
 
 #include <stdint.h>
@@ -33,7 +33,7 @@ struct shard {
     int64_t key_start, key_step;
 };
 
-/* Raised with every change of the struct or the arguments: plain.py takes no file that was compiled from an older text. */
+/* Raised with every change of structs or arguments: plain.py takes no file that was compiled from an older text. */
 int pfc_plain_version(void)
 {
     return 1;
@@ -62,8 +62,9 @@ static int scans(const uint8_t *data, int64_t at, int64_t length)
     while (at + 4 <= length) {
         uint8_t marker = data[at + 1];
         int64_t segment = big(data + at + 2, 2);
-        int is_scan = marker == 0xDA, is_application = (marker & 0xF0) == 0xE0;
-        if (data[at] != 0xFF || !(is_scan || is_application || marker == 0xC4 || marker == 0xDB || marker == 0xDD || marker == 0xFE))
+        int is_scan = marker == 0xDA, is_table = marker == 0xC4 || marker == 0xDB || marker == 0xDD;
+        int is_text = (marker & 0xF0) == 0xE0 || marker == 0xFE;
+        if (data[at] != 0xFF || !(is_scan || is_table || is_text))
             return OPEN;
         if (segment < 3 || at + 2 + segment > length || (is_scan && segment != 6 + 2 * data[at + 4]))
             return OPEN;
@@ -102,8 +103,8 @@ static int jpeg(const uint8_t *data, int64_t length)
         if (marker < 0xD0 && marker != 0xC4 && marker != 0xC8 && marker != 0xCC) {
             if (segment < 8)
                 return NO_IMAGE;
-            uint8_t components = data[at + 9];
-            if (!big(data + at + 5, 2) || !big(data + at + 7, 2) || (components != 1 && components != 3 && components != 4))
+            uint32_t height = big(data + at + 5, 2), width = big(data + at + 7, 2), components = data[at + 9];
+            if (!height || !width || (components != 1 && components != 3 && components != 4))
                 return NO_IMAGE;
             has_frame = 1;
         }
@@ -205,9 +206,10 @@ void pfc_plain_find(const struct shard *shards, int64_t count, const int64_t *sa
     for (int64_t i = 0; i < n; i++) {
         const struct shard *shard = shards + shard_of(shards, count, samples[i]);
         int64_t record = shard->first + samples[i] - shard->start;
+        int64_t offset = record >= 0 && record < shard->records ? shard->offsets[record] : -1;
         places[i].shard = shard - shards;
-        if (record >= 0 && record < shard->records && shard->offsets[record] >= 0 && shard->offsets[record] < shard->size)
-            __builtin_prefetch(shard->bytes + shard->offsets[record]);
+        if (offset >= 0 && offset < shard->size)
+            __builtin_prefetch(shard->bytes + offset); /* so that the waits for the memory overlap */
     }
     for (int64_t i = 0; i < n; i++)
         places[i].label = label_of(shards + places[i].shard, samples[i], places + i);
