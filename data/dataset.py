@@ -166,7 +166,12 @@ class RecordDataset:
     def identity_names(self) -> list[str] | None:
         """The name of each label's identity, as ``pfc pack`` saved them; None where it did not."""
         path = (self.path if self.path.is_dir() else self.path.parent) / LABEL_NAMES_NAME
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"{path} is damaged: {error}; bring the one that was written with the shards") from None
 
     def decode_label(self, record: ImageRecord, shard: Shard, position: int) -> int:
         """The label in an image's record; DamagedRecord where it is none of 0 … num_classes − 1."""
@@ -200,6 +205,8 @@ def _read_property(folder: Path) -> tuple[int | None, tuple[int, int] | None]:
         return None, None
     try:
         classes, height, width = map(int, path.read_text(encoding="utf-8").strip().split(","))
+        if min(classes, height, width) < 0:
+            raise ValueError
     except ValueError:
         raise UsageError(f"{path} should be one line 'num_classes,height,width': mend or remove it") from None
     return classes, (height, width)

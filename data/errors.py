@@ -27,3 +27,14 @@ class DamagedRecord(UsageError):
     def __str__(self) -> str:
         record = "record" if self.key is None else f"key {self.key}"
         return f"{self.shard}: {record} at byte {self.offset}: {self.reason}"
+
+
+class UndecodableImage(UsageError, RuntimeError):
+    """An encoded image that DALI cannot decode. Attributes: ``place`` among the images given; ``problem``."""
+
+    def __init__(self, place: int, problem: str) -> None:
+        super().__init__(place, problem)  # as arguments, so that it can be sent between processes
+        self.place, self.problem = place, problem
+
+    def __str__(self) -> str:
+        return f"image {self.place} cannot be decoded: {self.problem}"

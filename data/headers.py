@@ -10,6 +10,7 @@ import io
 import struct
 
 import numpy as np
+from PIL import Image
 
 _SEGMENT = struct.Struct(">BBH")  # 0xFF, marker, length with its own two bytes
 _FRAME = struct.Struct(">HHB")  # height, width, components
@@ -33,6 +34,28 @@ def header_problem(image: np.ndarray) -> str | None:
     if data[:8] == _PNG:
         return _png_problem(data)
     return pillow_problem(image)
+
+
+def header_size(image: np.ndarray) -> tuple[int, int] | None:
+    """(height, width) by the header of an encoded image that has no ``header_problem``; None where a decoder may turn
+    the picture, by its EXIF data, and that would make another size of it."""
+    data = image.data
+    if data[:8] == _PNG:
+        width, height = struct.unpack_from(">II", data, 16)
+        return height, width
+    if data[:3] != _JPEG:
+        with Image.open(io.BytesIO(bytes(image))) as picture:
+            return None if picture.getexif() and picture.height != picture.width else (picture.height, picture.width)
+    at, size, has_exif = 2, (0, 0), False
+    while (marker := data[at + 1]) != _SCAN:
+        if marker == 0xFF:
+            at += 1
+            continue
+        if marker in _FRAMES:
+            size = struct.unpack_from(">HH", data, at + 5)
+        has_exif |= marker == 0xE1
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None if has_exif and size[0] != size[1] else size
 
 
 def _jpeg_problem(data: memoryview) -> str | None:
@@ -64,7 +87,7 @@ def _png_problem(data: memoryview) -> str | None:
     while at <= last:
         length, kind = _CHUNK.unpack_from(data, at)
         if kind == b"IEND":
-            return None
+            return None if at + 12 <= len(data) else "the PNG is cut off"
         if at == len(_PNG):
             if kind != b"IHDR" or length != 13 or len(data) < at + 21:
                 return "the PNG does not begin with its header"
@@ -77,8 +100,6 @@ def _png_problem(data: memoryview) -> str | None:
 
 def pillow_problem(image: bytes | np.ndarray) -> str | None:
     """What Pillow says about an encoded image, None where it can decode it."""
-    from PIL import Image
-
     from .images import why_unreadable
 
     try:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from .dataset import RecordDataset
 from .errors import DamagedRecord
+from .headers import header_problem
 from .images import why_unreadable
 from .repair import write_repaired
 from .shards import check_output
@@ -251,6 +252,8 @@ def _wrong_files(dataset: RecordDataset, covered: Counter[str] | None) -> Iterat
 def _check_image(dataset: RecordDataset, index: int, image: np.ndarray, decode: bool) -> str:
     """The image's size, "heightxwidth"; DamagedRecord where it cannot be decoded or is of another size."""
     shard, position = dataset.locate(index)
+    if (problem := header_problem(image)) is not None:  # DALI refuses more than Pillow
+        raise shard.error(position, f"its image cannot be decoded: {problem}")
     try:
         with Image.open(io.BytesIO(image.tobytes())) as picture:
             width, height = picture.size

@@ -20,7 +20,7 @@ from torch import Tensor
 from .augment import Augment, draw_flips
 from .dali import PREFETCH, as_batch, as_numbers, build_pipeline, run_pipeline, undecodable
 from .damage import DamageLimit
-from .errors import DamagedRecord, UsageError
+from .errors import DamagedRecord, UndecodableImage, UsageError
 from .headers import header_problem, pillow_problem
 from .order import Order, SampleOrder
 from .readahead import ReadAhead
@@ -128,7 +128,14 @@ class TrainLoader:
             "drawn": self._augment.drawn,
         }
         self._reader = SliceReader(
-            dataset, self._order, batch_size=batch_size, rank=rank, world_size=world_size, drop=drop, position=position
+            dataset,
+            self._order,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            drop=drop,
+            position=position,
+            image_size=None if self._options["resize"] else image_size,
         )
         self.position = self._reader.position
         self._limit = DamageLimit(max_damaged, dataset.name)
@@ -155,6 +162,9 @@ class TrainLoader:
             try:
                 images = run_pipeline(self._pipeline, self._device)
                 break
+            except _OtherSizeError:
+                self._options["resize"] = True
+                self._begin_again()
             except RuntimeError as error:
                 self._leave_out_undecodable(error)
             except UsageError:
@@ -206,6 +216,8 @@ class TrainLoader:
             self._reading = self._thread.submit(self._read_slices)
         slice, given = self._ready.popleft()
         self._pending.append(slice)
+        if not (slice.fits or self._options["resize"]):
+            raise _OtherSizeError
         self._held.append(given)
         return given
 
@@ -226,21 +238,29 @@ class TrainLoader:
     def _leave_out_undecodable(self, error: RuntimeError) -> None:
         """DALI does not say which image broke a batch: find it among those under way, and begin again without it."""
         wait([self._reading])
-        first = self._pending[0].start if self._pending else None
         for slice in self._pending:
             bad = undecodable(slice.images, self._device)
             for place in bad:
                 self._reader.mark(int(slice.samples[place]), pillow_problem(slice.images[place]) or _REFUSED)
-            if bad and first is not None:
-                self._pipeline = None  # before what it may still be reading goes
-                self._pending.clear()
-                self._ready.clear()
-                self._reader.rewind(first)
-                self._reading = self._thread.submit(self._read_slices)
-                self._pipeline = build_pipeline(self._next_slice, **self._options)
+            if bad:
+                self._begin_again()
                 return
         self.close()
         raise RuntimeError(f"data set {self._dataset.name!r}: DALI could not make a batch: {error}") from error
+
+    def _begin_again(self) -> None:
+        """A new pipeline, from the first batch on that has not come back from the old one."""
+        wait([self._reading])
+        self._pipeline = None  # before what it may still be reading goes
+        self._reader.rewind(self._pending[0].start)
+        self._pending.clear()
+        self._ready.clear()
+        self._reading = self._thread.submit(self._read_slices)
+        self._pipeline = build_pipeline(self._next_slice, **self._options)
+
+
+class _OtherSizeError(Exception):
+    """An image is not of the data set's size, and the pipeline was made for that size alone."""
 
 
 def decode_images(
@@ -265,7 +285,7 @@ def decode_images(
 
     Raises:
         UsageError: DALI is not installed.
-        RuntimeError: an image cannot be decoded; names its place in ``images``.
+        UndecodableImage: the first image that cannot be decoded, by its place in ``images``.
     """
     device = device or torch.device("cpu")
     starts = range(0, len(images), batch_size)
@@ -290,5 +310,5 @@ def decode_images(
             encoded = [np.frombuffer(image, dtype=np.uint8) for image in under_way]
             for place in undecodable(encoded, device):
                 problem = header_problem(encoded[place]) or pillow_problem(encoded[place]) or _REFUSED
-                raise RuntimeError(f"image {start + place} cannot be decoded: {problem}") from error
+                raise UndecodableImage(start + place, problem) from error
             raise

@@ -83,10 +83,19 @@ static int scans(const uint8_t *data, int64_t at, int64_t length)
     return OPEN;
 }
 
+/* Of one sample; plain.py has the same fields. */
+struct place {
+    int64_t shard;
+    int64_t label; /* -1 where it is not plain: the rest is then not set */
+    int64_t begin, end; /* of the image, in bytes of the shard's file */
+    int64_t height, width; /* by its header; 0 where a decoder may turn it */
+    int64_t closed;
+};
+
 /* As headers.py: segment by segment up to the pixels. */
-static int jpeg(const uint8_t *data, int64_t length)
+static int jpeg(const uint8_t *data, int64_t length, struct place *place)
 {
-    int has_frame = 0;
+    int has_frame = 0, has_exif = 0;
     for (int64_t at = 2; at + 4 <= length;) {
         uint8_t marker = data[at + 1];
         if (data[at] != 0xFF || marker < 0xC0 || (marker >= 0xD0 && marker <= 0xD9))
@@ -98,14 +107,19 @@ static int jpeg(const uint8_t *data, int64_t length)
         int64_t segment = big(data + at + 2, 2);
         if (segment < 2 || at + 2 + segment > length)
             return NO_IMAGE;
-        if (marker == 0xDA)
+        if (marker == 0xDA) {
+            if (has_exif && place->height != place->width)
+                place->height = place->width = 0;
             return has_frame ? scans(data, at, length) : NO_IMAGE;
+        }
+        has_exif |= marker == 0xE1;
         if (marker < 0xD0 && marker != 0xC4 && marker != 0xC8 && marker != 0xCC) {
             if (segment < 8)
                 return NO_IMAGE;
             uint32_t height = big(data + at + 5, 2), width = big(data + at + 7, 2), components = data[at + 9];
             if (!height || !width || (components != 1 && components != 3 && components != 4))
                 return NO_IMAGE;
+            place->height = height, place->width = width;
             has_frame = 1;
         }
         at += 2 + segment;
@@ -114,18 +128,19 @@ static int jpeg(const uint8_t *data, int64_t length)
 }
 
 /* As headers.py: chunk by chunk to the end. */
-static int png(const uint8_t *data, int64_t length)
+static int png(const uint8_t *data, int64_t length, struct place *place)
 {
     for (int64_t at = 8; at + 8 <= length;) {
         const uint8_t *kind = data + at + 4;
         uint32_t bytes = big(data + at, 4);
         if (!memcmp(kind, "IEND", 4))
-            return length >= at + 12 ? CLOSED : OPEN;
+            return length >= at + 12 ? CLOSED : NO_IMAGE;
         if (at == 8) {
             if (memcmp(kind, "IHDR", 4) || bytes != 13 || length < at + 21)
                 return NO_IMAGE;
             uint8_t depth = data[at + 16], colour = data[at + 17];
-            if (!big(data + at + 8, 4) || !big(data + at + 12, 4))
+            place->width = big(data + at + 8, 4), place->height = big(data + at + 12, 4);
+            if (!place->width || !place->height)
                 return NO_IMAGE;
             if (depth != 1 && depth != 2 && depth != 4 && depth != 8 && depth != 16)
                 return NO_IMAGE;
@@ -137,11 +152,20 @@ static int png(const uint8_t *data, int64_t length)
     return NO_IMAGE;
 }
 
-static int image(const uint8_t *data, int64_t length)
+static int image(const uint8_t *data, int64_t length, struct place *place)
 {
     if (length >= 3 && !memcmp(data, "\xff\xd8\xff", 3))
-        return jpeg(data, length);
-    return length >= 8 && !memcmp(data, "\x89PNG\r\n\x1a\n", 8) ? png(data, length) : NO_IMAGE;
+        return jpeg(data, length, place);
+    return length >= 8 && !memcmp(data, "\x89PNG\r\n\x1a\n", 8) ? png(data, length, place) : NO_IMAGE;
+}
+
+/* Whether another record starts inside: where the payload had the magic, writers cut the record into parts. */
+static int holds_magic(const uint8_t *payload, int64_t length)
+{
+    uint32_t found = 0;
+    for (int64_t at = 0; at + 4 <= length; at += 4) /* to the end, in vectors */
+        found |= little(payload + at) == MAGIC;
+    return found != 0;
 }
 
 /* The shard of a sample: the last one that starts at or before it. */
@@ -163,14 +187,6 @@ static int64_t key_of(const struct shard *shard, int64_t record)
     return shard->keys ? (int64_t)shard->keys[record] : shard->key_start + record * shard->key_step;
 }
 
-/* Of one sample; plain.py has the same fields. */
-struct place {
-    int64_t shard;
-    int64_t label; /* -1 where it is not plain: the rest is then not set */
-    int64_t begin, end; /* of the image, in bytes of the shard's file */
-    int64_t closed;
-};
-
 static int64_t label_of(const struct shard *shard, int64_t sample, struct place *place)
 {
     int64_t number = sample - shard->start, record = shard->first + number;
@@ -178,7 +194,7 @@ static int64_t label_of(const struct shard *shard, int64_t sample, struct place 
         return -1;
     int64_t offset = shard->offsets[record];
     int64_t limit = record + 1 < shard->records ? shard->offsets[record + 1] : shard->size;
-    if (offset < 0 || limit > shard->size || offset >= limit - (FRAME + HEAD))
+    if (offset < 0 || offset >= limit || limit > shard->size || limit - offset <= FRAME + HEAD)
         return -1;
     const uint8_t *at = shard->bytes + offset;
     int64_t length = little(at + 4); /* its upper three bits are 0 in a record of one piece */
@@ -191,8 +207,8 @@ static int64_t label_of(const struct shard *shard, int64_t sample, struct place 
     uint64_t id = little(at + 16) | (uint64_t)little(at + 20) << 32;
     if (shard->checks_keys && id != (uint64_t)key_of(shard, record))
         return -1;
-    int kind = image(at + FRAME + HEAD, length - HEAD);
-    if (kind == NO_IMAGE)
+    int kind = image(at + FRAME + HEAD, length - HEAD, place);
+    if (kind == NO_IMAGE || holds_magic(at + FRAME, length))
         return -1;
     place->begin = offset + FRAME + HEAD;
     place->end = offset + FRAME + length;

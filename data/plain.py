@@ -44,7 +44,8 @@ class _Shard(ctypes.Structure):
     )
 
 
-_PLACE = np.dtype([(name, np.int64) for name in ("shard", "label", "begin", "end", "closed")])  # as in plain.c
+_FIELDS = ("shard", "label", "begin", "end", "height", "width", "closed")  # of a place, as in plain.c
+_PLACE = np.dtype([(name, np.int64) for name in _FIELDS])
 
 
 @cache
@@ -115,8 +116,12 @@ class PlainImages(Sequence[NDArray[np.uint8]]):
     def __getitem__(self, place: int | slice) -> NDArray[np.uint8] | list[NDArray[np.uint8]]:
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
-        shard, _, begin, end, _ = self._places[place].item()
+        shard, _, begin, end, *_ = self._places[place].item()
         return self._records.files[shard][begin:end]
+
+    def have_size(self, size: tuple[int, int]) -> bool:
+        """Whether every image is of this (height, width), as ``headers.header_size`` says."""
+        return bool(((self._places["height"] == size[0]) & (self._places["width"] == size[1])).all())
 
     def rows(self) -> NDArray[np.uint8] | None:
         """The images in the rows of a matrix [b, bytes of the longest], filled up with zeros, for a decoder to read.

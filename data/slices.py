@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .damage import too_many
 from .dataset import RecordDataset
 from .errors import DamagedRecord
-from .headers import header_problem
+from .headers import header_problem, header_size
 from .mixture import JointDataset
 from .order import Integers, Order
 from .plain import PlainRecords
@@ -33,6 +33,7 @@ class Slice:
         samples, visits, labels: int64 [b]; (sample, visit) names the picture, see ``Order.visits``.
         images: the encoded images.
         damaged: the samples that were replaced, with what is wrong with them.
+        fits: whether all images have the size that the reader was told; true where it was told none.
     """
 
     start: int
@@ -42,6 +43,7 @@ class Slice:
     labels: Integers
     images: Sequence[NDArray[np.uint8]]
     damaged: list[tuple[int, DamagedRecord]]
+    fits: bool
 
 
 class SliceReader:
@@ -61,7 +63,9 @@ class SliceReader:
         world_size: int,
         drop: bool,
         position: int,
+        image_size: tuple[int, int] | None,
     ) -> None:
+        self._image_size = image_size
         self._dataset, self._order, self._drop = dataset, order, drop
         self._batch_size, self._rank = batch_size, rank
         self._global_batch = batch_size * world_size
@@ -101,7 +105,13 @@ class SliceReader:
                 found = self._dataset.read(int(samples[place]))
             labels[place], others[place] = found
         images = [others[i] if i in others else plain[i] for i in range(len(plain))] if others else plain
-        return Slice(start, self.position, samples, visits, labels, images, damaged)
+        if self._image_size is None:
+            fits = True
+        elif images is plain:
+            fits = plain.have_size(self._image_size)
+        else:
+            fits = all(header_size(image) == self._image_size for image in images)
+        return Slice(start, self.position, samples, visits, labels, images, damaged, fits)
 
     def _plan(self) -> None:
         """Looks up the samples of some batches at once."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data.errors import UsageError
+from ..data.errors import UndecodableImage, UsageError
 from ..data.pipeline import decode_images
 from .verification import VerificationMetrics, verification_metrics
 
@@ -92,16 +92,19 @@ def evaluate_pairs(
         UsageError: the pairs are too few or of one kind only.
         RuntimeError: an image cannot be decoded, or an embedding is not finite; raised on every rank.
     """
-    views = _embed_views(
-        model,
-        pairs.images,
-        flip=True,
-        image_size=image_size,
-        device=device,
-        batch_size=batch_size,
-        threads=threads,
-        moved=moved,
-    )
+    try:
+        views = _embed_views(
+            model,
+            pairs.images,
+            flip=True,
+            image_size=image_size,
+            device=device,
+            batch_size=batch_size,
+            threads=threads,
+            moved=moved,
+        )
+    except UndecodableImage as error:
+        raise UsageError(f"pairs {pairs.name!r}: {error}; make the file again without that pair") from None
     broken = (~torch.isfinite(views).all(dim=2).all(dim=0)).nonzero().flatten().tolist()
     if broken:
         raise RuntimeError(
@@ -166,7 +169,7 @@ def _embed_views(
         return torch.stack([model(view).float() for view in views])
 
     mine: Tensor | None = None
-    problem: str | None = None
+    problem: Exception | None = None
     with _eval_mode(model), _buffers_of_rank_zero(model, world_size), torch.inference_mode():
         try:
             if stop > start:
@@ -174,25 +177,29 @@ def _embed_views(
                     images[start:stop], image_size=image_size, batch_size=batch_size, device=device, threads=threads
                 )
                 mine = torch.cat([forward(batch) for batch in decoded], dim=1)
+        except UndecodableImage as error:
+            problem = UndecodableImage(start + error.place, error.problem)
         except Exception as error:
             if world_size == 1:
                 raise
             # Told to the others below: an exception here alone would leave them waiting.
-            problem = f"rank {rank} (images counted from {start}): {error}"
+            problem = RuntimeError(f"rank {rank} (images counted from {start}): {error}")
     if world_size == 1:
+        if problem is not None:
+            raise problem
         if mine is None:
             raise UsageError("there is no image to embed")
         return mine.cpu()
     return _gather(mine, problem, [b - a for a, b in itertools.pairwise(bounds)], device)
 
 
-def _gather(mine: Tensor | None, problem: str | None, counts: list[int], device: torch.device) -> Tensor:
+def _gather(mine: Tensor | None, problem: Exception | None, counts: list[int], device: torch.device) -> Tensor:
     """Every rank's [V, counts[r], D] → [V, N, D] on the CPU; or, on every rank, the first rank's problem."""
-    states: list[tuple[str | None, tuple[int, ...] | None]] = [(None, None)] * len(counts)
+    states: list[tuple[Exception | None, tuple[int, ...] | None]] = [(None, None)] * len(counts)
     dist.all_gather_object(states, (problem, None if mine is None else tuple(mine.shape)))
     for told, _ in states:
         if told is not None:
-            raise RuntimeError(told)
+            raise told
     shapes = [shape for _, shape in states if shape is not None]
     if not shapes:
         raise UsageError("there is no image to embed")

@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return app(arguments, prog_name="pfc", standalone_mode=False) or 0
     except UsageError as error:
         print(f"pfc: {error}", file=sys.stderr)
+    except PermissionError as error:
+        print(f"pfc: {error.filename}: {error.strerror}: check who may read and write it", file=sys.stderr)
     except typer.TyperException as error:  # an unknown option, a missing argument, a value of the wrong type
         command = context.command_path if (context := getattr(error, "ctx", None)) else "pfc"
         print(f"pfc: {error.format_message()}\nTry '{command} --help'.", file=sys.stderr)

@@ -69,6 +69,8 @@ def _train(arguments: argparse.Namespace) -> int:
     except UsageError as error:
         # Of that very type, also where it was a special kind: the starting process knows it by its name.
         raise UsageError(str(error)) from None
+    except PermissionError as error:
+        raise UsageError(f"{error.filename}: {error.strerror}: check who may read and write it") from None
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -19,7 +19,7 @@ from ..labels import LabelEncoding, decode_label, encode_label, encoding_for
 from ..manifest import printable
 from ..recordio import RecordFile, unpack_image
 from ..storing import Storing
-from .base import LazyTexts, Source
+from .base import LazyTexts, Numbers, Source
 from .codes import NameCodes, codes_of, names_of
 
 Joining = Literal["apart", "shared"]
@@ -54,6 +54,7 @@ class RecordSource(Source):
             (self.numbers, self.codes), self.names = each[0], names[0]
             self.told = self.sets[0].told_classes
         elif joining == "shared":
+            _refuse_names_among_numbers(self.sets, names)
             joint = NameCodes()
             given = [np.array([joint.code(name) for name in set_names], dtype=np.int32) for set_names in names]
             self.names, self.numbers, _, rank = joint.finish()
@@ -159,6 +160,20 @@ def relabelled(head: bytes, old: LabelEncoding, label: int, new: LabelEncoding) 
 def _open(run: str, rec: Path) -> RecordFile:
     """Once in each process; ``run``, new each time, keeps a later call from seeing old files."""
     return RecordFile(rec)
+
+
+def _refuse_names_among_numbers(sets: Sequence[RecordDataset], names: Sequence[Sequence[str]]) -> None:
+    """UsageError where one set has names and another numbers, most likely because its names were lost."""
+    numbered = [isinstance(own, Numbers) for own in names]
+    if all(numbered) or not any(numbered):
+        return
+    with_names, without = numbered.index(False), numbered.index(True)
+    if set(names[with_names]).isdisjoint(names[without]):
+        lost = sets[without].path
+        raise UsageError(
+            f"{sets[with_names].path} has names of its identities and {lost} numbers alone, so none would be shared: "
+            f"bring the labels.json of {lost}, or leave out --labels shared"
+        )
 
 
 def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:

@@ -131,6 +131,18 @@ def test_each_kind_of_damage_is_named(tmp_path: Path) -> None:
     assert sorted(whats(inspect_dataset(folder, decode=False))) == [1, 2, 3, 4, 6]
 
 
+def test_what_dali_refuses_is_damage_though_pillow_decodes_it(tmp_path: Path) -> None:
+    gif, png = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (8, 8)).save(gif, "GIF")
+    Image.new("RGB", (8, 8)).save(png, "PNG")
+    records = [jpeg(), gif.getvalue(), png.getvalue()[:-4], png.getvalue()]
+    folder = write(tmp_path / "f", [pack_image(0.0, image) for image in records])
+    found = whats(inspect_dataset(folder))
+    assert sorted(found) == [1, 2]
+    assert "DALI does not decode GIF" in found[1]
+    assert "the PNG is cut off" in found[2]
+
+
 def test_image_of_another_size_than_promised(packed: Path) -> None:
     manifest = packed / "dataset.json"
     text = json.loads(manifest.read_text()) | {"image_size": [16, 17]}

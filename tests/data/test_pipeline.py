@@ -2,12 +2,14 @@
 
 import io
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from pfc.data import plain as plain_module
 from pfc.data.dataset import RecordDataset
 from pfc.data.errors import UsageError
 from pfc.data.order import SampleOrder
@@ -96,6 +98,31 @@ def test_other_sizes_are_scaled_to_cover_and_cropped_at_the_centre(dataset: Reco
     assert images[..., 1:-1].min() > 0.99  # away from the interpolated border
     batch = next(TrainLoader(dataset, batch_size=2, image_size=(12, 10)))
     assert batch.images.shape == (2, 3, 12, 10)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "BMP"])
+@pytest.mark.parametrize("odd", [(5, 5), (90, 70), SIZE[::-1]], ids=["smaller", "larger", "turned"])
+def test_images_of_another_size_than_the_sets_are_scaled_too(
+    odd: tuple[int, int], form: str, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(plain_module, "compiled", lambda: None)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    images = [encode(picture(i), form) for i in range(40)]
+    for number in (11, 30):
+        file = io.BytesIO()
+        options = {"exif": exif} if odd == SIZE[::-1] and form != "BMP" else {}
+        Image.fromarray(picture(number, odd)).save(file, form, **options)
+        images[number] = file.getvalue()
+    dataset = pack(tmp_path / "set", images)
+    assert dataset.image_size == SIZE
+    found, labels = collect(dataset, steps=16, batch_size=5, seed=1)
+    dataset.image_size = None  # so that every image is fitted from the start
+    expected, _ = collect(dataset, steps=16, batch_size=5, seed=1)
+    assert torch.equal(found, expected)
+    assert len(labels) == 80
 
 
 def test_evaluation_keeps_the_order_and_the_short_rest() -> None:

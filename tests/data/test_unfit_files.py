@@ -136,3 +136,17 @@ def test_invalid_manifest(old: str, new: str, message: str, tmp_path: Path) -> N
     line = refused(faces)
     assert message in line
     assert str(faces / "dataset.json") in line
+
+
+@pytest.mark.parametrize("text", ["-3,40,40", "3,-40,40", "3,40", "3,40,forty"])
+def test_what_is_no_property(text: str, tmp_path: Path) -> None:
+    write_im2rec(tmp_path / "a.rec", [0.0] * 4)
+    (tmp_path / "property").write_text(text)
+    assert "should be one line 'num_classes,height,width'" in refused(tmp_path)
+
+
+def test_damaged_names(tmp_path: Path) -> None:
+    faces = write_packed(tmp_path / "faces", [0, 1, 2])
+    (faces / "labels.json").write_text('["a"')
+    with pytest.raises(UsageError, match=r"labels\.json is damaged: .*; bring the one that was written with"):
+        RecordDataset.open(faces).identity_names()

@@ -30,6 +30,16 @@ def assert_wrong_use(capsys: pytest.CaptureFixture[str], arguments: list[str], *
     assert captured.out == ""
 
 
+def test_a_file_that_may_not_be_read_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path, *_: object, **__: object) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)  # root, who runs tests in containers, may read everything
+    assert_wrong_use(capsys, ["inspect", str(tmp_path / "set")], f"{tmp_path}/set: Permission denied")
+
+
 def test_version_is_the_installed_one(capsys: pytest.CaptureFixture[str]):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == "pfc 0.1.0\n"

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from pfc.data import RecordDataset, ShardedWriter, inspect_dataset, pack_recordio
+from pfc.data.errors import UsageError
 from pfc.data.recordio import MAGIC_BYTES, RecordWriter, pack_image
 from tests.data.packed import contents, files_of, jpeg, refusal
 
@@ -157,6 +158,15 @@ def test_sets_are_merged_by_name_and_by_number(tmp_path: Path) -> None:
     )
     ds = RecordDataset.open(tmp_path / "numbered")
     assert (ds.num_classes, sorted(ds.labels().tolist())) == (101, [2, 2, 11, 100])
+
+
+def test_names_and_numbers_share_nothing(tmp_path: Path) -> None:
+    a = write_set(tmp_path / "a", [0, 1, 1], names=["anna", "bob"])
+    b = write_set(tmp_path / "b", [0, 1], names=["bob", "carl"], first=10)
+    (b / "labels.json").unlink()
+    with pytest.raises(UsageError, match=r"/a has names .*/b numbers alone.*bring the labels\.json of .*/b, or leave"):
+        pack_recordio([a, b], tmp_path / "out", joining="shared", workers=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_damaged_records_are_left_out_and_named(tmp_path: Path) -> None:
