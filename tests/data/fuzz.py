@@ -23,10 +23,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from pfc.data.dataset import RecordDataset
 from pfc.data.errors import DamagedRecord, UsageError
+from pfc.data.plain import PlainRecords
 from pfc.data.rebuild import rebuild_index
 from pfc.data.recordio import MAGIC_BYTES, RecordWriter, pack_image
 
@@ -189,11 +191,16 @@ def _check(original: Original, folder: Path, unchanged: set[int], *, strict: boo
                 assert key == own or not original.ids, f"key {key} reads the image of {own}"
     assert unchanged <= seen or len(dataset) < len(original.truth), f"records {unchanged - seen} were not read"
     labels = dataset.labels(damaged=-1)
+    plain = PlainRecords(dataset).find(np.arange(len(dataset)))
     for i in range(len(dataset)):
         try:
-            assert labels[i] == dataset.label(i)
-        except DamagedRecord:
+            label, image = dataset.read(i)
+        except DamagedRecord as error:
+            assert plain.labels[i] < 0, f"the compiled pass takes what is damaged: {error}"
             continue
+        assert labels[i] == label
+        if plain.labels[i] >= 0:
+            assert (plain.labels[i], plain[i].tobytes()) == (label, image.tobytes())
     return outcome
 
 
