@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .dataset import RecordDataset
+    from .decoding import decode_images
     from .errors import DamagedRecord, UsageError
     from .glyphs import pack_glyphs
     from .inspect import InspectReport, inspect_dataset
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from .order import SampleOrder
     from .packing import pack_folder, pack_list, pack_recordio, pack_table
     from .pairs import Pairs, make_pairs, pairs_from_list, read_pairs, write_pairs
-    from .pipeline import Batch, TrainLoader, decode_images
+    from .pipeline import Batch, TrainLoader
     from .rebuild import rebuild_index
     from .shards import ShardedWriter
     from .summary import PackSummary
@@ -44,7 +45,7 @@ _HOME = {
     "write_pairs": "pairs",
     "Batch": "pipeline",
     "TrainLoader": "pipeline",
-    "decode_images": "pipeline",
+    "decode_images": "decoding",
     "rebuild_index": "rebuild",
     "ShardedWriter": "shards",
     "pack_synthetic": "synthetic",

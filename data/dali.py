@@ -20,6 +20,9 @@ _IMPORTING = threading.Lock()
 PREFETCH = 2
 """Batches that DALI prepares ahead of the one that is asked for."""
 
+REFUSED = "DALI refuses it"
+"""What is wrong with an image that Pillow decodes and DALI does not."""
+
 Source = Iterable[list[Any]] | Callable[[], list[Any]]
 """For each batch: the encoded images, uint8 [bytes] each; the flips, int32 [b]; then what was drawn, [b, ...] each."""
 

@@ -8,7 +8,6 @@ or on restarts.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,10 +17,10 @@ import torch
 from torch import Tensor
 
 from .augment import Augment, draw_flips
-from .dali import PREFETCH, as_batch, as_numbers, build_pipeline, run_pipeline, undecodable
+from .dali import PREFETCH, REFUSED, as_batch, as_numbers, build_pipeline, run_pipeline, undecodable
 from .damage import DamageLimit
-from .errors import DamagedRecord, UndecodableImage, UsageError
-from .headers import header_problem, pillow_problem
+from .errors import DamagedRecord, UsageError
+from .headers import pillow_problem
 from .order import Order, SampleOrder
 from .readahead import ReadAhead
 from .slices import Slice, SliceReader
@@ -31,10 +30,7 @@ if TYPE_CHECKING:
 
     from .slices import Dataset
 
-Encoded = bytes | np.ndarray
-
 _READ = 512  # samples that are read at once
-_REFUSED = "DALI refuses it"  # what Pillow can decode
 
 
 @dataclass
@@ -241,7 +237,7 @@ class TrainLoader:
         for slice in self._pending:
             bad = undecodable(slice.images, self._device)
             for place in bad:
-                self._reader.mark(int(slice.samples[place]), pillow_problem(slice.images[place]) or _REFUSED)
+                self._reader.mark(int(slice.samples[place]), pillow_problem(slice.images[place]) or REFUSED)
             if bad:
                 self._begin_again()
                 return
@@ -261,54 +257,3 @@ class TrainLoader:
 
 class _OtherSizeError(Exception):
     """An image is not of the data set's size, and the pipeline was made for that size alone."""
-
-
-def decode_images(
-    images: Sequence[Encoded],
-    *,
-    image_size: tuple[int, int],
-    batch_size: int,
-    device: torch.device | None = None,
-    threads: int = 2,
-) -> Iterator[Tensor]:
-    """Decode images for evaluation, in the given order and without augmentation.
-
-    Args:
-        images: encoded images (JPEG, PNG, ...), as bytes or as uint8 arrays.
-        image_size: (height, width); images of another size are scaled to cover it and cropped at the centre.
-        batch_size: the most images a tensor holds; the last one may hold fewer.
-        device: where decoding ends and the tensors lie; the CPU by default.
-        threads: CPU threads that DALI may use.
-
-    Yields:
-        float32 [b, 3, H, W], RGB, in [-1, 1].
-
-    Raises:
-        UsageError: DALI is not installed.
-        UndecodableImage: the first image that cannot be decoded, by its place in ``images``.
-    """
-    device = device or torch.device("cpu")
-    starts = range(0, len(images), batch_size)
-
-    def slices() -> Iterator[list[Any]]:
-        for start in starts:
-            encoded = [np.frombuffer(image, dtype=np.uint8) for image in images[start : start + batch_size]]
-            if any(header_problem(image) for image in encoded):
-                raise RuntimeError("not to be given to DALI")  # what it would do to such an image: see headers
-            held.append(encoded)
-            yield [encoded, np.zeros(len(encoded), dtype=np.int32)]
-
-    held: deque[list[NDArray[np.uint8]]] = deque(maxlen=2 * PREFETCH + 2)  # DALI reads them where they lie
-    pipeline = build_pipeline(
-        slices(), batch_size=batch_size, image_size=image_size, resize=True, device=device, threads=threads
-    )
-    for start in starts:
-        try:
-            yield run_pipeline(pipeline, device)
-        except RuntimeError as error:
-            under_way = images[start : start + (PREFETCH + 1) * batch_size]
-            encoded = [np.frombuffer(image, dtype=np.uint8) for image in under_way]
-            for place in undecodable(encoded, device):
-                problem = header_problem(encoded[place]) or pillow_problem(encoded[place]) or _REFUSED
-                raise UndecodableImage(start + place, problem) from error
-            raise

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..data.decoding import decode_images
 from ..data.errors import UndecodableImage, UsageError
-from ..data.pipeline import decode_images
 from .verification import VerificationMetrics, verification_metrics
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from pfc.data.dataset import RecordDataset
+from pfc.data.decoding import decode_images
 from pfc.data.headers import header_problem, pillow_problem
-from pfc.data.pipeline import TrainLoader, decode_images
+from pfc.data.pipeline import TrainLoader
 from pfc.data.plain import PlainRecords
 from tests.data.pictures import SIZE, pack, picture
 from tests.ranks import run_ranks

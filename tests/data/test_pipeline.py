@@ -11,9 +11,10 @@ from PIL import Image
 
 from pfc.data import plain as plain_module
 from pfc.data.dataset import RecordDataset
+from pfc.data.decoding import decode_images
 from pfc.data.errors import UsageError
 from pfc.data.order import SampleOrder
-from pfc.data.pipeline import TrainLoader, decode_images
+from pfc.data.pipeline import TrainLoader
 from tests.data.pictures import SIZE, as_tensor, collect, encode, pack, picture, stored
 
 IMAGES = 26

@@ -1,3 +1,5 @@
+"""`pfc bench head`: beside a dense head and a peer, in processes of its own."""
+
 import json
 import os
 import signal
@@ -10,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from pfc.launch.bench import ceilings, memory
+from pfc.launch.bench import memory
 from pfc.launch.bench.case import HeadCase, Measurement
 from pfc.launch.bench.ceilings import Ceilings
-from pfc.launch.bench.count import expected_rows, floor, work
 from pfc.launch.bench.dense import MARGIN, SCALE, DenseHead
 from pfc.launch.bench.grid import HeadGrid, HeadResults
-from pfc.launch.bench.phases import KINDS, PARTS, kind_of
+from pfc.launch.bench.phases import KINDS, PARTS
 from pfc.launch.bench.ranks import Rank, RankDied, run
 from pfc.launch.bench.table import report
 from pfc.launch.cli import main
@@ -26,11 +27,14 @@ from tests.ranks import run_ranks
 
 SMALL = ["--classes", "300", "--dim", "16", "--batch", "8", "--steps", "2", "--warmup", "1", "--rounds", "1"]
 
+
 LOSSES = """
 class CombinedMarginLoss:
     def __init__(self, s, m1, m2, m3):
         assert (s, m1, m2, m3) == (64, 1.0, 0.0, 0.35)
 """
+
+
 STAND_IN = """
 import warnings, os
 import torch
@@ -59,70 +63,6 @@ def stand_in(folder: Path, body: str = "") -> str:
     (folder / "losses.py").write_text(LOSSES)
     (folder / "partial_fc_v2.py").write_text(STAND_IN.format(body=body))
     return str(folder)
-
-
-# What a step must do
-
-
-def test_operations_and_bytes_are_those_counted_by_hand() -> None:
-    # C=1000 on 2 ranks at rate 1: K = 500 rows of 16 numbers, B = 8.
-    whole = work(HeadCase("pfc", 1000, dim=16, batch=8))
-    assert whole.rows == 500
-    three, four = whole.ways
-    assert three.operations == 6 * 8 * 500 * 16 == 384_000
-    assert four.operations == 8 * 8 * 500 * 16 == 512_000
-    assert four.bytes == 4 * 5 * 500 * 16 == 160_000  # the rows read twice and written, momentum read and written
-    assert three.bytes == four.bytes + 2 * 4 * 8 * 500  # and the probabilities written and read
-    assert work(HeadCase("pfc", 1000, dim=16, batch=8, precision="bf16")).ways[0].bytes == 160_000 + 2 * 2 * 8 * 500
-    gram = work(HeadCase("pfc", 1000, dim=16, batch=8, objective="p2sgrad")).ways[2]
-    assert (gram.operations, gram.bytes) == (4 * 500 * 256 + 4 * 8 * 256, 160_000)
-
-
-def test_the_batch_brings_its_classes_into_the_sample() -> None:
-    assert expected_rows(1000, 2, 1.0, 8) == 500
-    # Of 2 classes on one rank and 1 label, half are sampled: K = 1 + ½ · 1 (the batch's class, if not sampled already).
-    assert expected_rows(2, 1, 0.5, 1) == pytest.approx(1.5)
-    assert expected_rows(10**6, 2, 0.1, 128) == pytest.approx(50_000 + 0.9 * 64, rel=1e-4)
-
-
-def test_the_floor_takes_the_cheaper_way() -> None:
-    case = HeadCase("pfc", 1000, dim=16, batch=8)
-    fast_memory = Ceilings(2, {"float32": 1e6}, 1e12)
-    assert floor(case.work, fast_memory, "float32") == pytest.approx(0.384 + 192_000e-12)
-    fast_products = Ceilings(2, {"float32": 1e12}, 1e6)
-    assert floor(case.work, fast_products, "float32") == pytest.approx(0.160 + 512_000e-12)
-
-
-def test_ceilings_are_measured_by_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    # In this process, on matrices that take no time.
-    monkeypatch.setattr(ceilings, "_SIDE", {"cpu": 64})
-    monkeypatch.setattr(ceilings, "_NUMBERS", 1 << 12)
-    monkeypatch.setattr(Rank, "wait", lambda _: None)
-    found = ceilings._measure(Rank(0, 1, torch.device("cpu")), ["float32", "bf16"], 0.01)
-    assert found["products"].keys() == {"float32", "bf16"}
-    assert min(*found["products"].values(), found["bandwidth"]) > 1e6
-    low, high = Ceilings(1, {"float32": 1.0}, 4.0), Ceilings(1, {"float32": 2.0}, 3.0)
-    assert low.best(high) == Ceilings(1, {"float32": 2.0}, 4.0)
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("aten::mm", "products"),
-        ("aten::addmm_", "products"),
-        ("sm90_xmma_gemm_bf16bf16_bf16f32", "products"),
-        ("aten::index_select", "rows"),
-        ("pfc_sgd", "rows"),
-        ("pfc_exponentials", "elementwise"),
-        ("aten::exp_", "elementwise"),
-        ("ncclDevKernel_AllGather_RING_LL", "exchange"),
-    ],
-)
-def test_operators_are_put_together_by_kind(name: str, kind: str) -> None:
-    assert kind_of(name) == kind
-
-
-# pfc bench head
 
 
 @pytest.mark.usefixtures("quick")
@@ -264,69 +204,6 @@ def _dense_and_sampled() -> tuple[Any, ...]:
         optimizer.step()
         results.append((loss.item(), embeddings.grad, head.weight.data))
     return tuple(part for pair in zip(*results, strict=True) for part in pair)
-
-
-# pfc bench step
-
-STEP = """
-data: {{train: {train}, batch_size: 4{size}}}
-backbone: {{name: small, embedding_dim: 16, options: {{width: 8}}}}
-head: {{sample_rate: 0.5{classes}}}
-optimizer: {{accumulate: 2}}
-schedule: {{steps: 5}}
-"""
-
-
-def test_step_on_made_up_batches(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    config, file = tmp_path / "run.yaml", tmp_path / "step.json"
-    size, classes = ", image_size: [16, 16]", ", num_classes: 50"
-    config.write_text(STEP.format(train=tmp_path / "nowhere", size=size, classes=classes))
-    options = ["--nproc", "2", "--steps", "2", "--warmup", "1", "--json", str(file), "head.num_classes=70"]
-    assert main(["bench", "step", str(config), *options]) == 0
-    captured = capfd.readouterr()
-    assert captured.err == ""
-    assert "70 classes at rate 0.5, 16 images a step" in captured.out
-    assert all(len(line) <= 120 for line in captured.out.splitlines())
-    found = json.loads(file.read_text())
-    assert [line["head"] for line in found["lines"]] == ["pfc", "dense"]
-    for line in found["lines"]:
-        assert line["images_per_second"] == pytest.approx(16 / line["median_s"])
-        assert sum(line["phases"].values()) == pytest.approx(1)
-        assert min(share for name, share in line["phases"].items() if name != "data") > 0
-        assert line["head_alone_s"] > 0
-        assert line["peak_bytes"] > 0
-
-
-def test_step_with_the_data_set(folder: Path, tmp_path: Path) -> None:
-    config, file = tmp_path / "run.yaml", tmp_path / "step.json"
-    config.write_text(STEP.format(train=folder / "set", size="", classes=""))
-    options = ["--nproc", "1", "--steps", "1", "--warmup", "1", "--no-dense", "--data", "--json", str(file)]
-    assert main(["bench", "step", str(config), *options]) == 0
-    found: dict[str, Any] = json.loads(file.read_text())
-    assert found["config"]["head"]["num_classes"] == 6
-    assert found["lines"][0]["phases"]["data"] > 0
-
-
-@pytest.mark.parametrize(
-    ("size", "options", "message"),
-    [
-        ("", [], "without it, give head.num_classes and data.image_size"),
-        (", image_size: [16, 16]", ["head.sample_rate=2"], "head.sample_rate: found 2"),
-        (", image_size: [16, 16]", ["backbone.options.depth=3"], "depth"),
-    ],
-)
-def test_wrong_use_of_step(
-    size: str, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = tmp_path / "run.yaml"
-    config.write_text(STEP.format(train=tmp_path / "nowhere", size=size, classes=", num_classes: 50"))
-    assert main(["bench", "step", str(config), "--nproc", "1", *options]) == 2
-    told = capsys.readouterr().err
-    assert message in told
-    assert len(told.splitlines()) == 1
-
-
-# The processes
 
 
 def _of_rank(rank: Rank, what: str) -> dict[str, Any]:
