@@ -7,6 +7,7 @@ read by ``RecordDataset.read``, one record after the other.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -50,7 +51,9 @@ _PLACE = np.dtype([(name, np.int64) for name in _FIELDS])
 
 @cache
 def compiled() -> ctypes.CDLL | None:
-    """The compiled passes, or None where this installation has none."""
+    """The compiled passes, or None where this installation has none or PFC_COMPILED is 0."""
+    if os.environ.get("PFC_COMPILED") == "0":
+        return None
     for path in sorted(Path(__file__).parent.glob("_plain.*so")):
         try:
             loaded = ctypes.CDLL(str(path))

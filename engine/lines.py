@@ -8,7 +8,7 @@ from torch import nn
 
 from ..data import JointDataset, RecordDataset
 from ..partial_fc.kernels.keeping import default_keep_bytes, keeps_probabilities, probability_bytes
-from ..partial_fc.kernels.products import operand_dtype
+from ..partial_fc.kernels.products import operand_dtype, rounds_to_bfloat16
 from ..partial_fc.kernels.unshifted import MAX_SCALE
 from ..partial_fc.objectives import LogSumExpObjective
 from .checkpoint import Found
@@ -42,6 +42,7 @@ def opening(
         f"head       {_shown(head.objective)}, {dataset.num_classes:,} × {config.backbone.embedding_dim} centers over "
         f"{world.size} rank(s), {rates}",
         *_probabilities(config, dataset.num_classes, world),
+        *_precision(config, world),
         f"schedule   {total_steps:,} steps of {images_per_step:,} images ({epochs:.1f} epochs) on {world.size} × "
         f"{world.device.type}",
     ]
@@ -93,6 +94,13 @@ def _probabilities(config: Config, num_classes: int, world: World) -> list[str]:
             f"probabilities {'kept' if kept else 'computed again'} ({mib:,.1f} MiB a rank, {allowed >> 20:,} allowed)"
         )
     return told
+
+
+def _precision(config: Config, world: World) -> list[str]:
+    """Where bf16 is asked for and this processor does not multiply the head's operands in it."""
+    if config.precision != "bf16" or rounds_to_bfloat16(world.device):
+        return []
+    return ["precision  bf16 for the backbone; this processor makes the head's products in float32 (see pfc doctor)"]
 
 
 def _shown(objective: Objective) -> str:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import Once
-from .products import operand_dtype, products_in
+from .products import operand_dtype, products_in, summed_at_once
 from .rows import OwnClasses, SampledRows
 
 
@@ -34,9 +34,13 @@ class _CosinesKernel:
         return cosines
 
     def _unit_gradient(self, slopes: Tensor, rows: Tensor) -> Tensor:
-        """∂loss/∂unit [B, D] from ∂loss/∂z [B, K] and the normalised rows [K, D]."""
+        """∂loss/∂unit, float64 [B, D], from ∂loss/∂z [B, K] and the normalised rows [K, D]."""
+        total = slopes.new_zeros(len(slopes), rows.shape[1], dtype=torch.float64)
+        size = summed_at_once(rows.shape[1])
         with products_in(self.compute_dtype, slopes.device):
-            return slopes @ rows
+            for start in range(0, len(rows), size):
+                total += slopes[:, start : start + size] @ rows[start : start + size]
+        return total
 
 
 class _Slopes:

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from . import Once
-from .products import operand_dtype, products_in
+from .products import operand_dtype, products_in, summed_at_once
 from .rows import OwnClasses, SampledRows
-
-_BLOCK = 4096  # rows normalised at a time
 
 
 def pays(batch: int, dim: int, rows: int) -> bool:
@@ -32,17 +30,18 @@ class SumOfSquaresByGram:
         self.saved = Once()
 
     def forward(self, unit: Tensor, rows: SampledRows, own: OwnClasses, *, backward: bool) -> Tensor:
-        gram = unit.new_zeros(unit.shape[1], unit.shape[1])
-        dtype = operand_dtype(self.compute_dtype, unit.device)
+        dim = unit.shape[1]
+        gram = unit.new_zeros(dim, dim, dtype=torch.float64)
+        dtype, size = operand_dtype(self.compute_dtype, unit.device), summed_at_once(dim)
         with products_in(self.compute_dtype, unit.device):
-            for start in range(0, len(rows), _BLOCK):
-                block = rows.normalized(start, min(start + _BLOCK, len(rows))).to(dtype)
-                gram += (block.T @ block).to(unit.dtype)
-        mapped = unit @ gram  # G x̂, [B, D]
+            for start in range(0, len(rows), size):
+                block = rows.normalized(start, min(start + size, len(rows))).to(dtype)
+                gram += block.T @ block
+        mapped = unit.double() @ gram  # G x̂, float64 [B, D]
         here = own.samples  # whose own class must be taken out again
         own_rows = rows.at(own.places) * rows.inverse[own.places]
         target = (unit[here] * own_rows).sum(dim=1, keepdim=True)  # z_y, [here, 1]
-        squares = (unit.double() * mapped.double()).sum(dim=1)
+        squares = (unit.double() * mapped).sum(dim=1)
         squares[here] -= target[:, 0].double().square()
         mapped[here] -= target * own_rows
         self.saved.keep(unit, rows, mapped, own, target)
@@ -56,7 +55,7 @@ class SumOfSquaresByGram:
         weight = (2.0 * slope).to(unit.dtype)[:, None]  # c, [B, 1]
         moment = unit.T @ (weight * unit)  # M, [D, D]
         own_slopes = -(weight[own.samples] * target) * unit[own.samples]
-        return weight * mapped, _Moment(moment, self.compute_dtype, rows.inverse, own, own_slopes)
+        return (weight * mapped).to(unit.dtype), _Moment(moment, self.compute_dtype, rows.inverse, own, own_slopes)
 
 
 class _Moment:

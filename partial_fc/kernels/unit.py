@@ -19,6 +19,11 @@ def normalize(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalize_backward(gradient: Tensor, normalized: Tensor, inverse: Tensor) -> Tensor:
-    """The gradient by the rows themselves, from the one by the normalised rows: (g − (g·n) n)/‖row‖."""
-    along = (gradient * normalized).sum(dim=1, keepdim=True)
-    return (gradient - along * normalized) * inverse
+    """The gradient by the rows themselves, from the one by the normalised rows: (g − (g·n) n)/‖row‖.
+
+    In float64, and with n's own length, 1 to a few roundings only: the part of g along n, which is to vanish, may be a
+    hundred times longer than what stays (P2SGrad's is).
+    """
+    wide, unit = gradient.double(), normalized.double()
+    along = (wide * unit).sum(dim=1, keepdim=True) / unit.square().sum(dim=1, keepdim=True).clamp_min(0.5)
+    return ((wide - along * unit) * inverse).to(gradient.dtype)

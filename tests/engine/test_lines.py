@@ -53,3 +53,15 @@ def test_the_log_says_whether_probabilities_are_kept(head: dict[str, Any], expec
 def test_the_head_is_given_what_the_configuration_allows() -> None:
     head = build.build_head(config({"num_classes": 10, "keep_mib": 3}), World(0, 1, torch.device("cpu")))
     assert head.keep_bytes == 3 << 20
+
+
+@pytest.mark.parametrize(
+    ("precision", "rounds", "told"), [("bf16", False, 1), ("bf16", True, 0), ("float32", False, 0)]
+)
+def test_the_log_says_where_bf16_products_are_float32(
+    precision: str, rounds: bool, told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "rounds_to_bfloat16", lambda device: rounds)
+    changed = config({}).model_copy(update={"precision": precision})
+    opening = lines.opening(changed, cast(Any, Million()), 1, nn.Identity(), WORLD, 1, None)
+    assert len([line for line in opening if "makes the head's products in float32" in line]) == told

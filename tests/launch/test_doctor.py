@@ -7,6 +7,7 @@ import pytest
 from pfc.launch import doctor
 from pfc.launch.cli import main
 from pfc.launch.doctor import Check
+from pfc.partial_fc.kernels import native, products
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +73,16 @@ def test_a_package_that_is_not_installed_is_missing(monkeypatch: pytest.MonkeyPa
     assert doctor._dali().status == "missing"
     assert not doctor.is_fit([doctor._dali()])
     assert doctor._triton().status == "warning"
+
+
+@pytest.mark.parametrize(("rounds", "told"), [(True, "in bfloat16"), (False, "in float32 all the same")])
+def test_bf16_on_a_cpu_is_measured(rounds: bool, told: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(products, "rounds_to_bfloat16", lambda device: rounds)
+    assert f"the head's are made {told}" in doctor._bf16_on_cpu().found
+
+
+def test_compiled_passes_that_were_turned_off_are_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PFC_COMPILED", "0")
+    monkeypatch.setattr(native, "passes", native.passes.__wrapped__)
+    assert native.passes() is None
+    assert "PFC_COMPILED" in doctor._compiled_passes().found

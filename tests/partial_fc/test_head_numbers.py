@@ -1,18 +1,14 @@
 """The head where numbers are large, small, zero or of half precision."""
 
-from pathlib import Path
+import contextlib
 
 import pytest
 import torch
 
 from pfc.partial_fc import PartialFC, objectives
+from pfc.partial_fc.kernels import products
+from pfc.partial_fc.kernels.products import rounds_to_bfloat16
 from tests.partial_fc.cases import OBJECTIVES, Case, check, dense_row_gradient, relative_error
-
-# A CPU without these multiplies in float32.
-CPU = Path("/proc/cpuinfo")
-
-
-BF16_UNITS = bool({"amx_bf16", "avx512_bf16"} & set(CPU.read_text().split() if CPU.exists() else []))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -21,7 +17,23 @@ def test_bfloat16_products_stay_close(name: str) -> None:
     for value, reference in zip(rounded, exact, strict=True):
         error = relative_error(value, reference.double())
         assert error < 0.1
-        assert error > 0 or not BF16_UNITS  # none: the products would not be bfloat16's
+        # Zero, where this processor makes them in float32; more, where they really are bfloat16's.
+        assert (error > 0) == rounds_to_bfloat16(torch.device("cpu"))
+
+
+def test_whether_products_round_is_measured_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_allowed", contextlib.nullcontext)  # a processor that ignores the permission
+    assert not rounds_to_bfloat16.__wrapped__(torch.device("cpu"))
+    monkeypatch.setattr(products, "operand_dtype", lambda dtype, device: dtype)  # what a GPU is given
+    assert rounds_to_bfloat16.__wrapped__(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize(("dim", "num_classes"), [(8, 9001), (64, 50_000), (512, 20_000)])
+def test_p2sgrad_keeps_its_digits_over_many_classes(gram: bool, dim: int, num_classes: int) -> None:
+    """Its sum over the classes is √(K/D) times longer along the embedding than across, and only the latter stays: of
+    float32's 6·10⁻⁸ that makes 2·10⁻⁶ (K/D ≈ 1,000); a sum in float32 throughout loses thirty times more."""
+    check(Case("p2sgrad", {"gram": gram}, num_classes=num_classes, dim=dim), 1, tolerance=5e-6)
 
 
 def _one_step(name: str, compute_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
