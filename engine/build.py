@@ -8,6 +8,7 @@ from torch import nn
 from ..data import JointDataset, RecordDataset
 from ..data.errors import UsageError
 from ..partial_fc import PartialFC, RowAdagrad, RowAdamW, RowOptimizer, RowSGD
+from . import device as devices
 from .backbones import build_backbone
 from .config import Adagrad, AdamW, Config
 from .distributed import World
@@ -58,7 +59,7 @@ def build_parts(config: Config, world: World) -> Parts:
     return Parts(
         network,
         head,
-        build_backbone_optimizer(config, network, world.device),
+        build_backbone_optimizer(config, network),
         build_head_optimizer(config, head),
         torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16"),
     )
@@ -73,7 +74,7 @@ def build_network(config: Config, world: World) -> nn.Module:
         if world.device.type == "cpu":
             raise UsageError("backbone.sync_bn: torch has it on GPUs only; on a CPU take a backbone with norm: group")
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    if section.channels_last:
+    if devices.channels_last(section.channels_last, world.device):
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
 
@@ -95,22 +96,36 @@ def build_head(config: Config, world: World) -> PartialFC:
     )
 
 
-def build_backbone_optimizer(config: Config, network: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+def build_backbone_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
+    """Fused, on CPUs too: it reads on the device whether a step is to be skipped (``found_inf``).
+
+    All of its state is there, zero, before the first step: torch makes it in that step, out of uninitialised memory
+    where the step is skipped; and a checkpoint is read into it where it lies, on its device and with its strides.
+    """
     section = config.optimizer.backbone
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    fused = device.type == "cuda"
     if isinstance(section, AdamW):
-        return torch.optim.AdamW(
-            parameters, section.lr, (section.betas[0], section.betas[1]), section.eps, section.weight_decay, fused=fused
-        )
-    return torch.optim.SGD(
+        betas = section.betas[0], section.betas[1]
+        adamw = torch.optim.AdamW(parameters, section.lr, betas, section.eps, section.weight_decay, fused=True)
+        for parameter in parameters:
+            adamw.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        return adamw
+    sgd = torch.optim.SGD(
         parameters,
         section.lr,
         momentum=section.momentum,
         weight_decay=section.weight_decay,
         nesterov=section.nesterov,
-        fused=fused,
+        fused=True,
     )
+    if section.momentum:
+        for parameter in parameters:
+            sgd.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+    return sgd
 
 
 def build_head_optimizer(config: Config, head: PartialFC) -> RowOptimizer:

@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from . import device as devices
 from . import failures
 from .watchdog import Heartbeat, Watchdog
 
@@ -50,15 +51,12 @@ def start(timeout_seconds: float = 600.0) -> Iterator[World]:
         timeout_seconds: how long the run may stand still before the ranks' watchdogs end it.
 
     Raises:
+        UsageError: there are more ranks than GPUs.
         PeerFailed: another rank failed before, and this one could not go on.
         TimeoutError: the ranks did not meet.
     """
-    on_gpu = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    device = devices.local_device()
+    devices.use(device)
     # The watchdogs end a run that stands still, and know who is to blame; a collective waits longer than they do.
     timeout = timedelta(seconds=max(7200.0, 2 * timeout_seconds))
     if "WORLD_SIZE" in os.environ:
@@ -73,7 +71,11 @@ def start(timeout_seconds: float = 600.0) -> Iterator[World]:
     world.heartbeat.enter("joining the other ranks")
     try:
         dist.init_process_group(
-            backend, timeout=timeout, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=size
+            devices.backend(device),
+            timeout=timeout,
+            store=dist.PrefixStore("default_pg", store),
+            rank=rank,
+            world_size=size,
         )
         yield world
     except Exception as error:

@@ -1,6 +1,5 @@
 """Back to a checkpoint after a spike of the loss, and how often a run may do that."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,5 +52,5 @@ class Rollback:
         if dist.get_rank() == 0:
             for later in checkpoints:
                 if later.step >= step:  # with the spike in it; a restart must not find it
-                    shutil.rmtree(later.path)
+                    checkpoint.remove(later)
         return found

@@ -1,19 +1,23 @@
 """What of a run is saved, and how it comes back: on the same number of ranks or on another."""
 
 import importlib.metadata
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..data.errors import UsageError
-from . import checkpoint, label_map, resume_rules
+from . import checkpoint, device, label_map, resume_rules
 from .build import Parts
 from .checkpoint import Content, Piece
 from .config import Config, load_config
 from .distributed import World
 from .initial import check_labels
+
+_OPTIMIZER = "backbone_optimizer/"
 
 
 def capture(
@@ -29,12 +33,9 @@ def capture(
         labels: the label map of the data set.
         counters: of the trainer, as JSON can hold them.
     """
-    tensors = {f"rng/{world.rank}/cpu": torch.get_rng_state()}
-    if world.device.type == "cuda":
-        tensors[f"rng/{world.rank}/cuda"] = torch.cuda.get_rng_state()
+    tensors = {f"rng/{world.rank}/{kind}": value for kind, value in device.rng_states(world.device).items()}
     if world.is_main:
-        tensors |= checkpoint.network_tensors(parts.network)
-        tensors |= _optimizer_tensors(parts.network, parts.backbone_optimizer)
+        tensors |= _backbone_tensors(parts)
     shard = parts.head.shard
     pieces = {
         name: Piece(value.to_local().detach(), shard.start, shard.num_classes, value.dtype)
@@ -58,12 +59,11 @@ def versions() -> dict[str, str]:
 
 
 def size_of(parts: Parts, world: World) -> int:
-    """Bytes of a checkpoint of all ranks, with the state that the backbone's optimizer makes in its first step."""
+    """Bytes of a checkpoint of all ranks."""
     sharded = sum(value.numel() * value.dtype.itemsize for value in _sharded(parts).values())
-    weights = sum(parameter.nbytes for parameter in parts.network.parameters())
-    states = 2 if isinstance(parts.backbone_optimizer, torch.optim.AdamW) else 1
-    rng = world.size * torch.get_rng_state().nbytes
-    return sharded + sum(value.nbytes for value in parts.network.state_dict().values()) + states * weights + rng
+    whole = _backbone_tensors(parts)
+    rng = world.size * sum(value.nbytes for value in device.rng_states(world.device).values())
+    return sharded + sum(value.nbytes for value in whole.values()) + rng
 
 
 def restore(
@@ -90,16 +90,13 @@ def restore(
     if "converted" not in state:  # whose configuration is mostly defaults
         before = load_config(found.path / checkpoint.CONFIG)
         told = resume_rules.changes(before, config, found.path, begun=state["position"] > 0)
-    tensors = checkpoint.network_tensors(parts.network) | _sharded(parts)
-    _check(found, tensors, parts.backbone_optimizer)
-    further = checkpoint.load(found, tensors, ("backbone_optimizer/", f"rng/{world.rank}/"))
-    optimizer = {name: value for name, value in further.items() if name.startswith("backbone_optimizer/")}
-    _restore_optimizer(parts.network, parts.backbone_optimizer, optimizer)
-    for name, value in further.items():
-        if name.endswith("/cpu"):
-            torch.set_rng_state(value)
-        elif name.endswith("/cuda") and world.device.type == "cuda":
-            torch.cuda.set_rng_state(value)
+    saved, tensors = found.shapes(), _backbone_tensors(parts) | _sharded(parts)
+    for name in [name for name in tensors if name.startswith(_OPTIMIZER) and name not in saved]:
+        tensors.pop(name).zero_()  # of a checkpoint without, such as a converted one
+    _check(found, tensors)
+    seed_generators(config.run.seed, world.rank, state["step"])
+    for name, value in checkpoint.load(found, tensors, (f"rng/{world.rank}/",)).items():
+        device.set_rng_state(name.rpartition("/")[2], value, world.device)
     parts.head.steps = state["head_steps"]
     if parts.scaler.is_enabled() and state["scaler"]:  # a run in another precision had none
         parts.scaler.load_state_dict(state["scaler"])
@@ -108,32 +105,34 @@ def restore(
     return state, told
 
 
+def seed_generators(seed: int, rank: int, step: int = 0) -> None:
+    """This rank's random generators, of dropout and the like: another stream on every rank.
+
+    Args:
+        seed: of the run.
+        rank: this one.
+        step: where the run goes on; of ranks that it had before, the checkpoint has the state.
+    """
+    (state,) = np.random.SeedSequence((seed, rank, step)).generate_state(1, np.uint64)
+    torch.manual_seed(int(state))
+
+
 def _sharded(parts: Parts) -> dict[str, DTensor]:
     tensors: dict[str, DTensor] = {"head/centers": parts.head.centers}
     states = parts.head_optimizer.state_dict()["state"]
     return tensors | {f"head_optimizer/{name}": value for name, value in states.items()}
 
 
-def _optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of the backbone's optimizer, by parameter name."""
-    return {
-        f"backbone_optimizer/{name}/{key}": value
-        for name, parameter in network.named_parameters()
-        for key, value in optimizer.state[parameter].items()
+def _backbone_tensors(parts: Parts) -> dict[str, Tensor]:
+    """Weights and buffers of the network, and its optimizer's state by parameter name."""
+    return checkpoint.network_tensors(parts.network) | {
+        f"{_OPTIMIZER}{name}/{key}": value
+        for name, parameter in parts.network.named_parameters()
+        for key, value in parts.backbone_optimizer.state[parameter].items()
     }
 
 
-def _restore_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Puts what ``_optimizer_tensors`` gave back into the state of an optimizer that has not stepped yet."""
-    parameters = dict(network.named_parameters())
-    for path, value in tensors.items():
-        _, name, key = path.split("/")
-        parameter = parameters[name]
-        # Counters of steps stay on the CPU, where the optimizers keep them.
-        optimizer.state[parameter][key] = value.to(parameter.device) if value.ndim else value
-
-
-def _check(found: checkpoint.Found, tensors: dict[str, Tensor], backbone_optimizer: torch.optim.Optimizer) -> None:
+def _check(found: checkpoint.Found, tensors: Mapping[str, Tensor]) -> None:
     saved = found.shapes()
     advice = "give run.name another name, or go back to the backbone and optimizers that it was trained with"
     for name, tensor in tensors.items():
@@ -142,10 +141,8 @@ def _check(found: checkpoint.Found, tensors: dict[str, Tensor], backbone_optimiz
             raise UsageError(
                 f"{found.path} has another configuration: {name} is {there} there and {here} here; {advice}"
             )
-    adam = isinstance(backbone_optimizer, torch.optim.AdamW)
-    known = {"exp_avg", "exp_avg_sq", "step"} if adam else {"momentum_buffer"}
     for name in saved:
-        if name.startswith("backbone_optimizer/") and name.rpartition("/")[2] not in known:
+        if name.startswith(_OPTIMIZER) and name not in tensors:
             raise UsageError(
                 f"{found.path} has another configuration: {name} does not belong to this backbone optimizer; {advice}"
             )

@@ -43,7 +43,12 @@ class Saving:
         self.best = _best(config, sets)
         self._check_space(message)
         self.saver = Saver(
-            self._run_dir, keep=section.keep, best=self.best, asynchronous=section.asynchronous, message=message
+            self._run_dir,
+            keep=section.keep,
+            best=self.best,
+            asynchronous=section.asynchronous,
+            message=message,
+            device=world.device,
         )
         champion = self.best.of(checkpoint.find_all(self._run_dir)) if self.best is not None else None
         self._champion = self.best.value(champion.state()) if self.best is not None and champion is not None else None

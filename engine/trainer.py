@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from ..data.pipeline import Batch
-from . import build, build_data, checkpoint, distributed, initial, label_map, lines, run_state
+from . import build, build_data, distributed, initial, label_map, lines, run_state
 from .config import Config
 from .damage import DamageTally
+from .device import consult_every
 from .diagnosis import NotFinite, diagnose
 from .distributed import World
 from .evaluating import evaluate_sets, read_pair_sets
@@ -18,6 +19,7 @@ from .rollback import Rollback
 from .saving import Saving
 from .schedule import set_rates
 from .spikes import SpikeWatch
+from .start import agree
 from .stopping import EXIT_CODES, signal_of, stop_requests
 from .telemetry import Telemetry, Throughput
 from .training_step import TrainingStep
@@ -31,8 +33,7 @@ def train(config: Config, resume: str = "auto") -> int:
 
     Args:
         config: what to do.
-        resume: "auto" goes on from the run's latest checkpoint where there is one; "never" starts anew; anything else
-            is the path of a checkpoint or run to go on from.
+        resume: where to begin, see ``start.agree``.
 
     Returns:
         The exit code: 0 done, 143 stopped by SIGTERM and 75 by SIGUSR1 after saving, 1 where the end was not saved.
@@ -71,9 +72,9 @@ class Trainer:
         self.world, self.heartbeat = world, world.heartbeat
         self.heartbeat.enter("opening the data", on_files=True)
         self.run_dir = config.run.path
-        self.start = checkpoint.starting_point(self.run_dir, resume)
         self.dataset = build_data.open_dataset(config)
         self.pairs = read_pair_sets(config.evaluation.pairs)
+        self.start = agree(config, world, resume)
         self.config = config = build.completed(config, self.dataset)
         self.images_per_step = config.images_per_step(world.size)
 
@@ -83,10 +84,11 @@ class Trainer:
         self.network, self.head = parts.network, parts.head
         self.backbone_optimizer, self.head_optimizer = parts.backbone_optimizer, parts.head_optimizer
         self.labels = labels = label_map.read_label_map(self.dataset)
-        if self.start is not None:
-            state, told = run_state.restore(parts, self.start, world, config, labels)
+        if self.start.found is not None:
+            state, told = run_state.restore(parts, self.start.found, world, config, labels)
         else:
             state, told = {}, initial.begin(config, parts, labels)
+            run_state.seed_generators(config.run.seed, world.rank)
         self.step = state.get("step", 0)
         self.training_step = TrainingStep(config, parts, world, state.get("skipped_steps", 0))
         self.skipped_steps = self.training_step.skipped_steps  # the tensor itself, counted there
@@ -106,11 +108,12 @@ class Trainer:
         self.loss_sum = torch.zeros((), device=world.device)
         self.loss_count = 0
         self.save_wanted = False
+        self.consult_every = consult_every(config.run.consult_every_steps, world.device)
         if world.is_main:
             (self.run_dir / REQUEUE).unlink(missing_ok=True)
             (self.run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         for line in lines.opening(
-            config, self.dataset, self.loader.epoch_size, self.network, world, self.total_steps, self.start
+            config, self.dataset, self.loader.epoch_size, self.network, world, self.total_steps, self.start.found
         ):
             self.telemetry.message(line)
         for line in told:
@@ -151,7 +154,7 @@ class Trainer:
         self.saving.saver.poll()
 
     def consult(self, most: int = 0) -> signal.Signals | None:
-        """What the ranks decide together after a step; on a GPU after every tenth, as the host waits for all of them.
+        """What the ranks decide together after every ``run.consult_every_steps``: the host waits for all of them.
 
         Args:
             most: what this rank was asked for, see ``StopRequests.most``.
@@ -163,7 +166,7 @@ class Trainer:
             NotFinite: too many steps in a row were skipped.
         """
         self.save_wanted = False
-        if self.world.device.type == "cuda" and self.step % 10 and self.step < self.total_steps:
+        if self.step % self.consult_every and self.step < self.total_steps:
             return None
         self.heartbeat.enter("consulting the other ranks")
         spike = self.spikes.find() if self.spikes is not None else None
@@ -211,6 +214,7 @@ class Trainer:
         self.heartbeat.enter("saving", on_files=True)
         self.damage.collect(self.loader)
         counters = {
+            "origin": self.start.origin,
             "position": self.loader.position,
             "skipped_steps": int(self.skipped_steps),
             "rollbacks": self.rollback.count if self.rollback is not None else 0,
@@ -281,17 +285,18 @@ class Trainer:
 
     def _log(self, rate: float, norm: Tensor) -> None:
         self.damage.collect(self.loader)
-        loss = float(self.loss_sum) / self.loss_count  # waits for the device, so the clock below is right
+        # One question to the device; it waits for it, so the clock below is right.
+        loss_sum, norm_value, skipped = torch.stack([self.loss_sum, norm, self.skipped_steps]).tolist()
         speed = self.throughput.take()
         values: dict[str, Any] = {
-            "loss": loss,
+            "loss": loss_sum / self.loss_count,
             "lr": rate,
             **speed,
             "images_per_second_per_rank": speed["images_per_second"] / self.world.size,
             "epoch": self.loader.epoch,
-            "gradient_norm": float(norm),
+            "gradient_norm": norm_value,
             "sample_rate": self.head.sample_rate,
-            "skipped_steps": int(self.skipped_steps),
+            "skipped_steps": int(skipped),
             **self.damage.metrics(),
             **self.saving.metrics(),
         }

@@ -5,9 +5,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from . import device as devices
 from .build import Parts
 from .config import Config
 from .distributed import World
@@ -18,7 +20,6 @@ _SYNC_SWITCHES = inspect.signature(DistributedDataParallel).parameters
 _NO_BUFFER_SYNC: dict[str, Any] = {
     "forward_sync_buffers" if "forward_sync_buffers" in _SYNC_SWITCHES else "broadcast_buffers": False
 }
-_AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainingStep:
@@ -42,16 +43,18 @@ class TrainingStep:
         self.heartbeat = world.heartbeat
         self.skipped_steps = torch.tensor(skipped_steps, device=world.device)
         self.skipped_in_a_row = torch.zeros_like(self.skipped_steps)
-        self._skipped_in_a_row_told = torch.zeros((), dtype=torch.int64, pin_memory=world.device.type == "cuda")
+        self._skipped_in_a_row_told = devices.host_buffer(self.skipped_in_a_row).zero_()
         self._losses: list[Tensor] = []
         self.loss = torch.zeros((), device=world.device)
-        wrapped = torch.compile(parts.network) if config.backbone.compile else parts.network
-        self.backbone = DistributedDataParallel(
-            wrapped,  # type: ignore[arg-type]
-            device_ids=[world.device] if world.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            **_NO_BUFFER_SYNC,
+        section = config.backbone
+        self.channels_last = devices.channels_last(section.channels_last, world.device)
+        self._parallel = DistributedDataParallel(
+            parts.network, gradient_as_bucket_view=True, static_graph=section.static_graph, **_NO_BUFFER_SYNC
         )
+        if section.payload_dtype == "bf16":
+            self._parallel.register_comm_hook(None, bf16_compress_hook)
+        # Compiled around DDP, which lets the compiler cut the graph where DDP's buckets are full and exchanged.
+        self.backbone: nn.Module = torch.compile(self._parallel) if section.compile else self._parallel  # type: ignore
 
     def micro_batch(self, images: Tensor, labels: Tensor, *, last: bool) -> Tensor:
         """Forward and backward of one micro-batch; returns its loss [], detached.
@@ -61,9 +64,9 @@ class TrainingStep:
             labels: int64 [b].
             last: whether it is the step's last, after which the ranks exchange the backbone's gradients.
         """
-        if self.config.backbone.channels_last:
+        if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with nullcontext() if last else self.backbone.no_sync():
+        with nullcontext() if last else self._parallel.no_sync():
             self.heartbeat.enter("forward pass of the backbone")
             with self.autocast():
                 embeddings = self.backbone(images)
@@ -95,26 +98,19 @@ class TrainingStep:
         self.skipped_steps += broken
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * broken
         for optimizer in (parts.backbone_optimizer, parts.head_optimizer):
-            if self.device.type == "cuda":
-                # The fused kernels read it on the device.
-                optimizer.found_inf = broken.float()  # pyright: ignore[reportAttributeAccessIssue]
-                optimizer.step()
-            elif not broken:
-                optimizer.step()
+            # Read on the device: the host asks for nothing.
+            optimizer.found_inf = broken.float()  # pyright: ignore[reportAttributeAccessIssue]
+            optimizer.step()
             optimizer.zero_grad()
         if parts.scaler.is_enabled():
             parts.scaler.update()
         return norm
 
     def skipped_lately(self) -> int:
-        """How many steps in a row were skipped; on a GPU as of the last call, because this one does not wait for it."""
-        if self.device.type != "cuda":
-            return int(self.skipped_in_a_row)
-        told = int(self._skipped_in_a_row_told)
+        """How many steps in a row were skipped; on a GPU perhaps as of the last call, as this one waits for nothing."""
         self._skipped_in_a_row_told.copy_(self.skipped_in_a_row, non_blocking=True)
-        return told
+        return int(self._skipped_in_a_row_told)
 
     def autocast(self) -> torch.autocast:
         """The precision of the run, for the backbone's forward pass."""
-        dtype = _AUTOCAST[self.config.precision]
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+        return devices.autocast(self.config.precision, self.device)

@@ -49,18 +49,20 @@ def parse_size(text: str) -> tuple[int, int] | None:
 
 
 def find_device(name: str) -> "torch.device":
-    """The device that ``--device`` names; ``auto`` is the first GPU, or the CPU where there is none."""
+    """The device that ``--device`` names; ``auto`` (the CPU without a GPU) and ``cuda`` are each rank's own."""
     import torch
 
+    from ..engine.device import local_device
+
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return local_device()
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"--device {name}: write auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: PyTorch finds {torch.cuda.device_count()} GPUs here (see pfc doctor)")
-    return device
+    if device.type != "cpu" and (device.index or 0) >= (count := torch.accelerator.device_count()):
+        raise UsageError(f"--device {name}: PyTorch finds {count} GPUs here (see pfc doctor)")
+    return local_device() if device.type != "cpu" and device.index is None else device
 
 
 def warn(line: str) -> None:

@@ -11,6 +11,8 @@ from ..data.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from ..engine.device import Precision
+
 Source = Annotated[
     Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder (its latest checkpoint) or one checkpoint.")
 ]
@@ -34,6 +36,14 @@ class Trained(NamedTuple):
     embedding_dim: int
     flip: bool
     """Whether its run adds the mirror image's embedding in evaluation."""
+    precision: "Precision"
+    """Of its run, which evaluates in it too."""
+
+    def autocast(self, device: "torch.device") -> "torch.autocast":
+        """The arithmetic of its run: what ``pfc evaluate`` and ``pfc embed`` compute in, on any device."""
+        from ..engine.device import autocast
+
+        return autocast(self.precision, device)
 
 
 def open_backbone(source: Path, device: "torch.device") -> Trained:
@@ -42,7 +52,8 @@ def open_backbone(source: Path, device: "torch.device") -> Trained:
     from ..engine.checkpoint import load_backbone
 
     model, config = load_backbone(source)
-    return Trained(model.to(device), input_size(config), config.backbone.embedding_dim, config.evaluation.flip)
+    section = config.evaluation
+    return Trained(model.to(device), input_size(config), config.backbone.embedding_dim, section.flip, config.precision)
 
 
 def check_new_file(path: Path, *suffixes: str) -> None:

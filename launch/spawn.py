@@ -80,7 +80,7 @@ def default_ranks() -> int:
     """One rank for each GPU; without a GPU two, so that the sharded path is what runs (one on a single core)."""
     import torch
 
-    return torch.cuda.device_count() or min(2, usable_cores())
+    return torch.accelerator.device_count() or min(2, usable_cores())
 
 
 def usable_cores() -> int:

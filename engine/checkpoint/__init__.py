@@ -5,12 +5,12 @@ in pieces that open on any number of ranks), ``state.json`` (the counters), ``co
 written under a temporary name and renamed when it is complete, so whatever has the name ``step-…`` can be loaded.
 """
 
-from .found import CONFIG, LABELS, Found, find, find_all, find_latest, starting_point
+from .found import CONFIG, LABELS, Found, find, find_all, find_latest
 from .pieces import Piece, save_alone
 from .reading import load, load_backbone, network_tensors, read_pieces
 from .retention import Best
 from .saver import Saver
-from .writing import Content, agreed, write
+from .writing import Content, agreed, remove, write
 
 __all__ = [
     "CONFIG",
@@ -28,7 +28,7 @@ __all__ = [
     "load_backbone",
     "network_tensors",
     "read_pieces",
+    "remove",
     "save_alone",
-    "starting_point",
     "write",
 ]

@@ -92,27 +92,6 @@ def find(path: Path) -> Found:
     return latest
 
 
-def starting_point(run_dir: Path, resume: str) -> Found | None:
-    """The checkpoint that a run goes on from; None where it begins.
-
-    Args:
-        run_dir: the run's directory.
-        resume: "auto", "never", or the path of a checkpoint or run.
-
-    Raises:
-        UsageError: it shall begin, and has got somewhere already; there is no checkpoint at the path.
-    """
-    if resume not in ("auto", "never"):
-        return find(Path(resume))
-    latest = find_latest(run_dir)
-    if resume == "never" and latest is not None:
-        raise UsageError(
-            f"{run_dir} holds a run that got to step {latest.step}: go on with --resume auto, give run.name "
-            "another name, or move it away"
-        )
-    return latest
-
-
 def point(folder: Path, link: str, target: str) -> None:
     """Makes ``link`` in ``folder`` name ``target`` there, in one go: at no moment is it missing or half made."""
     temporary = folder / f".{link}.partial"

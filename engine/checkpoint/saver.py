@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import device as devices
 from .found import find_latest, name_of
 from .retention import Best
 from .writing import Content, write
 
+_CPU = torch.device("cpu")
 _TIMEOUT = timedelta(minutes=30)  # for the slowest rank's part to reach the disk
 
 
@@ -44,6 +46,7 @@ class Saver:
         run_dir: of the run.
         keep: how many of the latest checkpoints stay.
         best: what makes a checkpoint the best, which stays too; None where none is named.
+        device: where this rank computes.
         asynchronous: whether saves are written beside training.
         message: prints a line, on one rank.
 
@@ -54,9 +57,16 @@ class Saver:
     """
 
     def __init__(
-        self, run_dir: Path, *, keep: int, best: Best | None, asynchronous: bool, message: Callable[[str], None]
+        self,
+        run_dir: Path,
+        *,
+        keep: int,
+        best: Best | None,
+        asynchronous: bool,
+        message: Callable[[str], None],
+        device: torch.device = _CPU,
     ) -> None:
-        self._run_dir, self._keep, self._best = run_dir, keep, best
+        self._run_dir, self._keep, self._best, self._device = run_dir, keep, best, device
         self._asynchronous, self._message = asynchronous, message
         self._group: dist.ProcessGroup | None = None
         if asynchronous:
@@ -118,6 +128,7 @@ class Saver:
     def _begin(self, content: Content) -> None:
         def run() -> None:
             try:
+                devices.use(self._device)  # a new thread's is the first GPU, whatever the rank's is
                 background.problem = self._write(content)
             except BaseException as error:  # CheckpointException is no Exception; raised in wait()
                 background.error = error
@@ -134,15 +145,13 @@ class Saver:
             tensors={name: self._copied(name, tensor) for name, tensor in content.tensors.items()},
             pieces={name: replace(one, rows=self._copied(name, one.rows)) for name, one in content.pieces.items()},
         )
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        devices.synchronize(self._device)
         return staged
 
     def _copied(self, name: str, tensor: Tensor) -> Tensor:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffers[name] = buffer
+            buffer = self._buffers[name] = devices.host_buffer(tensor)
         return buffer.copy_(tensor.detach(), non_blocking=True)
 
     def _finished(self, step: int, problem: str | None) -> None:

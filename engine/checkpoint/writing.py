@@ -4,6 +4,7 @@ Everything goes into a temporary directory, every file and the directory are bro
 directory gets its name: what is called ``step-…`` is complete, whenever the power fails.
 """
 
+import errno
 import io
 import json
 import os
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata
 
-from .found import BEST, CONFIG, FOLDER, LABELS, LATEST, STATE, find_all, find_latest, name_of, point
+from .found import BEST, CONFIG, FOLDER, LABELS, LATEST, STATE, Found, find_all, find_latest, name_of, point
 from .pieces import Piece, PiecesPlanner
 from .retention import Best, outdated
 
@@ -135,6 +136,15 @@ def _complete(folder: Path, temporary: Path, content: Content) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
+def remove(found: Found) -> None:
+    """Removes a checkpoint; killed at any moment, what is left does not look like one."""
+    folder = found.path.parent
+    _point_elsewhere(folder, found.path)
+    hidden = _set_aside(found.path)
+    sync(folder)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
 def _point_elsewhere(folder: Path, old: Path) -> None:
     others = [found for found in find_all(folder.parent) if found.path != old]
     for link in (LATEST, BEST):
@@ -199,6 +209,12 @@ class _Writer(FileSystemWriter):
             return super().write_data(plan, planner)
 
     def finish(self, metadata: Metadata, results: Any) -> None:
+        """On the first rank, when all have written: a disk that not all of them share is found before the renaming."""
+        for place in sorted({one.storage_data.relative_path for rank in results for one in rank}):
+            if not (Path(self.path) / place).is_file():
+                raise FileNotFoundError(
+                    errno.ENOENT, "rank 0 does not see this file of another rank; do all hosts share run.dir?", place
+                )
         with self._files.telling():
             super().finish(metadata, results)
 

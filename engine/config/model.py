@@ -18,10 +18,14 @@ class Backbone(Section):
     """Options of that network, such as width or norm."""
     sync_bn: bool = False
     """BatchNorm statistics over all ranks (GPU only)."""
-    channels_last: bool = False
-    """NHWC memory format: faster convolutions on GPUs, and with bf16 on CPUs."""
+    channels_last: bool | None = None
+    """NHWC memory format: faster convolutions on GPUs, and with bf16 on CPUs; on GPUs only when absent."""
     compile: bool = False
     """torch.compile the network."""
+    static_graph: bool = False
+    """The network does the same in every step, so DistributedDataParallel plans its exchange once."""
+    payload_dtype: Literal["bf16"] | None = None
+    """What the backbone's gradients travel in between the ranks; their own type when absent."""
 
 
 class Objective(BaseModel):

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from .data import Data
 from .keeping import Checkpoint, Evaluation, Log
 from .model import Backbone, Head
-from .section import CountOrZero, Section
+from .section import Count, CountOrZero, Section
 from .training import Optimizer, Schedule, Spike
 
 
@@ -22,6 +22,9 @@ class Run(Section):
     """Seed of everything random: centers, weights, the order of samples, class samples, flips."""
     timeout_seconds: Annotated[float, Field(ge=1)] = 600.0
     """A run that stands still for so long ends, and says which rank everyone waited for: see docs/failures.md."""
+    consult_every_steps: Count | None = None
+    """Steps between the ranks' questions to each other whether to stop, save or go back; each waits for the slowest. 1
+    on a CPU, 10 on GPUs, when absent."""
 
     @property
     def path(self) -> Path:
@@ -60,6 +63,12 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
+
+    @model_validator(mode="after")
+    def _one_exchange_a_step(self) -> "Config":
+        if self.backbone.static_graph and self.optimizer.accumulate > 1:
+            raise ValueError("backbone.static_graph needs optimizer.accumulate: 1 (DistributedDataParallel's own rule)")
+        return self
 
     def images_per_step(self, world_size: int) -> int:
         """Images of all ranks in one optimizer step."""

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from ...engine import device as devices
+
 _GRACE = 5.0
 """Seconds that the other ranks have after one has died."""
 
@@ -39,8 +41,7 @@ class Rank:
 
     def synchronize(self) -> None:
         """Until the device has done what it was asked."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        devices.synchronize(self.device)
 
     def wait(self) -> None:
         """Until all ranks are here and their devices idle."""
@@ -51,16 +52,16 @@ class Rank:
 
     def reset_peak(self) -> int:
         """Forgets the peak memory so far; returns the bytes that are taken now."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return torch.cuda.memory_allocated(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.reset_peak_memory_stats(self.device)
+            return torch.accelerator.memory_allocated(self.device)
         Path("/proc/self/clear_refs").write_text("5")
         return _resident("VmRSS")
 
     def peak(self) -> int:
         """Most bytes taken since: by the allocator on a GPU, resident in memory on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
+        if self.device.type != "cpu":
+            return torch.accelerator.max_memory_allocated(self.device)
         return _resident("VmHWM")
 
 
@@ -115,15 +116,14 @@ def _serve(number: int, size: int, threads: int, folder: str, function: Callable
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends its ranks
     # What torch and the peer warn about is for those who maintain them; a measurement has one line to give.
     warnings.simplefilter("ignore")
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", number % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(threads)
     try:
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=number, world_size=size)
+        device = devices.local_device(number)
+        devices.use(device)
+        if device.type == "cpu":
+            torch.set_num_threads(threads)
+        dist.init_process_group(
+            devices.backend(device), init_method=f"file://{folder}/store", rank=number, world_size=size
+        )
         torch.save(function(Rank(number, size, device), *arguments), os.path.join(folder, f"{number}.pt"))
         dist.barrier()
         dist.destroy_process_group()

@@ -11,10 +11,8 @@ import typer
 from ...data.errors import UsageError
 from ..console import warn
 from . import bench_data
-from .bench_data import data
 
 app = typer.Typer(help="Measure speed on this machine, beside a baseline in the same run.", no_args_is_help=True)
-app.command()(data)
 
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")]
 Dense = Annotated[bool, typer.Option(help="Measure the plain dense head too.")]
@@ -183,5 +181,5 @@ def _tell_cores(wanted: int) -> None:
 
     from ..spawn import usable_cores
 
-    if not torch.cuda.is_available() and wanted > usable_cores():
+    if not torch.accelerator.is_available() and wanted > usable_cores():
         warn(f"{wanted} threads on {usable_cores()} core(s): ranks will wait for each other; take fewer --ranks")

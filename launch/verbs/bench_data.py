@@ -24,9 +24,8 @@ def data(
     Beside it, in the same run and taking turns, DALI's own reader of such files (shuffled within a window, and in the
     order of the files) and a plain torch DataLoader that decodes with Pillow.
     """
-    import torch
-
     from ...data import RecordDataset
+    from ...engine.device import local_device
     from ..bench_data import measure_loaders
 
     opened = RecordDataset.open(dataset)
@@ -34,7 +33,7 @@ def data(
         raise UsageError(f"{dataset} does not say how large its images are: pack it with one size")
     if len(opened) < batch:
         raise UsageError(f"{dataset} holds {len(opened)} images, fewer than a batch of {batch}: take a smaller --batch")
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = local_device()
     timings = measure_loaders(opened, batch_size=batch, threads=threads, batches=batches, rounds=rounds, device=device)
     height, width = opened.image_size
     print(

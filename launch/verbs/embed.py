@@ -19,7 +19,7 @@ def embed(
     batch_size: BatchSize = 128,
     flip: Flip = None,
 ) -> None:
-    """Compute embeddings, float32 [N, D], each of length 1.
+    """Compute embeddings, float32 [N, D], each of length 1, in the precision of the network's run.
 
     OUT.npz holds `embeddings` and, of a packed data set, `labels` (int64 [N]), or of a folder, `names` (the files'
     paths in it). OUT.npy holds the embeddings alone. Unreadable files in a folder are named, counted and left out.
@@ -34,15 +34,16 @@ def embed(
     where = find_device(device)
     trained = open_backbone(source, where)
     encoded, beside = _open_images(images)
-    embeddings = embed_images(
-        trained.model,
-        encoded,
-        image_size=trained.image_size,
-        device=where,
-        batch_size=batch_size,
-        flip=trained.flip if flip is None else flip,
-        threads=usable_cores(),
-    )
+    with trained.autocast(where):
+        embeddings = embed_images(
+            trained.model,
+            encoded,
+            image_size=trained.image_size,
+            device=where,
+            batch_size=batch_size,
+            flip=trained.flip if flip is None else flip,
+            threads=usable_cores(),
+        )
     unit = normalize(embeddings).numpy()
     if out.suffix == ".npy":
         write_whole(out, lambda path: np.save(path, unit))

@@ -27,7 +27,8 @@ def evaluate(
     """Measure a trained backbone on verification sets.
 
     Accuracy is that of the 10-fold protocol, with the embeddings of an image and its mirror image added and without;
-    TAR at FAR as far down as the number of pairs allows. `pfc pack pairs` makes a verification set.
+    TAR at FAR as far down as the number of pairs allows. The network computes in the precision of its run, as the
+    run's own evaluations do. `pfc pack pairs` makes a verification set.
     """
     from ...data import read_pairs
     from ...engine import distributed
@@ -48,17 +49,18 @@ def evaluate(
         trained = open_backbone(source, where)
         results = []
         for one in sets:
-            result, _ = evaluate_pairs(
-                trained.model,
-                one,
-                image_size=trained.image_size,
-                device=where,
-                batch_size=batch_size,
-                flip=trained.flip if flip is None else flip,
-                threads=max(1, usable_cores() // (world.size if world is not None else 1)),
-                moved=world.heartbeat.moved if world is not None else lambda: None,
-            )
-            results.append(result.to_dict())
+            with trained.autocast(where):
+                result, _ = evaluate_pairs(
+                    trained.model,
+                    one,
+                    image_size=trained.image_size,
+                    device=where,
+                    batch_size=batch_size,
+                    flip=trained.flip if flip is None else flip,
+                    threads=max(1, usable_cores() // (world.size if world is not None else 1)),
+                    moved=world.heartbeat.moved if world is not None else lambda: None,
+                )
+            results.append({**result.to_dict(), "precision": trained.precision})
     if world is None or world.is_main:
         if json:
             from json import dumps
@@ -66,6 +68,8 @@ def evaluate(
             print(dumps(results, indent=2))
         else:
             _print_table(results)
+            if trained.precision != "float32":
+                print(f"computed in {trained.precision}, as in its run")
     return 0
 
 

@@ -76,8 +76,11 @@ def final_tensors(tree: dict[str, Any]) -> dict[str, Tensor]:
         state["centers"] = trainer.head.centers.full_tensor()
         for name, value in trainer.head_optimizer.state_dict()["state"].items():
             state[f"head_optimizer/{name}"] = value.full_tensor()
-        for index, values in enumerate(trainer.backbone_optimizer.state.values()):
+        for index, (parameter, values) in enumerate(trainer.backbone_optimizer.state.items()):
             state |= {f"optimizer/{index}/{key}": value.clone() for key, value in values.items()}
+            # What fused kernels ask of it, wherever it was restored from.
+            assert all(value.stride() == parameter.stride() for value in values.values() if value.ndim)
+            assert all(value.device == parameter.device for value in values.values())
         return state
     finally:
         trainer.close()

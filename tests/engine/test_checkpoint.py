@@ -24,6 +24,7 @@ from pfc.engine.checkpoint import (
     find_all,
     find_latest,
     load,
+    remove,
     space,
     write,
 )
@@ -244,3 +245,30 @@ def _train_by_the_clock(tree: dict[str, Any]) -> None:
         assert trainer.save_wanted
         trainer.save()
     trainer.close()
+
+
+def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_like_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_ranks(1, _write_steps, tmp_path, 3)
+    latest = find_latest(tmp_path)
+    assert latest is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove(latest)
+    assert [one.step for one in find_all(tmp_path)] == [1, 2]
+    after = find_latest(tmp_path)
+    assert after is not None
+    assert after.step == 2
+    assert_is_of_its_step(after)
+
+
+def _killed(path: Path, **_kwargs: Any) -> None:
+    if path.exists():
+        raise KeyboardInterrupt
+
+
+def _write_steps(run_dir: Path, count: int) -> None:
+    for step in range(1, count + 1):
+        assert write(run_dir, content(step), keep=count) is None

@@ -50,7 +50,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(
     folder: Path, tmp_path: Path, world_size: int, kinds: tuple[str, str]
 ) -> None:
     changes = {
-        "backbone": {"options": {"width": 8, "norm": "batch"}},
+        "backbone": {"options": {"width": 8, "norm": "batch"}, "channels_last": True},
         "head": {"sample_rate": 0.4},
         "optimizer": {"backbone": {"name": kinds[0]}, "head": {"name": kinds[1]}},
     }
