@@ -1,5 +1,6 @@
 # make demo    pack a small real data set, train on two CPU ranks, evaluate, write the report
 # make test    run the tests
+# make test-gpu  what only a GPU can show, in under ten minutes, with a table at the end (docs/devices.md)
 # make lint    ruff and pyright
 # make bench   time the head on this machine
 # make image   build the container image, pfc:VERSION
@@ -15,7 +16,7 @@ STAMP   = $(VENV)/.pfc-installed-with
 GLYPHS  = work/glyphs
 C_FILES = partial_fc/kernels/native.c data/plain.c
 
-.PHONY: demo test lint bench image clean
+.PHONY: demo test test-gpu lint bench image clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)-demo $(GLYPHS)/heldout.bin
@@ -26,6 +27,10 @@ $(GLYPHS)/heldout.bin: | $(STAMP)-demo
 
 test: $(STAMP)-dev
 	$(VENV)/bin/python -m pytest
+
+# With VENV= nothing is installed: on a machine that has torch, Triton and pytest alone the head's part runs.
+test-gpu: $(if $(VENV),$(STAMP)-dev)
+	$(if $(VENV),$(VENV)/bin/python,$(PYTHON)) -m pytest -m gpu --tb=short $(wildcard tests/*/test_gpu.py)
 
 lint: $(STAMP)-dev
 	$(VENV)/bin/ruff check .

@@ -1,7 +1,9 @@
 """What depends on the device, as far as a machine without a GPU can tell."""
 
+import inspect
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -37,6 +39,42 @@ def test_each_rank_has_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UsageError, match="rank 2 of this machine has no GPU: PyTorch finds 2; start at most 2"):
         devices.local_device()
+
+
+@pytest.mark.parametrize("module", [torch.cpu, torch.cuda])
+def test_both_kinds_of_device_take_the_calls_that_are_made(module: Any) -> None:
+    device = torch.device("cuda", 1)
+    for name in ("set_device", "synchronize"):
+        inspect.signature(getattr(module, name)).bind(device)
+    if module is torch.cuda:
+        inspect.signature(module.get_rng_state).bind(device)
+        inspect.signature(module.set_rng_state).bind(torch.get_rng_state(), device)
+        for name in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+            inspect.signature(getattr(torch.accelerator, name)).bind(device)
+
+
+def test_a_host_buffer_is_pinned_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not devices.host_buffer(torch.ones(3)).is_pinned()
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: asked.update(options))
+    on_gpu = mock.Mock(shape=(3,), dtype=torch.int64, device=torch.device("cuda"))
+    devices.host_buffer(on_gpu)
+    assert asked == {"dtype": torch.int64, "pin_memory": True}
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_random_states_come_back_to_the_device_they_are_of(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"cuda": torch.arange(3)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: told["cuda"])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: told.update({str(device): state}))
+    device = torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
+    states = devices.rng_states(device)
+    assert list(states) == (["cpu", "cuda"] if kind == "cuda" else ["cpu"])
+    first = torch.rand(())
+    for name, state in {**states, "cuda": told["cuda"]}.items():
+        devices.set_rng_state(name, state, device)
+    assert torch.rand(()) == first
+    assert list(told) == (["cuda", "cuda:0"] if kind == "cuda" else ["cuda"])
 
 
 @pytest.mark.parametrize(("device", "last", "every"), [("cpu", False, 1), ("cuda", True, 10)])

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pfc.launch import cli
 from pfc.launch.cli import main
+from pfc.launch.verbs import bench, pack
 
 
 def people(root: Path, identities: int = 2, images: int = 3) -> Path:
@@ -184,3 +186,9 @@ def test_an_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
     monkeypatch.setattr("pfc.data.inspect.inspect_dataset", interrupt)
     assert main(["inspect", str(tmp_path)]) == 130
     assert capsys.readouterr().err == ""
+
+
+def test_every_verb_is_registered_once():
+    for app in (cli.app, bench.app, pack.app):
+        names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+        assert len(names) == len(set(names))

@@ -1,13 +1,16 @@
 """What a trained backbone is good for: evaluate, embed, export."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pfc.data import RecordDataset
+from pfc.engine.backbones.small import SmallNet
 from pfc.launch.cli import main
 
 
@@ -112,3 +115,26 @@ def test_devices_that_are_not_there(folder: Path, run_dir: Path, capsys: pytest.
         line = ["evaluate", str(run_dir), "--pairs", str(folder / "pairs.bin"), "--device", device]
         assert main(line) == 2
         assert device in capsys.readouterr().err
+
+
+def test_a_bf16_run_is_evaluated_and_embedded_in_bf16(
+    folder: Path, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    half = tmp_path / "half"
+    shutil.copytree(run_dir, half, symlinks=True)
+    for path in (half / "config.yaml", next((half / "checkpoints").glob("step-*")) / "config.yaml"):
+        path.write_text(path.read_text().replace("precision: float32", "precision: bf16"))
+    used: set[tuple[bool, torch.dtype]] = set()
+    forward = SmallNet.forward
+
+    def watched(self: SmallNet, images: torch.Tensor) -> torch.Tensor:
+        used.add((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return forward(self, images)
+
+    monkeypatch.setattr(SmallNet, "forward", watched)
+    assert main(["evaluate", str(half), "--pairs", str(folder / "pairs.bin"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["precision"] == "bf16"
+    assert main(["evaluate", str(half), "--pairs", str(folder / "pairs.bin")]) == 0
+    assert capsys.readouterr().out.endswith("computed in bf16, as in its run\n")
+    assert main(["embed", str(half), str(folder / "set"), str(tmp_path / "out.npy")]) == 0
+    assert used == {(True, torch.bfloat16)}

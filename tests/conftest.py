@@ -1,0 +1,22 @@
+"""What all tests share: the table at the end of ``make test-gpu``."""
+
+import pytest
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("markexpr") != "gpu":
+        return
+    import torch
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: what runs on the CPU in its place"
+    terminalreporter.section(f"proved on: {name}")
+    rows = [
+        (outcome, f"{report.duration:6.1f} s", report.nodeid.removeprefix("tests/"))
+        for outcome in ("failed", "error", "skipped", "passed")
+        for report in terminalreporter.getreports(outcome)
+        if report.when == "call" or outcome != "passed"
+    ]
+    for row in rows:
+        terminalreporter.write_line("  ".join(row))
+    for outcome in ("passed", "failed", "error", "skipped"):
+        terminalreporter.write_line(f"{outcome}: {sum(row[0] == outcome for row in rows)}")

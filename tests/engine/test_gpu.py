@@ -1,0 +1,139 @@
+"""What only a GPU can show of a whole run (docs/devices.md).
+
+``make test-gpu`` runs it on a GPU. Without one a little of it runs on the CPU, so that the tests themselves are right.
+"""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("pydantic", reason="the engine's configuration needs it")
+pytest.importorskip("nvidia.dali", reason="training reads its images through DALI")
+
+from pfc.data import RecordDataset, decode_images
+from pfc.engine.checkpoint import find_all, find_latest
+from pfc.engine.config import Config
+from pfc.engine.telemetry import read_json_lines
+from pfc.launch.cli import main
+from tests.engine.runs import configuration, pack
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STEPS = 8
+CASES = list(itertools.product(["sgd", "adamw"], ["float32", "bf16", "fp16"], [False, True]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack(tmp_path_factory.mktemp("data"))
+
+
+def train(config: Config, *, stop_at: int | None = None, poison: bool = False) -> list[dict[str, Any]]:
+    """One rank in a process of its own, on the GPU; killed inside the step after a checkpoint where asked."""
+    path = config.run.path.with_suffix(".yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(config.model_dump()), encoding="utf-8")
+    command = [sys.executable, "-m", "tests.engine.test_gpu", str(path), str(stop_at or 0), str(int(poison))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    expected = -signal.SIGKILL if stop_at else 0
+    assert done.returncode == expected, done.stdout + done.stderr
+    return read_json_lines(config.run.path / "metrics.jsonl")
+
+
+def _on_rank(path: str, stop_at: int, poison: bool) -> None:
+    """The process of ``train``: the first step is not finite where asked; dies after ``stop_at`` steps."""
+    from pfc.engine import distributed
+    from pfc.engine.config import load_config
+    from pfc.engine.trainer import Trainer
+
+    with distributed.start() as world:
+        trainer = Trainer(load_config(path), world, "auto")
+        if poison and trainer.step == 0:
+            hook = trainer.network.register_forward_hook(lambda _module, _inputs, output: output * torch.nan)
+            trainer.train_step()
+            hook.remove()
+        while trainer.step < trainer.total_steps:
+            trainer.train_step()
+            if stop_at and trainer.step == stop_at:
+                trainer.save()
+                trainer.saving.saver.wait()
+                os.kill(os.getpid(), signal.SIGKILL)
+        trainer.finish()
+        trainer.close()
+
+
+@pytest.mark.parametrize(("name", "precision", "last"), CASES if DEVICE == "cuda" else [("adamw", "bf16", True)])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(
+    folder: Path, tmp_path: Path, name: str, precision: str, last: bool
+) -> None:
+    """With the first step forced to be not finite; to a tolerance, as a GPU's atomics add in any order."""
+    sections: dict[str, Any] = {
+        "optimizer": {"backbone": {"name": name, "lr": 1e-3}, "head": {"name": f"row_{name}", "lr": 1e-3}},
+        "backbone": {"channels_last": last},
+        "checkpoint": {"asynchronous": last},
+        "precision": precision,
+        "schedule": {"steps": STEPS},
+    }
+    straight = configuration(folder, tmp_path / "straight", **sections)
+    broken = configuration(folder, tmp_path / "broken", **sections)
+    expected = train(straight, poison=True)
+    train(broken, stop_at=3, poison=True)
+    resumed = train(broken)
+    assert [line["step"] for line in resumed] == list(range(1, STEPS + 1))
+    assert all(line["skipped_steps"] >= 1 for line in resumed)
+    wanted = [line["loss"] for line in expected[1:]]
+    assert np.isfinite(wanted).all()
+    assert [line["loss"] for line in resumed[1:]] == pytest.approx(wanted, rel=2e-2)
+
+
+def test_decoding_on_the_gpu_is_that_on_the_cpu(folder: Path) -> None:
+    """PNG to a rounding of the normalisation, JPEG to a few of 255 levels: nvJPEG's transform is another one."""
+    dataset = RecordDataset.open(folder / "train")
+    encoded = [dataset.read(place)[1] for place in range(12)]
+    size = dataset.image_size
+    assert size is not None
+    (on_cpu,) = decode_images(encoded, image_size=size, batch_size=12)
+    (on_gpu,) = decode_images(encoded, image_size=size, batch_size=12, device=torch.device(DEVICE, 0))
+    levels = (on_gpu.cpu() - on_cpu).abs() * 127.5
+    assert levels.mean() < 1
+    assert levels.max() < 24
+
+
+def test_evaluate_embed_and_export_from_the_gpu(folder: Path, tmp_path: Path) -> None:
+    config = configuration(folder, tmp_path / "run", evaluation={"pairs": [str(folder / "pairs.bin")]})
+    train(config)
+    run = str(config.run.path)
+    found = find_latest(config.run.path)
+    assert found is not None
+    assert found.step == STEPS
+    assert main(["evaluate", run, "--pairs", str(folder / "pairs.bin"), "--device", DEVICE]) == 0
+    for name, device in (("host", "cpu"), ("device", DEVICE)):
+        assert main(["embed", run, str(folder / "train"), str(tmp_path / f"{name}.npy"), "--device", device]) == 0
+    cosines = (np.load(tmp_path / "host.npy") * np.load(tmp_path / "device.npy")).sum(axis=1)
+    assert cosines.min() > 0.999
+    assert main(["export", run, str(tmp_path / "weights.safetensors")]) == 0
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU here")
+def test_every_gpu_takes_a_rank(folder: Path, tmp_path: Path) -> None:
+    """As many ranks as there are GPUs, over NCCL; one more is refused in one line."""
+    count = torch.cuda.device_count()
+    config = configuration(folder, tmp_path / "all", run={"name": "all"}, data={"batch_size": 6})
+    path = tmp_path / "all.yaml"
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    assert main(["train", str(path), "--nproc", str(count)]) == 0
+    assert [one.step for one in find_all(config.run.path)] == [STEPS]
+    assert main(["train", str(path), "--nproc", str(count + 1), "run.name=more"]) == 2
+
+
+if __name__ == "__main__":
+    _on_rank(sys.argv[1], int(sys.argv[2]), bool(int(sys.argv[3])))
