@@ -1,10 +1,14 @@
 """``pfc doctor`` really tries things, and says what to do."""
 
+import inspect
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pfc.launch import doctor
+from pfc.launch.bench import memory
 from pfc.launch.cli import main
 from pfc.launch.doctor import Check
 from pfc.partial_fc.kernels import native, products
@@ -86,3 +90,26 @@ def test_compiled_passes_that_were_turned_off_are_named(monkeypatch: pytest.Monk
     monkeypatch.setattr(native, "passes", native.passes.__wrapped__)
     assert native.passes() is None
     assert "PFC_COMPILED" in doctor._compiled_passes().found
+
+
+def test_gpus_are_named_with_what_they_can_do(monkeypatch: pytest.MonkeyPatch):
+    cards = {0: ("NVIDIA T4", 15, 7, 5), 1: ("NVIDIA H100", 79, 9, 0)}
+
+    def properties(device: int) -> SimpleNamespace:
+        name, gib, major, minor = cards[device]
+        return SimpleNamespace(name=name, total_memory=gib * doctor.GIB, major=major, minor=minor)
+
+    for name in ("get_device_properties", "mem_get_info"):  # real functions of one device
+        inspect.signature(getattr(torch.cuda, name)).bind(0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000 * (device + 1), 9000))
+    monkeypatch.setattr(doctor, "_driver", lambda: "580.1")
+    driver, old, new = doctor._devices()
+    assert (driver.status, driver.found) == ("ok", "580.1")
+    assert (old.status, old.found) == ("warning", "NVIDIA T4, 15 GiB, compute 7.5")
+    assert (new.status, new.found) == ("ok", "NVIDIA H100, 79 GiB, compute 9.0")
+    assert memory.bytes_free() == 3000
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    assert doctor._nccl().status == "missing"
