@@ -17,7 +17,7 @@ from .errors import UsageError
 from .labels import LabelEncoding, encode_label, encoding_for
 from .manifest import LABEL_NAMES_NAME, MANIFEST_NAME, Manifest, ShardEntry, printable
 from .partial import PartialFolder, StoppedPacking
-from .recordio import RecordWriter, pack_image
+from .recordio import RecordWriter, pack_image, with_id
 
 
 class ShardedWriter:
@@ -101,8 +101,12 @@ class ShardedWriter:
         self.images += 1
 
     def write_record(self, payload: bytes) -> None:
-        """Append one image record that is packed already, with a label in the encoding of this data set."""
-        self._writers[self.images % len(self._writers)].write(self.images, payload)
+        """Append one image record that is packed already, with a label in the encoding of this data set.
+
+        Its id becomes its key here, as of all records that pfc writes: see ``Shard.ids_are_keys``.
+        """
+        key = self.images
+        self._writers[key % len(self._writers)].write(key, with_id(payload, key))
         self.images += 1
 
     def save(self, resumed: dict[str, Any]) -> None:
