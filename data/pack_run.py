@@ -68,12 +68,12 @@ def pack(source: Source, out: Path, store: Storing, options: PackOptions) -> Pac
             resumed_at, skipped = _write(writer, source, store, chosen, options)
             _write_skipped(writer.folder, source, skipped)
     except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        what = f"{out} cannot be written on: {why}; make room, then"
         if error.errno not in _FULL:
-            raise
-        why = (error.strerror or "").lower()
-        raise StoppedPacking(
-            f"{out} cannot be written on: {why}; make room, then the same command goes on where it stopped"
-        ) from None
+            at = f" at {error.filename}" if error.filename else ""
+            what = printable(f"packing into {out} stopped{at}: {why}; when that is mended,")
+        raise StoppedPacking(f"{what} the same command goes on where it stopped") from None
     return _summary(writer, source, chosen, skipped, shards=shards, resumed_at=resumed_at)
 
 
@@ -91,7 +91,7 @@ def _write(
     ahead, along = tee(_with_labels(order[start:], source.codes, chosen.labels))
     tasks = (source.task(image, label) for image, label in ahead)
     results = parallel_map(source.reader(store, chosen.identities), tasks, workers=options.workers)
-    with _SkipLog(writer.partial.temporary / "skipped", resumed["skipped_bytes"]) as skipped:
+    with _SkipLog(writer.partial.skipped, resumed["skipped_bytes"]) as skipped:
         saved = time.monotonic()
         for done, ((image, label), result) in enumerate(zip(along, results, strict=True), start=start + 1):
             if isinstance(result, str):
