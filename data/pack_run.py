@@ -25,7 +25,7 @@ from .shards import ShardedWriter, check_output
 from .sources.base import Source
 from .storing import Storing
 from .summary import SKIPPED_NAME, PackSummary
-from .workers import parallel_map
+from .workers import end_unguarded_worker, parallel_map
 
 SAVE_EVERY = 10.0  # seconds of work that an interruption may cost
 _HOPELESS = 1000  # so many unreadable images and no readable one: something is wrong with the source as a whole
@@ -34,6 +34,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def check_apart(out: Path, sources: list[Path], options: PackOptions) -> None:
     """UsageError where ``out`` cannot be written, or lies in a source, or a source in it."""
+    end_unguarded_worker()
     check_output(out, overwrite=options.overwrite)
     there = out.resolve()
     for source in sources:

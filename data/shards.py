@@ -133,7 +133,8 @@ class ShardedWriter:
                 for writer in self._writers:
                     writer.close()
                 self._finish()
-            keep = not isinstance(error, UsageError) or isinstance(error, StoppedPacking)
+            # What an earlier call had done stays in any case.
+            keep = not isinstance(error, UsageError) or isinstance(error, StoppedPacking) or self.resumed is not None
         except UsageError:
             keep = False
             raise
