@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _BLOCK = 1 << 18  # images swept at a time
 _WORTH_CACHING = 1 << 14  # images
-_VERSION = 1  # of the cache's content
+_VERSION = 2  # of the cache's content
 
 
 def load_labels(dataset: RecordDataset, progress: Progress | None = None) -> np.ndarray:

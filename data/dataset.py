@@ -17,6 +17,7 @@ from .index import Shard, open_shard
 from .labels import FLOAT32_EXACT, LabelEncoding, decode_label
 from .manifest import LABEL_NAMES_NAME, Manifest, read_manifest
 from .recordio import ImageRecord
+from .replacing import replaced_of
 from .workers import Progress
 
 
@@ -67,6 +68,11 @@ class RecordDataset:
             folder, recs = path.parent, [path]
         elif path.exists():
             raise UsageError(f"{path} is neither a directory nor a .rec file: give the directory that holds the shards")
+        elif replaced_of(path).exists():
+            raise UsageError(
+                f"{path}: this data set was to be replaced, and that was interrupted: give the command that packs it "
+                f"again, or take the old one, {replaced_of(path)}"
+            )
         else:
             raise UsageError(f"{path}: no such data set; check the path")
 

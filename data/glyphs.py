@@ -22,7 +22,7 @@ from .fonts import HAN, Font, find_fonts, split_fonts
 from .glyph_drawing import Photograph, draw_glyph
 from .pairs import make_pairs, write_pairs
 from .shards import ShardedWriter, check_output
-from .workers import Progress, parallel_map
+from .workers import Progress, end_unguarded_worker, parallel_map
 
 _FONTS_PER_CHARACTER = 3  # a character that fewer training fonts draw shows too little variety to be learned from
 _TRAINING, _HELDOUT = 0, 1  # keep the random numbers of the two parts apart
@@ -86,6 +86,7 @@ def pack_glyphs(
     Raises:
         UsageError: OUT is not empty; too few fonts; more identities than the fonts can draw.
     """
+    end_unguarded_worker()
     out = Path(out)
     check_output(out, overwrite=None)
     for what, value, least in (

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .labels import FLOAT32_EXACT
 from .recordio import ImageRecord, RecordFile, unpack_image
 
 _PROBES = 16  # places where the .idx is compared with the .rec on opening
+_LAST = 8  # records at the end whose ids are looked at, too
 _BLOCK = 1 << 26  # bytes of text parsed at a time: so many that malloc gives the memory back to the system
 _WORTH_CACHING = 1 << 16  # bytes of text: less is parsed as fast as a cache opens
 _LARGEST = (1 << 63) - 1
@@ -212,12 +214,33 @@ def _stranger(rec: Path, idx: Path, what: str) -> UsageError:
 
 
 def _ids_are_keys(whole: Shard, probes: np.ndarray) -> bool:
-    """Whether most of the probed records that can be read carry their key as their id."""
+    """Whether most of the probed records that can be read carry their key as their id, and those at the end too."""
     same: list[bool] = []
     for position in map(int, probes):
         with suppress(DamagedRecord):
             same.append(whole.read_record(position).id == int(whole.keys[position]))
-    return 2 * sum(same) > len(same)
+    return 2 * sum(same) > len(same) and not _ends_with_others(whole)
+
+
+def _ends_with_others(whole: Shard) -> bool:
+    """Whether the last records, two at least, lie in the order of the keys and have ascending ids that are not theirs.
+
+    So ends a file that was joined from others, or from which something was left out, while each record kept its id:
+    from some place on no id is the key. One record, or one out of order, is damage instead.
+    """
+    last = len(whole.keys) - 1
+    if whole.offsets[last] >= whole.file.size:  # the file was cut short
+        last = int(np.flatnonzero(whole.offsets < whole.file.size).max(initial=0))
+    ids: list[int] = []
+    for position in range(last, max(-1, last - _LAST), -1):
+        if position < last and whole.offsets[position] > whole.offsets[position + 1]:
+            return False
+        with suppress(DamagedRecord):
+            found = whole.read_record(position).id
+            if found == int(whole.keys[position]):
+                break
+            ids.append(found)
+    return len(ids) > 1 and all(before < here for here, before in pairwise(ids))
 
 
 def _layout(whole: Shard) -> tuple[ImageRecord | None, int, int]:

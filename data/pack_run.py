@@ -25,7 +25,7 @@ from .shards import ShardedWriter, check_output
 from .sources.base import Source
 from .storing import Storing
 from .summary import SKIPPED_NAME, PackSummary
-from .workers import parallel_map
+from .workers import end_unguarded_worker, parallel_map
 
 SAVE_EVERY = 10.0  # seconds of work that an interruption may cost
 _HOPELESS = 1000  # so many unreadable images and no readable one: something is wrong with the source as a whole
@@ -34,6 +34,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def check_apart(out: Path, sources: list[Path], options: PackOptions) -> None:
     """UsageError where ``out`` cannot be written, or lies in a source, or a source in it."""
+    end_unguarded_worker()
     check_output(out, overwrite=options.overwrite)
     there = out.resolve()
     for source in sources:
@@ -68,12 +69,12 @@ def pack(source: Source, out: Path, store: Storing, options: PackOptions) -> Pac
             resumed_at, skipped = _write(writer, source, store, chosen, options)
             _write_skipped(writer.folder, source, skipped)
     except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        what = f"{out} cannot be written on: {why}; make room, then"
         if error.errno not in _FULL:
-            raise
-        why = (error.strerror or "").lower()
-        raise StoppedPacking(
-            f"{out} cannot be written on: {why}; make room, then the same command goes on where it stopped"
-        ) from None
+            at = f" at {error.filename}" if error.filename else ""
+            what = printable(f"packing into {out} stopped{at}: {why}; when that is mended,")
+        raise StoppedPacking(f"{what} the same command goes on where it stopped") from None
     return _summary(writer, source, chosen, skipped, shards=shards, resumed_at=resumed_at)
 
 
@@ -91,7 +92,7 @@ def _write(
     ahead, along = tee(_with_labels(order[start:], source.codes, chosen.labels))
     tasks = (source.task(image, label) for image, label in ahead)
     results = parallel_map(source.reader(store, chosen.identities), tasks, workers=options.workers)
-    with _SkipLog(writer.partial.temporary / "skipped", resumed["skipped_bytes"]) as skipped:
+    with _SkipLog(writer.partial.skipped, resumed["skipped_bytes"]) as skipped:
         saved = time.monotonic()
         for done, ((image, label), result) in enumerate(zip(along, results, strict=True), start=start + 1):
             if isinstance(result, str):

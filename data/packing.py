@@ -82,9 +82,9 @@ def pack_recordio(
 ) -> PackSummary:
     """Pack one or several RecordIO data sets anew: other shards, another order, fewer identities, all in one.
 
-    Images keep their bytes, and are not decoded unless ``check`` or ``size`` asks for it; a record whose label stays
-    is the same to the byte. ``joining`` says whether the identities of several sets are all different ("apart", then
-    named set/name) or the same where their names are ("shared").
+    Images keep their bytes, and are not decoded unless ``check`` or ``size`` asks for it; of a record whose label stays
+    only the id changes, to its new key. ``joining`` says whether the identities of several sets are all different
+    ("apart", then named set/name) or the same where their names are ("shared").
     """
     paths = [Path(path) for path in ([sources] if isinstance(sources, str | Path) else sources)]
     out = Path(out)

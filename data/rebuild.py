@@ -73,7 +73,7 @@ def _rebuild(file: RecordFile, progress: Progress | None, done: int, total: int)
     if damaged == len(ids):
         raise UsageError(f"{file.path} holds not one whole record: copy or pack it again")
     given = ids[ids != _NO_ID]
-    if 4 * len(np.unique(given)) > 3 * len(given):
+    if 4 * len(np.unique(given)) > 3 * len(given) and not _ends_with_doubles(given):
         keys, places = _by_id(ids, np.append(offsets[1:], file.size) - offsets)
         offsets = offsets[places]
         if (
@@ -91,6 +91,11 @@ def _rebuild(file: RecordFile, progress: Progress | None, done: int, total: int)
     except OSError as error:
         raise UsageError(f"{idx} cannot be written: {error}") from None
     return Rebuilt(idx, len(keys), damaged)
+
+
+def _ends_with_doubles(given: np.ndarray) -> bool:
+    """Whether the last two ids ascend and stand further ahead, too: as in a file that was joined from others."""
+    return len(given) > 2 and bool(given[-2] < given[-1] and np.isin(given[-2:], given[:-2]).all())
 
 
 def _unpack(payload: np.ndarray | None) -> ImageRecord | None:
@@ -142,7 +147,11 @@ def _misfits(ids: np.ndarray, step: int) -> np.ndarray:
     before, here, after = given[:-2], given[1:-1], given[2:]
     odd[1:-1] = (before < after) & ((here <= before) | (here >= after))
     ranks = np.argsort(np.argsort(given, kind="stable"))
-    order = np.lexsort((np.abs(ranks - np.arange(len(given))), given))  # of equal ids, the one in its place comes first
+    beside = np.zeros(len(given), dtype=np.int64)  # neighbours that are one step away
+    beside[1:] += given[1:] - given[:-1] == step
+    beside[:-1] += given[1:] - given[:-1] == step
+    # Of equal ids, the one beside its neighbours comes first, then the one in its place.
+    order = np.lexsort((np.abs(ranks - np.arange(len(given))), -beside, given))
     double = np.zeros(len(given), dtype=bool)
     double[order[1:]] = given[order[1:]] == given[order[:-1]]
     rests, counts = np.unique(given % step, return_counts=True)

@@ -71,6 +71,11 @@ def unpack_image(payload: np.ndarray) -> ImageRecord:
     return ImageRecord(flag, labels, id, payload[body:])
 
 
+def with_id(payload: bytes, id: int) -> bytes:
+    """The payload of an image record with another id; its second one stays."""
+    return payload[:8] + struct.pack("<Q", id) + payload[16:]
+
+
 def frame(payload: bytes) -> bytes:
     """The bytes that a ``.rec`` file stores for ``payload``: frame header(s), the payload, padding."""
     if len(payload) > MAX_PAYLOAD:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +16,8 @@ from .errors import UsageError
 from .labels import LabelEncoding, encode_label, encoding_for
 from .manifest import LABEL_NAMES_NAME, MANIFEST_NAME, Manifest, ShardEntry, printable
 from .partial import PartialFolder, StoppedPacking
-from .recordio import RecordWriter, pack_image
+from .recordio import RecordWriter, pack_image, with_id
+from .replacing import replace_folder, restore_replaced
 
 
 class ShardedWriter:
@@ -75,6 +75,7 @@ class ShardedWriter:
         self._writers: list[RecordWriter] = []
         self.partial: PartialFolder | None = None
         self.resumed: dict[str, Any] | None = None
+        self._resumable = resume_key is not None
         token = "" if resume_key is not None else f".{uuid4().hex[:8]}"
         self.folder = self._place.parent / f".{self._place.name}{token}.partial"
         starts: list[Any] = [None] * shards
@@ -83,10 +84,15 @@ class ShardedWriter:
                 self.folder.mkdir(parents=True)
             else:
                 self.partial = PartialFolder(self.folder, resume_key)
+            restore_replaced(self._place)
+            check_output(self.out, overwrite=overwrite)
             if self.partial is not None and (kept := self.partial.state) is not None:
                 self.resumed, self.images, starts = kept["resumed"], kept["images"], kept["files"]
             for stem, start in zip(stems, starts, strict=True):
                 self._writers.append(RecordWriter(self.folder / f"{stem}.rec", start))
+        except UsageError:
+            self._leave(keep=True)
+            raise
         except OSError as error:
             self._leave(keep=True)
             raise UsageError(f"{self.out} with {shards} shard(s) cannot be written: {error}") from None
@@ -101,8 +107,12 @@ class ShardedWriter:
         self.images += 1
 
     def write_record(self, payload: bytes) -> None:
-        """Append one image record that is packed already, with a label in the encoding of this data set."""
-        self._writers[self.images % len(self._writers)].write(self.images, payload)
+        """Append one image record that is packed already, with a label in the encoding of this data set.
+
+        Its id becomes its key here, as of all records that pfc writes: see ``Shard.ids_are_keys``.
+        """
+        key = self.images
+        self._writers[key % len(self._writers)].write(key, with_id(payload, key))
         self.images += 1
 
     def save(self, resumed: dict[str, Any]) -> None:
@@ -123,7 +133,8 @@ class ShardedWriter:
                 for writer in self._writers:
                     writer.close()
                 self._finish()
-            keep = not isinstance(error, UsageError) or isinstance(error, StoppedPacking)
+            # What an earlier call had done stays in any case.
+            keep = not isinstance(error, UsageError) or isinstance(error, StoppedPacking) or self.resumed is not None
         except UsageError:
             keep = False
             raise
@@ -136,7 +147,7 @@ class ShardedWriter:
                 writer.close()
         if self.partial is not None:
             self.partial.close(keep=keep)
-        else:
+        elif not self._resumable:
             shutil.rmtree(self.folder, ignore_errors=True)  # after a good end it has moved away already
 
     def _finish(self) -> None:
@@ -162,11 +173,11 @@ class ShardedWriter:
         if self._image_size is not None:
             height, width = self._image_size
             (self.folder / "property").write_text(f"{self.identities},{height},{width}\n", encoding="ascii")
-        if self.partial is not None:
-            self.partial.finish()
-        if self.overwrite and self._place.exists():
-            shutil.rmtree(self._place)
-        os.replace(self.folder, self._place)
+        if self.partial is None:
+            replace_folder(self.folder, self._place)
+        else:
+            self.partial.remove_temporary()  # before, since that may take long
+            replace_folder(self.folder, self._place, at_last=self.partial.finish)
 
 
 def entry_of(writer: RecordWriter) -> ShardEntry:

@@ -12,7 +12,7 @@ from .errors import UsageError
 from .images import encode_image
 from .shards import ShardedWriter
 from .summary import PackSummary
-from .workers import Progress, parallel_map
+from .workers import Progress, end_unguarded_worker, parallel_map
 
 _GRID = 6  # random colours a side that a pattern is smoothed from
 _NOISE = 12.0  # standard deviation of a pixel's noise, of 255
@@ -38,6 +38,7 @@ def pack_synthetic(
     of the size, brighter or darker, and noisy. Every pixel is a function of (seed, identity, image).
     UsageError on impossible numbers and where ``out`` holds something.
     """
+    end_unguarded_worker()
     height, width = (size, size) if isinstance(size, int) else size
     wanted = {
         "identities": identities,

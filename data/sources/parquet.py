@@ -21,6 +21,8 @@ from .base import Reader, Source
 from .codes import NameCodes
 
 _ROWS = 256  # rows with images that are read at once
+_READ_AHEAD = 1 << 26  # bytes of them, about
+_BUFFER = 1 << 20  # bytes of a file that are read at once; without, whole columns of its row groups are
 
 
 def find_parquet(path: Path) -> list[Path]:
@@ -38,7 +40,7 @@ def open_parquet(path: Path) -> Any:
     except ImportError:
         raise UsageError(f"{path}: Parquet needs one more package: pip install 'pfc[parquet]'") from None
     try:
-        return parquet.ParquetFile(path)
+        return parquet.ParquetFile(path, buffer_size=_BUFFER)
     except (ArrowException, OSError) as error:
         raise UsageError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}") from None
 
@@ -121,10 +123,14 @@ class EmbeddedSource(Source):
 
     def _images(self) -> Iterator[bytes | None]:
         for file in self._files:
-            for batch in open_parquet(file).iter_batches(columns=[self._column], batch_size=_ROWS):
-                column = batch.column(0)
-                for value in column.to_pylist():
-                    yield value["bytes"] if isinstance(value, dict) else value
+            table = open_parquet(file)
+            for number in range(table.num_row_groups):
+                group = table.metadata.row_group(number)
+                rows = min(_ROWS, max(1, _READ_AHEAD * group.num_rows // max(1, group.total_byte_size)))
+                for batch in table.iter_batches(rows, row_groups=[number], columns=[self._column]):
+                    for value in batch.column(0):
+                        value = value.as_py()
+                        yield value["bytes"] if isinstance(value, dict) else value
 
     def reader(self, store: Storing, identities: int) -> Reader:
         return SpoolReader(self._spool, store)

@@ -117,7 +117,7 @@ class RecordTask(NamedTuple):
 
 
 class RecordReader:
-    """Gives the record of a task with its new label; byte for byte the old one where nothing has to change."""
+    """Gives the record of a task with its new label; byte for byte the old one where that is the same."""
 
     def __init__(self, recs: Sequence[Path], store: Storing, encoding: LabelEncoding) -> None:
         self.run = uuid4().hex

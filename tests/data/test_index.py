@@ -216,6 +216,62 @@ def test_a_record_before_a_destroyed_one_is_good_by_the_index(home: Path, tmp_pa
         RecordDataset.open(tmp_path).read(2)
 
 
+def write_ids(rec: Path, ids: list[int]) -> None:
+    """Record k, under key k, is of label k mod 7 and carries another id."""
+    with RecordWriter(rec) as writer:
+        for key, number in enumerate(ids):
+            writer.write(key, pack_image(float(key % 7), b"%d\xff\xd9" % key, id=number))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        pytest.param([*range(600), *range(400)], id="two sets"),
+        pytest.param([*range(900), *range(100)], id="a large and a small set"),
+        pytest.param([*range(998), 0, 1], id="a large and a tiny set"),
+        pytest.param([*range(400), *range(410, 600)], id="one identity left out"),
+        pytest.param([*range(585), *range(590, 600)], id="left out near the end"),
+        pytest.param([*range(0, 40, 2), *range(1, 40, 2)], id="two shards"),
+    ],
+)
+def test_ids_that_are_keys_of_other_files_are_no_damage(ids: list[int], tmp_path: Path) -> None:
+    """As older tools, which keep a record's id, join sets or leave some of one out."""
+    write_ids(tmp_path / "a.rec", ids)
+    for rebuilt in (False, True):
+        if rebuilt:
+            rebuild_index(tmp_path, force=True)
+        ds = RecordDataset.open(tmp_path)
+        images = {image.tobytes(): label for label, image in map(ds.read, range(len(ds)))}
+        assert images == {b"%d\xff\xd9" % key: key % 7 for key in range(len(ids))}
+        assert sorted(ds.labels().tolist()) == sorted(key % 7 for key in range(len(ids)))
+
+
+@pytest.mark.parametrize("keys", [(98, 99), (3, 99), (97, 99), (0, 98), (40, 41)])
+def test_swapped_lines_of_an_index_are_found_wherever_they_stand(keys: tuple[int, int], tmp_path: Path) -> None:
+    write_ids(tmp_path / "a.rec", list(range(100)))
+    lines = (tmp_path / "a.idx").read_text().splitlines()
+    offsets = [line.split("\t")[1] for line in lines]
+    for key, other in (keys, keys[::-1]):
+        lines[key] = f"{key}\t{offsets[other]}"
+    (tmp_path / "a.idx").write_text("\n".join(lines) + "\n")
+    ds = RecordDataset.open(tmp_path)
+    for key in range(100):
+        if key in keys:
+            with pytest.raises(DamagedRecord, match=f"key {key} .* says that it is key {sum(keys) - key}"):
+                ds.read(key)
+        else:
+            assert ds.read(key)[0] == key % 7
+
+
+@pytest.mark.parametrize("key", [0, 50, 98, 99])
+def test_a_damaged_id_is_found_wherever_it_stands(key: int, tmp_path: Path) -> None:
+    write_ids(tmp_path / "a.rec", [7 if i == key else i for i in range(100)])
+    ds = RecordDataset.open(tmp_path)
+    with pytest.raises(DamagedRecord, match=f"key {key} .* says that it is key 7"):
+        ds.read(key)
+    assert [ds.read(i)[0] for i in range(100) if i != key] == [i % 7 for i in range(100) if i != key]
+
+
 # -- making an index from the .rec alone
 
 

@@ -1,8 +1,11 @@
 """Packing that is interrupted, goes on, and ends with the same bytes; and what stops it."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,6 +141,109 @@ def test_two_packings_do_not_write_the_same_data_set(tmp_path: Path) -> None:
     assert "another process is packing" in refusal(pack_it, root, tmp_path / "out")
     other.close(keep=True)
     pack_it(root, tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize(("owner", "name"), [(fcntl, "flock"), (Path, "mkdir"), (Path, "open"), (Path, "read_bytes")])
+def test_an_interrupted_packing_that_cannot_be_looked_at_is_kept(
+    number: int, owner: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_source(tmp_path / "in")
+    killed_at(20, RecordWriter, "write", pack_it, root, tmp_path / "out")
+    left = files_of(tmp_path / ".out.partial")
+
+    original = getattr(owner, name)
+
+    def failing(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if ".out.partial" in str(getattr(path, "name", path)) or ".out.partial/" in str(path):
+            raise OSError(number, os.strerror(number))
+        return original(path, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, failing)
+        line = refusal(pack_it, root, tmp_path / "out")
+    assert f"cannot be taken up: {os.strerror(number).lower()}" in line
+    assert "what it keeps of an interrupted packing stays" in line
+    assert files_of(tmp_path / ".out.partial") == left
+    assert pack_it(root, tmp_path / "out").resumed_at == 22
+    pack_it(root, tmp_path / "whole")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_where_nothing_can_be_locked_packing_goes_on_and_says_so(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_source(tmp_path / "in")
+    killed_at(20, RecordWriter, "write", pack_it, root, tmp_path / "out")
+
+    def failing(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", failing)
+        with pytest.warns(UserWarning, match=r"out\.partial: its disk keeps no locks .* let no second"):
+            summary = pack_it(root, tmp_path / "out")
+    assert summary.resumed_at == 22
+    pack_it(root, tmp_path / "whole")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("state", [b"", b"{", b"[]", b'{"key": 1}', b"\xff"])
+def test_a_state_that_cannot_be_read_is_one_line(state: bytes, tmp_path: Path) -> None:
+    root = make_source(tmp_path / "in")
+    killed_at(20, RecordWriter, "write", pack_it, root, tmp_path / "out")
+    (tmp_path / ".out.partial" / "state.json").write_bytes(state)
+    assert "is damaged: remove that folder" in refusal(pack_it, root, tmp_path / "out")
+    assert (tmp_path / ".out.partial" / "train-00000.rec").exists()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(os, "fsync"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (PartialFolder, "finish")],
+)
+def test_killed_anywhere_while_it_overwrites_a_whole_set_remains(owner: Any, name: str, tmp_path: Path) -> None:
+    root = make_source(tmp_path / "in")
+    pack_it(root, tmp_path / "whole")
+    pack_it(root, tmp_path / "old", size=9)
+    old, new = files_of(tmp_path / "old"), files_of(tmp_path / "whole")
+    shutil.copytree(tmp_path / "old", tmp_path / "out")
+    call = 1
+    while killed_at(call, owner, name, pack_it, root, tmp_path / "out", overwrite=True):
+        standing = [files_of(tmp_path / place) for place in ("out", ".out.replaced")]
+        assert old in standing or new in standing
+        if not (tmp_path / "out").exists():
+            with pytest.raises(UsageError, match=r"was to be replaced.*\.out\.replaced"):
+                RecordDataset.open(tmp_path / "out")
+            assert "is not empty" in refusal(pack_it, root, tmp_path / "out")
+            assert files_of(tmp_path / "out") == old
+        pack_it(root, tmp_path / "out", overwrite=True)
+        assert files_of(tmp_path / "out") == new
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "old", "out", "whole"]
+        shutil.rmtree(tmp_path / "out")
+        shutil.copytree(tmp_path / "old", tmp_path / "out")
+        call += 1
+    assert call > 1
+    assert files_of(tmp_path / "out") == new
+
+
+def test_an_old_set_that_cannot_be_moved_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_source(tmp_path / "in")
+    pack_it(root, tmp_path / "whole")
+    pack_it(root, tmp_path / "out", size=9)
+    old = files_of(tmp_path / "out")
+    for name in ("rename", "replace"):  # the old one aside, the new one in its place
+
+        def failing(*_: Any) -> None:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, name, failing)
+            assert "device or resource busy" in refusal(pack_it, root, tmp_path / "out", overwrite=True)
+        assert files_of(tmp_path / "out") == old
+    pack_it(root, tmp_path / "out", overwrite=True)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
 
 
 def test_a_full_disk_is_one_line_and_no_loss(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ from PIL import Image
 
 from pfc.data import RecordDataset, ShardedWriter, inspect_dataset, pack_recordio
 from pfc.data.errors import UsageError
+from pfc.data.rebuild import rebuild_index
 from pfc.data.recordio import MAGIC_BYTES, RecordWriter, pack_image
+from pfc.launch.cli import main
 from tests.data.packed import contents, files_of, jpeg, refusal
 
 
@@ -70,7 +72,7 @@ def test_random_sets_read_back(seed: int, tmp_path: Path) -> None:
     assert inspect_dataset(tmp_path / "out", workers=1).ok
 
 
-def test_records_whose_labels_stay_are_the_same_to_the_byte(tmp_path: Path) -> None:
+def test_records_whose_labels_stay_are_the_same_but_for_their_ids(tmp_path: Path) -> None:
     records: list[tuple[float | list[float], bytes]] = [
         (0.0, b"one"),
         ([1.0, 0.25, 9.0], jpeg(1) + MAGIC_BYTES * 3),
@@ -78,20 +80,61 @@ def test_records_whose_labels_stay_are_the_same_to_the_byte(tmp_path: Path) -> N
         (0.0, MAGIC_BYTES + b"x"),
     ]
     write_plain(tmp_path / "in" / "a.rec", records)
+    given = payloads(tmp_path / "in")
     pack_recordio(tmp_path / "in", tmp_path / "same", workers=1, shuffle=False)
-    assert payloads(tmp_path / "same") == payloads(tmp_path / "in")
+    assert payloads(tmp_path / "same") == [
+        payload[:8] + struct.pack("<Q", key) + payload[16:] for key, payload in enumerate(given)
+    ]
     pack_recordio(tmp_path / "in", tmp_path / "mixed", workers=1, shards=2, seed=5)
-    assert Counter(payloads(tmp_path / "mixed")) == Counter(payloads(tmp_path / "in"))
+    without_ids = [Counter(p[:8] + p[16:] for p in found) for found in (payloads(tmp_path / "mixed"), given)]
+    assert without_ids[0] == without_ids[1]
 
 
 def test_a_new_label_leaves_all_else_of_a_record(tmp_path: Path) -> None:
     write_plain(tmp_path / "in" / "a.rec", [(5.0, b"one"), ([9.0, 0.25], b"two")])
     pack_recordio(tmp_path / "in", tmp_path / "out", workers=1, shuffle=False)
     assert payloads(tmp_path / "out") == [
-        struct.pack("<IfQQ", 0, 0.0, 1000, 7) + b"one",
-        struct.pack("<IfQQ2f", 2, 0.0, 1001, 7, 1.0, 0.25) + b"two",
+        struct.pack("<IfQQ", 0, 0.0, 0, 7) + b"one",
+        struct.pack("<IfQQ2f", 2, 0.0, 1, 7, 1.0, 0.25) + b"two",
     ]
     assert RecordDataset.open(tmp_path / "out").identity_names() == ["5", "9"]
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_sets_joined_in_their_own_order_are_whole(shards: int, tmp_path: Path) -> None:
+    a = write_set(tmp_path / "a", [i // 10 for i in range(600)])
+    b = write_set(tmp_path / "b", [i // 10 for i in range(400)], first=600)
+    assert main(["pack", "recordio", str(a), str(b), str(tmp_path / "c"), "--no-shuffle", "--shards", str(shards)]) == 0
+    check_whole(tmp_path / "c", [(i // 10, jpeg(i)) for i in range(1000)])
+
+
+def test_a_set_without_one_identity_is_whole(tmp_path: Path) -> None:
+    source = write_set(tmp_path / "a", [i // 10 for i in range(600)])
+    (tmp_path / "out.txt").write_text("40\n")
+    without = ["--without", str(tmp_path / "out.txt"), "--no-shuffle"]
+    assert main(["pack", "recordio", str(source), str(tmp_path / "c"), *without]) == 0
+    kept = [i for i in range(600) if i // 10 != 40]
+    check_whole(tmp_path / "c", [(place // 10, jpeg(i)) for place, i in enumerate(kept)])
+    (tmp_path / "out.txt").write_text("41\n")
+    pack_recordio(tmp_path / "c", tmp_path / "d", without=tmp_path / "out.txt", shuffle=False, workers=1)
+    pack_recordio(tmp_path / "d", tmp_path / "e", shuffle=False, keep_labels=True, workers=1)
+    again = [i for i in kept if i // 10 != 41]
+    check_whole(tmp_path / "d", [(place // 10, jpeg(i)) for place, i in enumerate(again)])
+    check_whole(tmp_path / "e", [(place // 10, jpeg(i)) for place, i in enumerate(again)])
+
+
+def check_whole(path: Path, by_key: list[tuple[int, bytes]]) -> None:
+    """The data set holds (label, image) under key 0, 1, ..., and so does one whose indices were made anew."""
+    for rebuilt in (False, True):
+        if rebuilt:
+            rebuild_index(path, force=True)
+        report = inspect_dataset(path, workers=1)
+        assert (report.ok, report.images, report.errors) == (True, len(by_key), [])
+        ds = RecordDataset.open(path)
+        places = [(int(shard.keys[at]), ds.read(i)) for i in range(len(ds)) for shard, at in [ds.locate(i)]]
+        found = {key: (label, image.tobytes()) for key, (label, image) in places}
+        assert found == dict(enumerate(by_key))
+        assert ds.labels().tolist() == [label for _, (label, _) in places]
 
 
 def test_both_conventions_and_the_order_of_the_source(tmp_path: Path) -> None:
@@ -214,7 +257,7 @@ def test_labels_up_to_2_to_the_31(tmp_path: Path) -> None:
     pack_recordio(tmp_path / "in", tmp_path / "same", keep_labels=True, shuffle=False, workers=1)
     ds = RecordDataset.open(tmp_path / "same")
     assert (ds.num_classes, ds.label_encoding, ds.labels().tolist()) == (2**31, "float32x2", labels)
-    assert payloads(tmp_path / "same") == payloads(tmp_path / "in")
+    assert payloads(tmp_path / "same") == payloads(tmp_path / "in")  # no key has changed
     # Compacted, they fit into one number again; and back.
     pack_recordio(tmp_path / "in", tmp_path / "small", workers=1)
     assert RecordDataset.open(tmp_path / "small").label_encoding == "float32"
@@ -224,7 +267,7 @@ def test_labels_up_to_2_to_the_31(tmp_path: Path) -> None:
     )
     assert contents(tmp_path / "both") == given + given
     ids = [struct.unpack_from("<Q", payload, 8)[0] for payload in payloads(tmp_path / "both")]
-    assert sorted(ids) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert ids == list(range(10))
 
 
 def test_wrong_sources(tmp_path: Path) -> None:

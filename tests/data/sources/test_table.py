@@ -146,3 +146,23 @@ def test_parquet_with_images_in_a_column(embedded: str, tmp_path: Path) -> None:
         "train.rec",
         "train.idx",
     }
+
+
+def test_large_images_in_parquet_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    random = np.random.default_rng(0)
+    images = [random.bytes(100_000 if i < 10 else 400_000) for i in range(60)]
+    table = arrow.table({"image": images, "label": [0] * 60})
+    parquet.write_table(table, tmp_path / "t.parquet", compression="none", use_dictionary=False, write_batch_size=4)
+    del table
+    before = arrow.default_memory_pool()
+    pool = arrow.proxy_memory_pool(before)
+    monkeypatch.setattr("pfc.data.sources.parquet._READ_AHEAD", 2_000_000)
+    arrow.set_memory_pool(pool)
+    try:
+        pack_table(tmp_path / "t.parquet", tmp_path / "out", keep_bytes=True, check=False, workers=1)
+    finally:
+        arrow.set_memory_pool(before)
+    assert contents(tmp_path / "out") == Counter(("0", image) for image in images)
+    assert pool.max_memory() < 10_000_000  # of 21 million bytes
