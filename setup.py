@@ -58,7 +58,7 @@ setup(
         "pillow>=10.1",
         "jinja2",
         "safetensors",
-        "nvidia-dali-cuda130; sys_platform == 'linux'",
+        "nvidia-dali-cuda130>=2.4; sys_platform == 'linux'",
     ],
     extras_require={
         "demo": [

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import struct
 import time
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from .mapped import MappedFile
 from .replacing import replacing
 
 _START = struct.Struct("<8sII")
@@ -110,20 +110,18 @@ def _write(path: Path, about: dict[str, Any], arrays: Sequence[np.ndarray]) -> N
 
 def _load(path: Path, about: dict[str, Any]) -> list[np.ndarray] | None:
     try:
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = MappedFile(path).view
         name, crc, length = _START.unpack_from(mapped)
         if name != _NAME:
             return None
-        header = json.loads(mapped[_START.size : _START.size + length])
+        header = json.loads(bytes(mapped[_START.size : _START.size + length]))
         if header["about"] != about:
             return None
     except (OSError, ValueError, KeyError, TypeError, struct.error):  # none, empty, or damaged
         return None
     found = zlib.crc32(struct.pack("<I", length))
-    view = memoryview(mapped)
     for start in range(_START.size, len(mapped), _CRC_BLOCK):
-        found = zlib.crc32(view[start : start + _CRC_BLOCK], found)
+        found = zlib.crc32(mapped[start : start + _CRC_BLOCK], found)
     if found != crc:
         return None
     at = _START.size + length

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .device import decoder_options, device_id, output_stream, owned, takes_rows
 from .errors import UsageError
 from .headers import header_problem
 from .plain import PlainImages
@@ -43,12 +44,12 @@ def build_pipeline(
         batch_size: the most images a batch holds.
         image_size: (height, width) of the result.
         resize: whether images may have another size: they are then scaled to cover it and cropped at the centre.
-        device: where the tensors lie; on a GPU decoding begins on the CPU and ends there.
+        device: where DALI works and the tensors lie.
         threads: CPU threads.
         drawn: names of what the source draws for augmentations, as ``Augment.draw`` names them.
     """
     fn, types, pipeline_def = import_dali()
-    on_gpu = device.type == "cuda"
+    decoding = decoder_options(device)
     height, width = image_size
     active = [name for name in drawn if name in _CHANGES]
 
@@ -60,7 +61,7 @@ def build_pipeline(
             source=source, num_outputs=2 + len(drawn), batch=True, no_copy=True
         )
         given = {name: values[place] for place, name in enumerate(drawn)}
-        images = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
+        images = fn.decoders.image(encoded, output_type=types.RGB, **decoding)
         if "crop" in given:
             if given["crop"]:
                 images = fn.resize(
@@ -88,8 +89,13 @@ def build_pipeline(
             output_layout="CHW",
         )
 
+    # exec_dynamic: the outputs are the caller's for as long as it holds them, and can be asked for on a stream.
     pipeline = pictures(
-        batch_size=batch_size, num_threads=threads, device_id=_device_id(device), prefetch_queue_depth=PREFETCH
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=device_id(device),
+        prefetch_queue_depth=PREFETCH,
+        exec_dynamic=True,
     )
     pipeline.build()
     return pipeline
@@ -149,8 +155,8 @@ def as_batch(images: Sequence[NDArray[np.uint8]], device: torch.device) -> Any:
     """Encoded images as DALI holds a batch of them, copied into one piece: faster than what it would make of a list."""
     from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
-    # One object in place of one an image; what the GPU's decoders make of zeros behind an image has not been tried.
-    rows = images.rows() if device.type == "cpu" and isinstance(images, PlainImages) else None
+    # One object in place of one an image.
+    rows = images.rows() if takes_rows(device) and isinstance(images, PlainImages) else None
     if rows is not None:
         return TensorListCPU(rows, "")
     return TensorListCPU([TensorCPU(image, "") for image in images], "")
@@ -165,19 +171,15 @@ def as_numbers(drawn: np.ndarray) -> Any:
 
 def run_pipeline(pipeline: Any, device: torch.device) -> Tensor:
     """The next batch as a tensor of the caller's own. RuntimeError where DALI fails; the pipeline is then done for."""
-    if device.type != "cuda":
-        (images,) = pipeline.run()
-        return torch.from_dlpack(images.as_tensor())  # keeps DALI's buffer alive; the next run uses another one
-    stream = torch.cuda.current_stream(device)
-    (images,) = pipeline.run(cuda_stream=stream)
-    # A copy, because DALI's allocator does not know which torch streams still read its memory.
-    return torch.from_dlpack(images.as_tensor()).clone()
+    (images,) = pipeline.run(output_stream(device))  # by place: a name would be one of the pipeline's inputs
+    return owned(torch.from_dlpack(images.as_tensor()), device)
 
 
 def undecodable(images: Sequence[NDArray[np.uint8]], device: torch.device) -> list[int]:
     """The places of those images that DALI cannot decode, each of them tried alone (and some not tried at all, see
     ``headers``)."""
     fn, types, pipeline_def = import_dali()
+    decoding = decoder_options(device)
     bad = [place for place, image in enumerate(images) if header_problem(image)]
     good = [place for place in range(len(images)) if place not in bad]
     rest = iter(range(0))
@@ -185,12 +187,12 @@ def undecodable(images: Sequence[NDArray[np.uint8]], device: torch.device) -> li
     @pipeline_def(batch_size=1, num_threads=1, exec_pipelined=False, exec_async=False, prefetch_queue_depth=1)
     def alone() -> Any:
         encoded = fn.external_source(source=lambda: [images[next(rest)]], batch=True)
-        return fn.decoders.image(encoded, device="mixed" if device.type == "cuda" else "cpu", output_type=types.RGB)
+        return fn.decoders.image(encoded, output_type=types.RGB, **decoding)
 
     at = 0
     while at < len(good):
         rest = iter(good[at:])
-        pipeline = alone(device_id=_device_id(device))
+        pipeline = alone(device_id=device_id(device))
         pipeline.build()
         try:
             while at < len(good):
@@ -202,12 +204,6 @@ def undecodable(images: Sequence[NDArray[np.uint8]], device: torch.device) -> li
     return sorted(bad)
 
 
-def _device_id(device: torch.device) -> int | None:
-    if device.type != "cuda":
-        return None
-    return torch.cuda.current_device() if device.index is None else device.index
-
-
 def import_dali() -> tuple[Any, Any, Any]:
     """DALI's fn, types and pipeline_def: imported when they are needed, because the rest of pfc works without them."""
     try:
@@ -217,7 +213,7 @@ def import_dali() -> tuple[Any, Any, Any]:
             from nvidia.dali import fn, pipeline_def, types
     except ImportError as error:
         raise UsageError(
-            "NVIDIA DALI is not installed: `pip install nvidia-dali-cuda130` "
-            "(or nvidia-dali-cuda120 for CUDA 12); it decodes on machines without a GPU too"
+            "NVIDIA DALI is not installed: `pip install 'nvidia-dali-cuda130>=2.4'` "
+            "(or 'nvidia-dali-cuda120>=2.4' for CUDA 12); it decodes on machines without a GPU too"
         ) from error
     return fn, types, pipeline_def

@@ -16,6 +16,7 @@ from .errors import UsageError
 from .index import Shard, open_shard
 from .labels import FLOAT32_EXACT, LabelEncoding, decode_label
 from .manifest import LABEL_NAMES_NAME, Manifest, read_manifest
+from .mapped import with_descriptors
 from .recordio import ImageRecord
 from .replacing import replaced_of
 from .workers import Progress
@@ -53,13 +54,14 @@ class RecordDataset:
         self._starts = [0, *accumulate(shard.images for shard in shards)]
 
     @staticmethod
+    @with_descriptors
     def open(path: str | Path, *, strict: bool = True) -> RecordDataset:
         """Open a directory of shards, by pfc or by the tools of MXNet or InsightFace, or one ``.rec``.
 
         Cheap: the ``.rec`` files are mapped into memory, only the ``.idx`` files are read, and a large one only
         once (see ``index.load_index``). UsageError where something is missing, or the files do not belong together.
         A ``.rec`` that was cut short opens, as long as most of it is there: its lost records are damaged ones. Not
-        ``strict``: the same however much of it is lost.
+        ``strict``: the same however much of it is lost. No file stays open: there may be any number of shards.
         """
         path = Path(path)
         if path.is_dir():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .dali import PREFETCH, REFUSED, build_pipeline, run_pipeline, undecodable
+from .device import CPU, moved
 from .errors import UndecodableImage
 from .headers import header_problem, pillow_problem
 
@@ -30,11 +31,13 @@ def decode_images(
 ) -> Iterator[Tensor]:
     """Decode images for evaluation, in the given order and without augmentation.
 
+    On the CPU, whatever the device: so figures do not depend on how a GPU's decoder rounds.
+
     Args:
         images: encoded images (JPEG, PNG, ...), as bytes or as uint8 arrays.
         image_size: (height, width); images of another size are scaled to cover it and cropped at the centre.
         batch_size: the most images a tensor holds; the last one may hold fewer.
-        device: where decoding ends and the tensors lie; the CPU by default.
+        device: where the tensors lie; the CPU by default.
         threads: CPU threads that DALI may use.
 
     Yields:
@@ -44,7 +47,6 @@ def decode_images(
         UsageError: DALI is not installed.
         UndecodableImage: the first image that cannot be decoded, by its place in ``images``.
     """
-    device = device or torch.device("cpu")
     starts = range(0, len(images), batch_size)
 
     def slices() -> Iterator[list[Any]]:
@@ -57,15 +59,16 @@ def decode_images(
 
     held: deque[list[NDArray[np.uint8]]] = deque(maxlen=2 * PREFETCH + 2)  # DALI reads them where they lie
     pipeline = build_pipeline(
-        slices(), batch_size=batch_size, image_size=image_size, resize=True, device=device, threads=threads
+        slices(), batch_size=batch_size, image_size=image_size, resize=True, device=CPU, threads=threads
     )
     for start in starts:
         try:
-            yield run_pipeline(pipeline, device)
+            tensor = run_pipeline(pipeline, CPU)
         except RuntimeError as error:
             under_way = images[start : start + (PREFETCH + 1) * batch_size]
             encoded = [np.frombuffer(image, dtype=np.uint8) for image in under_way]
-            for place in undecodable(encoded, device):
+            for place in undecodable(encoded, CPU):
                 problem = header_problem(encoded[place]) or pillow_problem(encoded[place]) or REFUSED
                 raise UndecodableImage(start + place, problem) from error
             raise
+        yield moved(tensor, device or CPU)

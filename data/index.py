@@ -97,6 +97,7 @@ def open_shard(rec: Path, idx: Path, *, strict: bool = True) -> Shard:
     their damage one by one.
     """
     file = RecordFile(rec)
+    file.expect_random_reads()  # a few probes: on a cold disk each would have its neighbourhood read, too
     keys, offsets = load_index(rec, idx)
     probes = np.unique(np.linspace(0, len(keys) - 1, _PROBES).astype(np.int64))
     if not strict:
@@ -114,6 +115,7 @@ def open_shard(rec: Path, idx: Path, *, strict: bool = True) -> Shard:
         if int(keys[end]) == stop < FLOAT32_EXACT and end - first != stop - 1:
             counted = f"it lists {end - first} of the {stop - 1:.0f} images that the header record counts"
             raise _stranger(rec, idx, counted)
+    file.expect_random_reads(False)
     return replace(whole, first=first, images=end - first, header=header)
 
 

@@ -1,6 +1,7 @@
 """Several data sets as one: a joint label space, and an order that gives each set its share."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 
 from .dataset import RecordDataset
 from .index import Shard
-from .order import Integers, Order
+from .order import Integers, Order, Window
 
 
 class JointDataset:
@@ -120,15 +121,17 @@ class MixedOrder(Order):
             visits[places] = self.orders[which].visits(own)
         return visits
 
-    def own(self, position: int) -> list[tuple[int, int]]:
-        """Where each set's own order stands at ``position``: (set, the next position of its order) for every set."""
+    def upcoming(self, position: int) -> list[Window]:
         epoch, offset = divmod(position, self.epoch_size)
-        standing, rest = [], self.epoch_size
-        for which, share in enumerate(self._shares):
-            before = offset * share // rest
-            standing.append((which, epoch * share + before))
+        windows: list[Window] = []
+        rest = self.epoch_size
+        for order, share, start in zip(self.orders, self._shares, self.starts.tolist(), strict=False):
+            before = offset * share // rest  # turns that the set has had in this epoch
+            windows += [
+                replace(window, first=window.first + start) for window in order.upcoming(epoch * share + before)
+            ]
             offset, rest = offset - before, rest - share
-        return standing
+        return windows
 
     def _turns(self, positions: Integers) -> list[tuple[int, Integers, Integers]]:
         """For each set: its number, which of ``positions`` are its turns, and the positions of its own order."""

@@ -10,6 +10,7 @@ inside (cycle-walking), which leaves a bijection on [0, N). That takes O(1) memo
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,6 +149,10 @@ class Order(ABC):
         epochs, rest = divmod(end - position, size)
         return count + epochs * (size // batch_size) + min(-(-rest // batch_size), size // batch_size)
 
+    def upcoming(self, position: int) -> list["Window"]:
+        """The windows that are read at ``position`` and next, where samples come in blocks; none where they do not."""
+        return []
+
     def substitute(self, position: int, attempt: int) -> int:
         """Which position's sample to take instead, where that of ``position`` is damaged and those of all earlier
         attempts (from 1 on) are too: the following ones of the same epoch, in a circle."""
@@ -194,13 +199,16 @@ class BlockOrder(Order):
         keys = counter_hash(self.seed, _WINDOW_STREAM, epochs, windows)
         return self._row(epochs, starts + permuted(places, sizes, keys))
 
-    def window_start(self, position: int) -> int:
+    def upcoming(self, position: int) -> list["Window"]:
+        here = Window(self, self._window_start(position))
+        return [here, Window(self, self._window_start(here.start + self.window))]
+
+    def _window_start(self, position: int) -> int:
         """The position where the window of ``position`` begins."""
-        offset = position % self.num_samples
-        return position - offset % self.window
+        return position - position % self.num_samples % self.window
 
     def runs(self, position: int) -> list[tuple[int, int]]:
-        """The samples of the window that ``position`` lies in, in the order of the blocks, as [start, stop) runs."""
+        """As ``Window.runs``, of the window that ``position`` lies in."""
         epoch, offset = divmod(position, self.num_samples)
         start = offset // self.window * self.window
         places = np.arange(start, min(start + self.window, self.num_samples), dtype=np.int64)
@@ -222,3 +230,20 @@ class BlockOrder(Order):
             keys = counter_hash(self.seed, _BLOCK_STREAM, epochs[regular])
             samples[regular] = permuted(blocks, full, keys) * self.block_size + within
         return samples
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of positions whose samples lie next to each other, block by block.
+
+    Attributes: ``order``; ``start``, its first position there; ``first``, which sample of the whole data set is the
+    first one of the order.
+    """
+
+    order: BlockOrder
+    start: int
+    first: int = 0
+
+    def runs(self) -> list[tuple[int, int]]:
+        """Its samples, in the order of the blocks, as [start, stop) runs."""
+        return [(self.first + start, self.first + stop) for start, stop in self.order.runs(self.start)]

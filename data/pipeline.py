@@ -19,6 +19,7 @@ from torch import Tensor
 from .augment import Augment, draw_flips
 from .dali import PREFETCH, REFUSED, as_batch, as_numbers, build_pipeline, run_pipeline, undecodable
 from .damage import DamageLimit
+from .device import CPU, Place, decoding_device, moved
 from .errors import DamagedRecord, UsageError
 from .headers import pillow_problem
 from .order import Order, SampleOrder
@@ -70,7 +71,9 @@ class TrainLoader:
         flip: mirror half of the images; which ones depends on (seed, epoch, sample).
         augment: what else is done to the pictures; nothing by default.
         max_damaged: share of damaged images that is borne, see ``DamageLimit``.
-        device: where decoding ends and the tensors lie.
+        device: where the tensors lie.
+        decode: where the pictures are decoded and augmented, "cpu" or "gpu" (``device`` then); from the CPU, the
+            finished batch is copied to ``device``.
         threads: CPU threads that DALI may use.
         position: global samples consumed before this loader starts; 0 for a new run.
 
@@ -78,8 +81,8 @@ class TrainLoader:
         position: where the next global batch begins.
 
     Raises:
-        UsageError: DALI is not installed; the data set holds no image, or with ``drop`` fewer than a global batch;
-            too many images are damaged.
+        UsageError: DALI is not installed; there is no GPU to decode on; the data set holds no image, or with ``drop``
+            fewer than a global batch; too many images are damaged.
         RuntimeError: DALI fails without any image being to blame.
     """
 
@@ -98,6 +101,7 @@ class TrainLoader:
         augment: Augment | None = None,
         max_damaged: float = 0.02,
         device: torch.device | None = None,
+        decode: Place = "cpu",
         threads: int = 2,
         position: int = 0,
     ) -> None:
@@ -114,12 +118,13 @@ class TrainLoader:
         self._seed = seed
         self._flip = flip
         self._augment = augment or Augment()
-        self._device = device or torch.device("cpu")
+        self._device = device or CPU
+        self._decoder = decoding_device(decode, self._device)
         self._options: dict[str, Any] = {
             "batch_size": batch_size,
             "image_size": image_size,
             "resize": dataset.image_size != image_size,
-            "device": self._device,
+            "device": self._decoder,
             "threads": threads,
             "drawn": self._augment.drawn,
         }
@@ -156,7 +161,7 @@ class TrainLoader:
             raise RuntimeError("this TrainLoader is closed: make a new one at its position to go on")
         while True:
             try:
-                images = run_pipeline(self._pipeline, self._device)
+                images = run_pipeline(self._pipeline, self._decoder)
                 break
             except _OtherSizeError:
                 self._options["resize"] = True
@@ -170,11 +175,9 @@ class TrainLoader:
         self._replaced += len(slice.damaged)
         self._untold.update((sample, record) for sample, record in slice.damaged if sample not in self._told)
         self._limit.count(len(slice.labels), [record for _, record in slice.damaged])
-        labels = torch.from_numpy(slice.labels)
-        if self._device.type == "cuda":
-            labels = labels.pin_memory().to(self._device, non_blocking=True)
         self.position = slice.end
-        return Batch(images, labels, slice.samples)
+        labels = torch.from_numpy(slice.labels)
+        return Batch(moved(images, self._device), moved(labels, self._device), slice.samples)
 
     @property
     def epoch_size(self) -> int:
@@ -227,7 +230,7 @@ class TrainLoader:
         flips = draw_flips(self._seed, visits, samples) if self._flip else np.zeros(len(samples), dtype=np.int32)
         drawn = [flips, *self._augment.draw(self._seed, visits, samples).values()]
         return [
-            (slice, [as_batch(slice.images, self._device), *(as_numbers(values[at : at + size]) for values in drawn)])
+            (slice, [as_batch(slice.images, self._decoder), *(as_numbers(values[at : at + size]) for values in drawn)])
             for at, slice in zip(range(0, len(samples), size), slices, strict=True)
         ]
 
@@ -235,7 +238,7 @@ class TrainLoader:
         """DALI does not say which image broke a batch: find it among those under way, and begin again without it."""
         wait([self._reading])
         for slice in self._pending:
-            bad = undecodable(slice.images, self._device)
+            bad = undecodable(slice.images, self._decoder)
             for place in bad:
                 self._reader.mark(int(slice.samples[place]), pillow_problem(slice.images[place]) or REFUSED)
             if bad:

@@ -8,6 +8,7 @@
 
 #include <stdint.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "RecordIO is read as it lies in the file, in little-endian numbers"
@@ -15,6 +16,7 @@
 
 #define MAGIC 0xCED7230Au
 #define FRAME 8 /* magic, length */
+#define LARGEST (1 << 24) /* bytes: a record that seems longer is not read ahead */
 #define HEAD 24 /* flag, label, id and its second half */
 
 /* One .rec file with its index; plain.py has the same fields. */
@@ -36,7 +38,7 @@ struct shard {
 /* Raised with every change of structs or arguments: plain.py takes no file that was compiled from an older text. */
 int pfc_plain_version(void)
 {
-    return 1;
+    return 2;
 }
 
 static uint32_t little(const uint8_t *at)
@@ -229,6 +231,23 @@ void pfc_plain_find(const struct shard *shards, int64_t count, const int64_t *sa
     }
     for (int64_t i = 0; i < n; i++)
         places[i].label = label_of(shards + places[i].shard, samples[i], places + i);
+}
+
+/* Asks the system to read the records of n samples soon, by the index alone: none of their bytes is touched. */
+void pfc_plain_will_need(const struct shard *shards, int64_t count, const int64_t *samples, int64_t n, int64_t page)
+{
+    for (int64_t i = 0; i < n; i++) {
+        const struct shard *shard = shards + shard_of(shards, count, samples[i]);
+        int64_t number = samples[i] - shard->start, record = shard->first + number;
+        if (number < 0 || number >= shard->images || record < 0 || record >= shard->records)
+            continue;
+        int64_t offset = shard->offsets[record];
+        int64_t limit = record + 1 < shard->records ? shard->offsets[record + 1] : shard->size;
+        if (offset < 0 || offset >= limit || limit > shard->size || limit - offset > LARGEST)
+            continue;
+        const uint8_t *first = shard->bytes + offset / page * page; /* a file is mapped from the start of a page on */
+        madvise((void *)first, shard->bytes + limit - first, MADV_WILLNEED);
+    }
 }
 
 /* Copies these images into the rows of a matrix [n, width] and fills the rows up with zeros. */

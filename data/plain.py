@@ -7,6 +7,7 @@ read by ``RecordDataset.read``, one record after the other.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 from collections.abc import Sequence
 from functools import cache
@@ -21,7 +22,7 @@ from .index import Shard
 from .labels import FLOAT32_EXACT
 from .mixture import JointDataset
 
-_VERSION = 1  # pfc_plain_version of plain.c
+_VERSION = 2  # pfc_plain_version of plain.c
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -62,7 +63,9 @@ def compiled() -> ctypes.CDLL | None:
         if loaded.pfc_plain_version() == _VERSION:
             loaded.pfc_plain_find.argtypes = [_POINTER, _INT, _POINTER, _INT, _POINTER]
             loaded.pfc_plain_copy.argtypes = [_POINTER, _POINTER, _INT, _INT, _POINTER]
-            loaded.pfc_plain_find.restype = loaded.pfc_plain_copy.restype = None
+            loaded.pfc_plain_will_need.argtypes = [_POINTER, _INT, _POINTER, _INT, _INT]
+            for function in (loaded.pfc_plain_find, loaded.pfc_plain_will_need, loaded.pfc_plain_copy):
+                function.restype = None
             return loaded
     return None
 
@@ -86,7 +89,7 @@ class PlainRecords:
                 start += shard.images
             first_label += part.num_classes
         self.table = (_Shard * len(table))(*table)
-        self.files = [shard.file.bytes for shard in self._shards]
+        self.files = [shard.file for shard in self._shards]
 
     def find(self, samples: NDArray[np.int64]) -> PlainImages:
         """Labels and encoded images as of ``RecordDataset.read``, of ``samples``, int64 [b]."""
@@ -96,6 +99,12 @@ class PlainRecords:
             samples = np.ascontiguousarray(samples, dtype=np.int64)
             loaded.pfc_plain_find(self.table, len(self.table), samples.ctypes.data, len(samples), places.ctypes.data)
         return PlainImages(self, places)
+
+    def will_need(self, samples: NDArray[np.int64]) -> None:
+        """Asks the system for the records of ``samples``, int64 [b], before they are read; returns at once."""
+        if (loaded := compiled()) is not None:
+            samples = np.ascontiguousarray(samples, dtype=np.int64)
+            loaded.pfc_plain_will_need(self.table, len(self.table), samples.ctypes.data, len(samples), mmap.PAGESIZE)
 
 
 class PlainImages(Sequence[NDArray[np.uint8]]):
@@ -120,7 +129,7 @@ class PlainImages(Sequence[NDArray[np.uint8]]):
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
         shard, _, begin, end, *_ = self._places[place].item()
-        return self._records.files[shard][begin:end]
+        return self._records.files[shard].bytes[begin:end]
 
     def have_size(self, size: tuple[int, int]) -> bool:
         """Whether every image is of this (height, width), as ``headers.header_size`` says."""
@@ -152,7 +161,7 @@ def _entry(shard: Shard, start: int, first_label: int, classes: int) -> _Shard:
         bytes=shard.file.bytes.ctypes.data,
         size=shard.file.size,
         offsets=offsets.ctypes.data,
-        records=len(offsets),
+        records=len(offsets) if offsets.dtype == np.int64 else 0,
         start=start,
         images=shard.images,
         first=shard.first,

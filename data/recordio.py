@@ -12,8 +12,8 @@ back. A record in one piece has cflag 0.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -24,11 +24,13 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from .errors import DamagedRecord, UsageError
+from .mapped import MappedFile
 
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
 MAX_PAYLOAD = (1 << 29) - 1  # bytes: the length has 29 bits
 
+_MAGIC_ANYWHERE = re.compile(re.escape(MAGIC_BYTES))
 _FRAME = struct.Struct("<II")
 _IMAGE = struct.Struct("<IfQQ")
 _WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
@@ -108,14 +110,22 @@ class RecordFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._mapped = MappedFile(path)
         except FileNotFoundError:
             raise UsageError(f"{path}: no such file; check the path") from None
         except ValueError:  # an empty file cannot be mapped
             raise UsageError(f"{path} is empty: copy or pack it again") from None
-        self.bytes: np.ndarray = np.frombuffer(self._map, dtype=np.uint8)
+        self._map: memoryview = self._mapped.view
+        self.bytes: np.ndarray = self._mapped.bytes
         self.size: int = len(self.bytes)
+
+    def expect_random_reads(self, yes: bool = True) -> None:
+        """As of ``MappedFile``."""
+        self._mapped.expect_random_reads(yes)
+
+    def will_need(self, first: int, stop: int) -> None:
+        """As of ``MappedFile``."""
+        self._mapped.will_need(first, stop)
 
     def starts_record(self, offset: int) -> bool:
         """Whether a record, whole or in parts, may start at ``offset``."""
@@ -151,7 +161,8 @@ class RecordFile:
 
     def _next_record(self, at: int) -> int:
         """Where the first whole record from ``at`` on starts, at any alignment; the file's end if there is none."""
-        while (at := self._map.find(MAGIC_BYTES, at)) >= 0:
+        while found := _MAGIC_ANYWHERE.search(self._map, at):
+            at = found.start()
             with suppress(DamagedRecord):
                 self._read(at, None)
                 return at

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ from .order import Integers, Order
 from .plain import PlainRecords
 
 _PLANNED = 2048  # samples whose places in the order are computed at once: numpy's cost a call is then small
+AHEAD = 2048  # samples that the system is asked for before they are read: a disk then has many reads to choose from
+_AHEAD_BYTES = 1 << 26  # that they take together at most
 _ATTEMPTS = 1000  # damaged samples in a row before the search for a good one is given up
 
 
@@ -70,6 +73,10 @@ class SliceReader:
         self._batch_size, self._rank = batch_size, rank
         self._global_batch = batch_size * world_size
         self._plain = PlainRecords(dataset)
+        for file in self._plain.files:
+            file.expect_random_reads()
+        mean = sum(file.size for file in self._plain.files) // len(dataset) + 1
+        self._ahead = max(1, min(AHEAD, _AHEAD_BYTES // mean) // batch_size)  # batches
         self._undecodable: dict[int, DamagedRecord] = {}
         self._planned: deque[tuple[int, int, Integers, Integers]] = deque()
         self.rewind(position)
@@ -77,7 +84,8 @@ class SliceReader:
     def rewind(self, position: int) -> None:
         """Go on with the first batch from ``position`` on."""
         self._planned.clear()
-        self.position = self._order.batch_start(position, self._global_batch, drop=self._drop)
+        self._asked = 0  # of those that are planned
+        self.position = self._plan_from = self._order.batch_start(position, self._global_batch, drop=self._drop)
 
     def mark(self, sample: int, problem: str) -> None:
         """From now on ``sample`` is damaged: its bytes are whole, but they are no image."""
@@ -86,8 +94,11 @@ class SliceReader:
 
     def read(self) -> Slice:
         """The next slice. UsageError where no good sample can be found."""
-        if not self._planned:
+        while len(self._planned) <= self._ahead:
             self._plan()
+        for _, _, samples, _ in islice(self._planned, self._asked, self._ahead + 1):
+            self._plain.will_need(samples)
+        self._asked = self._ahead
         start, self.position, samples, visits = self._planned.popleft()
         plain = self._plain.find(samples)
         labels, odd = plain.labels, plain.labels < 0
@@ -115,13 +126,14 @@ class SliceReader:
 
     def _plan(self) -> None:
         """Looks up the samples of some batches at once."""
-        starts, position = [], self.position
+        starts, position = [], self._plan_from
         for _ in range(max(1, _PLANNED // self._batch_size)):
             starts.append(position)
             position = self._order.batch_start(position + self._global_batch, self._global_batch, drop=self._drop)
         mine = np.asarray(starts)[:, None] + self._rank * self._batch_size + np.arange(self._batch_size)
         samples = self._order.at(mine.ravel()).reshape(mine.shape)
         visits = self._order.visits(mine.ravel()).reshape(mine.shape)
+        self._plan_from = position
         self._planned.extend(zip(starts, [*starts[1:], position], samples, visits, strict=True))
 
     def _try(self, sample: int) -> tuple[int, NDArray[np.uint8]] | DamagedRecord:

@@ -59,6 +59,7 @@ def build_loader(
         augment=section.augment,
         max_damaged=section.max_damaged,
         device=world.device,
+        decode=section.decode,
         threads=section.threads,
         position=position,
     )

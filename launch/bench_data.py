@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..data import RecordDataset, TrainLoader
-from ..data.dali import PREFETCH, import_dali
+from ..data.dali import PREFETCH, import_dali, run_pipeline
+from ..data.device import Place, decoder_options, decoding_device, device_id, moved, wait_for
 from ..data.merged_index import write_merged_index
 from ..data.order import BlockOrder
 
@@ -54,6 +55,7 @@ def measure_loaders(
     batches: int,
     rounds: int,
     device: torch.device,
+    place: Place = "cpu",
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[LoaderTiming]:
     """Times every loader over ``rounds`` turns of ``batches`` batches, after one turn untimed.
@@ -62,6 +64,7 @@ def measure_loaders(
         dataset: its image size is that of the tensors.
         threads: decoding threads of DALI; worker processes of the DataLoader.
         device: where the tensors end.
+        place: where DALI decodes, as ``data.decode`` says.
         tell: is told what is measured.
     """
     size = dataset.image_size
@@ -73,6 +76,7 @@ def measure_loaders(
             "batch_size": batch_size,
             "image_size": size,
             "device": device,
+            "decode": place,
             "threads": threads,
         }
         blocks = BlockOrder(len(dataset), 0, block_size=_BLOCK, window=_WINDOW)
@@ -93,11 +97,11 @@ def measure_loaders(
                 # What a loader prepared while it was not its turn does not count.
                 for _ in range(PREFETCH + 1):
                     next(loader)
-                _wait(device)
+                wait_for(device)
                 begin, begin_busy = time.perf_counter(), time.process_time()
                 for _ in range(batches):
                     next(loader)
-                _wait(device)
+                wait_for(device)
                 seconds, busy_seconds = time.perf_counter() - begin, time.process_time() - begin_busy
                 if name == PEER:
                     time.sleep(_IDLE)
@@ -121,21 +125,22 @@ def measure_loaders(
 def _dali_reader(recs: list[Path], index: Path, options: dict[str, Any], *, shuffle: bool) -> Iterator[Tensor]:
     """DALI's ``fn.readers.mxnet`` over the merged index, and the same operators behind it as pfc's."""
     fn, types, pipeline_def = import_dali()
-    on_gpu = options["device"].type == "cuda"
+    decoder = decoding_device(options["decode"], options["device"])
+    decoding = decoder_options(decoder)
 
     @pipeline_def(
         batch_size=options["batch_size"],
         num_threads=options["threads"],
-        device_id=options["device"].index if on_gpu else None,
+        device_id=device_id(decoder),
         prefetch_queue_depth=PREFETCH,
+        exec_dynamic=True,
     )
     def pictures() -> Any:
-        encoded, labels = fn.readers.mxnet(
+        encoded, _ = fn.readers.mxnet(
             path=[str(rec) for rec in recs], index_path=[str(index)], random_shuffle=shuffle, initial_fill=_WINDOW
         )
-        images = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
-        images = fn.crop_mirror_normalize(
-            images,
+        return fn.crop_mirror_normalize(
+            fn.decoders.image(encoded, output_type=types.RGB, **decoding),
             crop=options["image_size"],
             mirror=fn.random.coin_flip(),
             mean=[127.5] * 3,
@@ -143,14 +148,11 @@ def _dali_reader(recs: list[Path], index: Path, options: dict[str, Any], *, shuf
             dtype=types.FLOAT,
             output_layout="CHW",
         )
-        return images, labels
 
     pipeline = pictures()
     pipeline.build()
     while True:
-        images, _ = pipeline.run()
-        tensor = torch.from_dlpack(images.as_tensor())
-        yield tensor.clone() if on_gpu else tensor
+        yield moved(run_pipeline(pipeline, decoder), options["device"])
 
 
 class _Pictures(torch.utils.data.Dataset):
@@ -192,8 +194,3 @@ def _torch_loader(dataset: RecordDataset, batch_size: int, threads: int, device:
     while True:
         for images, _ in loader:
             yield images.to(device, non_blocking=True)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

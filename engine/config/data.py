@@ -75,6 +75,8 @@ class Data(Section):
     """What else is done to the pictures: see docs/data.md."""
     max_damaged: Annotated[float, Field(ge=0, le=1)] = 0.02
     """Share of damaged images that are replaced by good ones; more end the run."""
+    decode: Literal["cpu", "gpu"] = "cpu"
+    """Where pictures are decoded and augmented; from the CPU, finished batches are copied to the GPU."""
     threads: Count = 2
     """Decoding threads per rank."""
 

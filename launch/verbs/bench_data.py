@@ -3,7 +3,7 @@
 import json
 import statistics
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,6 +15,7 @@ def data(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="A packed data set: a folder, or one .rec.")],
     batch: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 128,
     threads: Annotated[int, typer.Option(min=1, help="Decoding threads.")] = 2,
+    decode: Annotated[Literal["cpu", "gpu"], typer.Option(help="Where DALI decodes, as data.decode.")] = "cpu",
     batches: Annotated[int, typer.Option(min=1, help="Batches a turn.")] = 20,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every loader.")] = 7,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")] = None,
@@ -34,11 +35,13 @@ def data(
     if len(opened) < batch:
         raise UsageError(f"{dataset} holds {len(opened)} images, fewer than a batch of {batch}: take a smaller --batch")
     device = local_device()
-    timings = measure_loaders(opened, batch_size=batch, threads=threads, batches=batches, rounds=rounds, device=device)
+    timings = measure_loaders(
+        opened, batch_size=batch, threads=threads, batches=batches, rounds=rounds, device=device, place=decode
+    )
     height, width = opened.image_size
     print(
-        f"{len(opened):,} images of {height}×{width}, {threads} threads on {device.type}, batches of {batch}, "
-        f"{rounds} turns of {batches} batches"
+        f"{len(opened):,} images of {height}×{width}, {threads} threads on {device.type}, "
+        f"decoded on the {decode.upper()}, batches of {batch}, {rounds} turns of {batches} batches"
     )
     lines = [
         (

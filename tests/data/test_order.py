@@ -99,8 +99,10 @@ def test_a_window_touches_its_blocks_alone_and_names_them_for_reading_ahead() ->
     start = 0
     while start < 2 * 1003:
         stop = min(start + 40, (start // 1003 + 1) * 1003)
-        assert order.window_start(stop - 1) == start
-        runs = order.runs(start)
+        assert order.upcoming(start) == order.upcoming(stop - 1)
+        window, following = order.upcoming(start)
+        assert following == order.upcoming(stop)[0]
+        runs = window.runs()
         in_runs = [sample for run in runs for sample in range(*run)]
         assert sorted(samples[start:stop]) == sorted(in_runs)
         assert len(runs) <= 5, "the short block shifts the others: four whole ones and two parts at most"
@@ -109,6 +111,14 @@ def test_a_window_touches_its_blocks_alone_and_names_them_for_reading_ahead() ->
     assert samples.tolist() != read, "shuffled within the windows"
     assert read[:1003] != sorted(read[:1003]), "the blocks come in random order"
     assert samples[:1003].tolist() != samples[1003:].tolist()
+
+
+def test_orders_that_jump_about_name_no_windows_and_a_mixture_those_of_its_sets() -> None:
+    blocks = BlockOrder(100, 0, block_size=10, window=20)
+    assert SampleOrder(100, 0).upcoming(30) == balanced()[0].upcoming(30) == []
+    mixed = MixedOrder([SampleOrder(100, 0), blocks], [1, 1])
+    shifted = [[(start + 100, stop + 100) for start, stop in window.runs()] for window in blocks.upcoming(30)]
+    assert [window.runs() for window in mixed.upcoming(60)] == shifted
 
 
 def test_the_block_order_is_part_of_the_format() -> None:
@@ -178,8 +188,8 @@ def test_a_mixture_gives_each_set_its_share_at_every_place() -> None:
     assert set(times[100:1100]) == {2}
     assert set(times[1100:]) == {1}, "half of the samples in one epoch, the others in the next"
     np.testing.assert_array_equal(order.at(np.arange(1400, 1500)), samples[1400:1500])
-    standing = dict(order.own(2000))
-    assert [standing[which] for which in range(3)] == [int((sets[:2000] == which).sum()) for which in range(3)]
+    turns = int((sets[:2000] == 2).sum())
+    assert [window.start for window in order.upcoming(2000)] == [turns // 32 * 32, turns // 32 * 32 + 32]
 
 
 def test_a_picture_has_a_name_of_its_own_in_every_order() -> None:

@@ -76,7 +76,7 @@ def test_the_benchmark_measures_every_loader(folder: Path, tmp_path: Path, capsy
     assert [timing["processor_microseconds"] is not None for timing in timings] == [True] * 4 + [False]
     assert all(min(timing["processor_microseconds"]) > 0 for timing in timings[:4])
     out = capsys.readouterr().out
-    assert "45 images of 32×32, 1 threads on cpu, batches of 8" in out
+    assert "45 images of 32×32, 1 threads on cpu, decoded on the CPU, batches of 8" in out
     assert all(timing["loader"] in out for timing in timings)
 
 
