@@ -121,7 +121,8 @@ class Combined(LogSumExpObjective):
 
     Args:
         scale: s, in (0, 256].
-        m1: SphereFace's multiplicative margin, ≥ 1.
+        m1: SphereFace's multiplicative margin, in (0, 16]. Below 1 it lowers the angle, and m2 or m3 goes with it: the
+            ArcFace paper's own combinations are (m1, m2, m3) = (1, 0.3, 0.2) and (0.9, 0.4, 0.15).
         m2: ArcFace's additive angular margin in radians, in [0, π].
         m3: CosFace's additive cosine margin, in [0, 2].
     """
@@ -132,7 +133,7 @@ class Combined(LogSumExpObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "m1", at_least=1, at_most=16)
+        _check(self, "m1", above=0, at_most=16)
         _check(self, "m2", at_least=0, at_most=math.pi)
         _check(self, "m3", at_least=0, at_most=2)
 

@@ -21,6 +21,12 @@ OBJECTIVES: dict[str, dict[str, float]] = {
     "d_softmax": {"scale": 32.0, "stop": 0.9},
     "p2sgrad": {},
 }
+SETTINGS: dict[str, tuple[str, dict[str, float]]] = {
+    **{name: (name, parameters) for name, parameters in OBJECTIVES.items()},
+    "combined (1, 0.3, 0.2)": ("combined", {"scale": 64.0, "m1": 1.0, "m2": 0.3, "m3": 0.2}),
+    "combined (0.9, 0.4, 0.15)": ("combined", {"scale": 64.0, "m1": 0.9, "m2": 0.4, "m3": 0.15}),
+}
+"""What the tests call it → objective and parameters; the last two are the combinations of ArcFace's own paper."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.partial_fc import fused_cases
-from tests.partial_fc.cases import Case, compare, relative_error
+from tests.partial_fc.cases import SETTINGS, Case, compare, relative_error
 from tests.partial_fc.fused_cases import KernelCase
 from tests.ranks import RankPool
 
@@ -101,6 +101,8 @@ HEADS = [
     Case("cosface", {"scale": 32.0, "margin": 0.35, "filter": 0.2}, sample_rate=0.5, labels="low"),
     Case("softmax", {"scale": 30.0}, num_classes=1, sample_rate=0.5),
     Case("softmax", {"scale": 30.0}, num_classes=9001, dim=8, sample_rate=0.02),
+    Case(*SETTINGS["combined (1, 0.3, 0.2)"], sample_rate=0.3),
+    Case(*SETTINGS["combined (0.9, 0.4, 0.15)"], keep_bytes=0),
 ]
 
 

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from pfc.partial_fc import PartialFC, objectives
 from pfc.partial_fc.kernels.cosines import SumOfSquares
 from pfc.partial_fc.kernels.gram import SumOfSquaresByGram
-from tests.partial_fc.cases import OBJECTIVES, Case, check, dense_row_gradient, relative_error, step_on_rank, tensors
+from tests.partial_fc.cases import (
+    OBJECTIVES,
+    SETTINGS,
+    Case,
+    check,
+    dense_row_gradient,
+    relative_error,
+    step_on_rank,
+    tensors,
+)
 from tests.ranks import run_ranks
 
 WORLDS = (1, 2, 3)
@@ -32,13 +41,14 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_loss_and_gradients_are_the_oracles(name: str, world_size: int, dtype: torch.dtype) -> None:
+def test_loss_and_gradients_are_the_oracles(setting: str, world_size: int, dtype: torch.dtype) -> None:
+    name, parameters = SETTINGS[setting]
     for shape, (sample_rate, batch_rate) in itertools.product(SHAPES.values(), RATES):
         case = Case(
             name,
-            OBJECTIVES[name],
+            parameters,
             sample_rate=sample_rate,
             batch_rate=batch_rate,
             dtype=dtype,
@@ -48,11 +58,12 @@ def test_loss_and_gradients_are_the_oracles(name: str, world_size: int, dtype: t
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "p2sgrad"])
+@pytest.mark.parametrize("setting", [setting for setting in SETTINGS if setting != "p2sgrad"])
 @pytest.mark.parametrize("path", ["probabilities made again", "plain kernel, at a larger scale"])
-def test_every_other_path_is_the_oracles_too(name: str, world_size: int, path: str) -> None:
+def test_every_other_path_is_the_oracles_too(setting: str, world_size: int, path: str) -> None:
+    name, parameters = SETTINGS[setting]
     again = path.startswith("probabilities")
-    parameters = OBJECTIVES[name] if again else OBJECTIVES[name] | {"scale": 100.0}
+    parameters = parameters if again else parameters | {"scale": 100.0}
     for shape, (sample_rate, batch_rate) in itertools.product(SHAPES.values(), RATES):
         for dtype in (torch.float32, torch.float64):
             case = Case(
