@@ -84,6 +84,24 @@ def test_rows_and_state_are_stepped_as_by_the_plain_path(call: Call, name: str, 
         assert relative_error(value, plain[key].double()) < bound, key
 
 
+@pytest.mark.parametrize(("name", "rate", "keep_bytes"), [
+    ("momentum", 0.02, 1 << 30), ("momentum", 0.02, 0), ("adamw", 0.02, 1 << 30), ("of one's own", 0.02, 1 << 30),
+    ("momentum", 1.0, 1 << 20),
+])  # fmt: skip
+def test_passes_are_added_as_by_the_plain_path(call: Call, name: str, rate: float, keep_bytes: int) -> None:
+    plain = fused_cases.accumulated(name, False, rate, keep_bytes)
+    bound = 1e-4 if name == "adamw" else 1e-5
+    for sum_numbers in (1, 1 << 24):  # each block of classes alone, all at once
+        for key, value in call(fused_cases.accumulated, name, True, rate, keep_bytes, sum_numbers).items():
+            assert relative_error(value, plain[key].double()) < bound, key
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize(("name", "rate"), [(name, 0.02) for name in fused_cases.OPTIMIZERS] + [("momentum", 1.0)])
+def test_no_step_asks_the_device(call: Call, name: str, rate: float, passes: int) -> None:
+    assert call(fused_cases.questions_of_steps, name, rate, passes) == [0, 0, 0]
+
+
 @pytest.mark.parametrize("name", fused_cases.OPTIMIZERS)
 @pytest.mark.parametrize("rate", [1.0, 0.2])
 def test_a_broken_step_writes_nothing(call: Call, name: str, rate: float) -> None:
