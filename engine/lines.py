@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..data import JointDataset, RecordDataset
-from ..partial_fc.kernels.keeping import default_keep_bytes, keeps_probabilities, probability_bytes
+from ..partial_fc.kernels.keeping import default_keep_bytes, probability_bytes
 from ..partial_fc.kernels.products import operand_dtype, rounds_to_bfloat16
 from ..partial_fc.kernels.unshifted import MAX_SCALE
 from ..partial_fc.objectives import LogSumExpObjective
@@ -76,6 +76,8 @@ def closing(run_dir: Path, report: Path, sets: list[str], damage: DamageTally) -
 def _probabilities(config: Config, num_classes: int, world: World) -> list[str]:
     """Whether a step keeps its probabilities or makes them again, at each of the run's sample rates.
 
+    The micro-batches of a step share what may be kept: the first ones keep theirs.
+
     Nothing for objectives that have no such choice.
     """
     head, objective = config.head, config.head.objective.build()
@@ -87,11 +89,14 @@ def _probabilities(config: Config, num_classes: int, world: World) -> list[str]:
     told = []
     for rate in dict.fromkeys([head.sample_rate, *(later for _, later in head.sample_rate_schedule)]):
         rows = math.ceil(rate * -(-num_classes // world.size))
-        mib = probability_bytes(batch, rows, dtype) / 2**20
-        kept = keeps_probabilities(batch, rows, dtype, allowed)
+        size, passes = probability_bytes(batch, rows, dtype), config.optimizer.accumulate
+        kept = sum(size * number <= allowed for number in range(1, passes + 1))
+        done, each = "kept" if kept else "computed again", f" for each of {passes} micro-batches" * (passes > 1)
+        if 0 < kept < passes:
+            done, each = f"kept of {kept} micro-batches, computed again of {passes - kept}", " for each"
         told.append(
             f"sampling   {round(rate * num_classes):,} of {num_classes:,} classes on {world.size} rank(s); "
-            f"probabilities {'kept' if kept else 'computed again'} ({mib:,.1f} MiB a rank, {allowed >> 20:,} allowed)"
+            f"probabilities {done} ({size / 2**20:,.1f} MiB a rank{each}, {allowed >> 20:,} allowed)"
         )
     return told
 

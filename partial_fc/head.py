@@ -9,15 +9,16 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from .beside import SideStream
+from . import device as devices
 from .centers import ClassShard, as_dtensor, initial_rows, read_rows, write_rows
 from .exchange import Exchange
-from .kernels.keeping import default_keep_bytes
+from .kernels.keeping import KeepBudget
 from .kernels.rows import OwnClasses, SampledRows
 from .kernels.unit import normalize, normalize_backward
 from .objectives import Objective
 from .row_gradient import RowGradient, StepGradient
 from .sampling import ClassSample, sample_batch, sample_classes
+from .side_stream import SideStream
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class PartialFC(nn.Module):
         center_dtype: float32 or float64, how the centers are stored.
         compute_dtype: of the matrix products; ``center_dtype`` when None. Sums are float32 or better in any case.
         keep_bytes: how much the probabilities [B, K] of a step may take between the forward pass and the row update,
-            in bytes; above it they are computed again, one more matrix product for less memory. A sixteenth of a GPU's
-            memory when None, 1 GiB on a CPU.
+            in bytes, those of all its backward passes together; above it they are computed again, one more matrix
+            product for less memory. A sixteenth of a GPU's memory when None, 1 GiB on a CPU.
         payload_dtype: what embeddings and their gradients travel in between the ranks, such as bfloat16 for half the
             bytes; embeddings in their own dtype and gradients in ``center_dtype`` when None.
         process_group: the ranks that share the centers; the default group when None; one process alone where
@@ -113,7 +114,8 @@ class PartialFC(nn.Module):
         self.weight = nn.Parameter(rows.to(device or torch.get_default_device()))
         """This rank's centers [rows, D]. Its ``grad`` stays None: see ``row_gradients``. On a GPU, see too
         ``wait_for_update``."""
-        self.keep_bytes = default_keep_bytes(self.weight.device) if keep_bytes is None else keep_bytes
+        self.budget = KeepBudget(devices.default_keep_bytes(self.weight.device) if keep_bytes is None else keep_bytes)
+        """Of ``keep_bytes``, and what is kept now."""
         self.gradient_scale = nn.Parameter(torch.ones((), device=self.weight.device))
         """Its ``grad`` is the sum of what the losses were multiplied with before backward, NaN on every rank where a
         gradient of any rank is not finite. Row optimizers divide by what GradScaler makes of it."""
@@ -122,13 +124,18 @@ class PartialFC(nn.Module):
         self.row_gradients: list[RowGradient] = []
         self.accumulated_scale: Tensor | None = None
         self.last_sample: LastSample | None = None
-        self.beside: SideStream | None = None
+        self.side_stream: SideStream | None = None
 
     @property
     def centers(self) -> DTensor:
         """All centers, DTensor [C, D] with Shard(0); its local part is this rank's memory."""
         self.wait_for_update()
         return as_dtensor(self.weight.detach(), self.num_classes, self.exchange)
+
+    @property
+    def keep_bytes(self) -> int:
+        """What the probabilities may take."""
+        return self.budget.limit
 
     @property
     def sample_rate(self) -> float:
@@ -166,12 +173,12 @@ class PartialFC(nn.Module):
         write_rows(self.weight, self.shard, source, classes)
 
     def wait_for_update(self) -> None:
-        """On a GPU, where the rows are updated beside the backbone's backward pass, all that comes next waits for it.
+        """All that comes next waits for the row update, which runs at the same time as the backbone's backward pass.
 
         The head does so itself wherever it reads or writes the centers. Who takes ``weight`` as it is must ask for it.
         """
-        if self.beside is not None:
-            self.beside.join()
+        if self.side_stream is not None:
+            self.side_stream.join()
 
     def clear_gradients(self) -> None:
         """Forgets the gradients gathered so far; the row optimizer's ``zero_grad`` calls it."""
@@ -236,7 +243,7 @@ class PartialFC(nn.Module):
     def _check_labels(self, labels: Tensor) -> None:
         """Every rank sees all labels, so that all of them refuse a wrong one together and none is left waiting."""
         wrong = (labels < 0) | (labels >= self.num_classes)
-        if labels.device.type != "cpu":
+        if not devices.host_sees(labels.device):
             message = f"a label lies outside [0, {self.num_classes})"
             torch._assert_async(~wrong.any(), message)
         elif wrong.any():
@@ -267,14 +274,14 @@ class _HeadLoss(torch.autograd.Function):
         head._check_labels(labels)
         unit, inverse = normalize(batch.to(weight.dtype))  # [B, D], [B, 1]
         # ② the sample
-        fused = objective.fused_kernel(weight, head.compute_dtype, head.keep_bytes)
+        fused = objective.fused_kernel(weight, head.compute_dtype, head.budget)
         sample, part = head._sample(labels, fixed=fused is not None)
         rows = SampledRows(weight.detach(), sample.rows)
         everyone = slice(None) if part is None else part
         # ③ two numbers per sample
         part_unit = unit[everyone]
         size = len(part_unit)
-        kernel = fused or objective.kernel(size, head.embedding_dim, len(rows), head.compute_dtype, head.keep_bytes)
+        kernel = fused or objective.kernel(size, head.embedding_dim, len(rows), head.compute_dtype, head.budget)
         own = OwnClasses(sample.columns)
         own_rows = torch.zeros_like(unit)
         if len(rows):
@@ -296,7 +303,7 @@ class _HeadLoss(torch.autograd.Function):
         if head.training:
             head.steps += 1
         ctx.head, ctx.kernel, ctx.rows, ctx.own, ctx.everyone = head, kernel, rows, own, everyone
-        ctx.kernel_is_fused = fused is not None
+        ctx.kernel_is_fused, ctx.draw = fused is not None, sample.draw
         ctx.embedding_dtype = embeddings.dtype
         ctx.negatives = negatives.detach(), negatives_slope
         ctx.save_for_backward(unit, inverse, own_rows, target_slope)
@@ -322,13 +329,13 @@ class _HeadLoss(torch.autograd.Function):
         if ctx.kernel_is_fused:
             from .fused_gradient import FusedGradient
 
-            gradient = FusedGradient(unit_rows_grad, ctx.own.columns, slopes)
+            gradient = FusedGradient(unit_rows_grad, ctx.own.columns, slopes, ctx.draw)
         else:
             gradient = StepGradient(ctx.rows, unit_rows_grad, ctx.own, slopes)
         _accumulate(head, gradient, torch.where(broken > 0, torch.nan, grad))
-        if unit.device.type == "cuda" and head.gradient_scale.grad is not None:
-            head.beside = head.beside or SideStream(unit.device)
-            head.beside.mark(head.gradient_scale.grad)
+        assert head.gradient_scale.grad is not None
+        head.side_stream = head.side_stream or SideStream(unit.device)
+        head.side_stream.mark(head.gradient_scale.grad)
         return embedding_grad.to(ctx.embedding_dtype), None, None, None, None
 
 

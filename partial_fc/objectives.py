@@ -22,11 +22,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import device
 from .functions import angle, psi, softplus
-from .kernels import NegativesKernel, device
+from .kernels import NegativesKernel
 from .kernels.blocked import LogSumExpBlocked
 from .kernels.cosines import LogSumExp, SumOfSquares
 from .kernels.gram import SumOfSquaresByGram, pays
+from .kernels.keeping import KeepBudget
 from .kernels.unshifted import MAX_SCALE
 
 if TYPE_CHECKING:
@@ -54,13 +56,15 @@ class Objective(ABC):
         return self
 
     @abstractmethod
-    def kernel(self, batch: int, dim: int, rows: int, compute_dtype: torch.dtype, keep_bytes: int) -> NegativesKernel:
+    def kernel(
+        self, batch: int, dim: int, rows: int, compute_dtype: torch.dtype, budget: KeepBudget
+    ) -> NegativesKernel:
         """What reduces the negatives to the number that ``inter`` receives, for a step of B × D by K rows.
 
-        It may keep up to ``keep_bytes`` between the forward pass and the row update, to save a product.
+        It may keep what ``budget`` has left between the forward pass and the row update, to save a product.
         """
 
-    def fused_kernel(self, weight: Tensor, compute_dtype: torch.dtype, keep_bytes: int) -> "LogSumExpFused | None":
+    def fused_kernel(self, weight: Tensor, compute_dtype: torch.dtype, budget: KeepBudget) -> "LogSumExpFused | None":
         """The same for the centers ``weight`` [rows, D] on a GPU, made to ask nothing of the host; None for none."""
         return None
 
@@ -83,17 +87,19 @@ class LogSumExpObjective(Objective):
         if self.filter is not None:
             _check(self, "filter", above=-1, at_most=1)
 
-    def kernel(self, batch: int, dim: int, rows: int, compute_dtype: torch.dtype, keep_bytes: int) -> NegativesKernel:
+    def kernel(
+        self, batch: int, dim: int, rows: int, compute_dtype: torch.dtype, budget: KeepBudget
+    ) -> NegativesKernel:
         if self.scale <= MAX_SCALE:
-            return LogSumExpBlocked(compute_dtype, self.scale, self.filter, keep_bytes)
+            return LogSumExpBlocked(compute_dtype, self.scale, self.filter, budget)
         return LogSumExp(compute_dtype, self.scale, self.filter)
 
-    def fused_kernel(self, weight: Tensor, compute_dtype: torch.dtype, keep_bytes: int) -> "LogSumExpFused | None":
-        if not device.fits(weight, compute_dtype, self.scale):
+    def fused_kernel(self, weight: Tensor, compute_dtype: torch.dtype, budget: KeepBudget) -> "LogSumExpFused | None":
+        if self.scale > MAX_SCALE or not device.fits(weight, compute_dtype):
             return None
         from .kernels.fused import LogSumExpFused  # which needs Triton
 
-        return LogSumExpFused(compute_dtype, self.scale, self.filter, keep_bytes)
+        return LogSumExpFused(compute_dtype, self.scale, self.filter, budget)
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,9 @@ class SquaresObjective(Objective):
 
     gram: bool | None = dataclasses.field(default=None, kw_only=True)
 
-    def kernel(self, batch: int, dim: int, rows: int, compute_dtype: torch.dtype, keep_bytes: int) -> NegativesKernel:
+    def kernel(
+        self, batch: int, dim: int, rows: int, compute_dtype: torch.dtype, budget: KeepBudget
+    ) -> NegativesKernel:
         gram = pays(batch, dim, rows) if self.gram is None else self.gram
         return SumOfSquaresByGram(compute_dtype) if gram else SumOfSquares(compute_dtype)
 
@@ -121,7 +129,8 @@ class Combined(LogSumExpObjective):
 
     Args:
         scale: s, in (0, 256].
-        m1: SphereFace's multiplicative margin, ≥ 1.
+        m1: SphereFace's multiplicative margin, in (0, 16]. Below 1 it lowers the angle, and m2 or m3 goes with it: the
+            ArcFace paper's own combinations are (m1, m2, m3) = (1, 0.3, 0.2) and (0.9, 0.4, 0.15).
         m2: ArcFace's additive angular margin in radians, in [0, π].
         m3: CosFace's additive cosine margin, in [0, 2].
     """
@@ -132,7 +141,7 @@ class Combined(LogSumExpObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "m1", at_least=1, at_most=16)
+        _check(self, "m1", above=0, at_most=16)
         _check(self, "m2", at_least=0, at_most=math.pi)
         _check(self, "m3", at_least=0, at_most=2)
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from . import device as devices
 from .centers import as_dtensor, read_rows
 from .head import PartialFC
 from .kernels.row_step import RowStep
-from .row_gradient import GradientSum, RowGradient
+from .row_gradient import RowGradient
 from .row_update import apply
 
 
@@ -60,23 +61,23 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         gradients = self.head.row_gradients
         if not gradients:
             return loss
-        beside = self.head.beside
-        if beside is None:
+        side_stream = self.head.side_stream
+        if side_stream is None:  # gradients that nobody's backward pass gave
             self._step(gradients)
             return loss
         late = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)  # GradScaler's, of all gradients
         in_use = (*gradients, self.head.accumulated_scale, *late)
-        with beside.running(self.head.gradient_scale.grad, in_use, late=any(one is not None for one in late)):
+        with side_stream.running(self.head.gradient_scale.grad, in_use, late=any(one is not None for one in late)):
             self._step(gradients)
         return loss
 
     def _step(self, gradients: list[RowGradient]) -> None:
         factor, broken = self._scaling()
         self._skipped += broken
-        if broken.device.type == "cpu" and broken:
+        if devices.host_sees(broken.device) and broken:
             return
         tensors = [self.head.weight.data, *self._row_state().values()]
-        apply(gradients[0] if len(gradients) == 1 else GradientSum(gradients), tensors, self, factor, broken)
+        apply(gradients, tensors, self, factor, broken)
 
     def state_dict(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """``state``: name → DTensor [C, ...] with Shard(0); ``param_groups``: the hyper-parameters.

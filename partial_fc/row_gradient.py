@@ -79,17 +79,19 @@ def finished_block(gradient: RowGradient, start: int, stop: int, rows: Tensor) -
 
 
 class GradientSum:
-    """The sum of several steps' gradients, made a block at a time as well: no [K, D] of any of them.
+    """The sum of several passes' gradients, made a block at a time as well: no [K, D] of any of them.
 
     Args:
-        gradients: of the steps.
+        gradients: of the passes.
+        size: rows of a block; ``raw_block`` is called for [0, size), [size, 2·size) and so on.
     """
 
     inverse = None
     needs_rows = True
 
-    def __init__(self, gradients: Sequence[RowGradient]) -> None:
+    def __init__(self, gradients: Sequence[RowGradient], size: int) -> None:
         self.gradients = gradients
+        self.size = size
         indices = [gradient.index for gradient in gradients]
         sampled = [index for index in indices if index is not None]
         self.index = torch.cat(sampled).unique() if len(sampled) == len(indices) else None
@@ -97,6 +99,7 @@ class GradientSum:
         self.places = [  # of each gradient's rows among those of the sum; None where they are the same
             index if self.index is None or index is None else torch.searchsorted(self.index, index) for index in indices
         ]
+        self.cuts = self._cuts()
 
     def __len__(self) -> int:
         return self.length
@@ -104,12 +107,21 @@ class GradientSum:
     def raw_block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:
         assert rows is not None
         values = torch.zeros_like(rows)
-        for gradient, places in zip(self.gradients, self.places, strict=True):
+        for gradient, places, cuts in zip(self.gradients, self.places, self.cuts, strict=True):
             if places is None:
                 values += finished_block(gradient, start, stop, rows)
                 continue
-            first, last = torch.searchsorted(places, torch.tensor([start, stop], device=places.device)).tolist()
+            first, last = cuts[start // self.size : start // self.size + 2]
             if last > first:
                 here = places[first:last] - start
                 values.index_add_(0, here, finished_block(gradient, first, last, rows[here]))
         return values
+
+    def _cuts(self) -> list[list[int]]:
+        """For each gradient how many of its rows stand before each block; asked of a GPU once, for all of them."""
+        there = [places for places in self.places if places is not None]
+        if not there:
+            return [[] for _ in self.places]
+        edges = torch.arange(0, self.length + self.size, self.size, device=there[0].device)
+        cuts = iter(torch.stack([torch.searchsorted(places, edges) for places in there]).tolist())
+        return [[] if places is None else next(cuts) for places in self.places]

@@ -1,15 +1,16 @@
 """The walk of a row optimizer over the rows of a step: a block of rows at a time, in place, and no other row."""
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from . import device as devices
 from .kernels import native
 from .kernels.blocked import block_rows
 from .kernels.row_step import RowStep
-from .row_gradient import RowGradient, project
+from .row_gradient import GradientSum, RowGradient, project
 
 
 class RowRule(Protocol):
@@ -33,26 +34,37 @@ class OnePassRule(Protocol):
 class WalksItself(Protocol):
     """A gradient that knows a way into the rows of its own."""
 
-    def apply(self, tensors: Sequence[Tensor], rule: RowRule, factor: Tensor, broken: Tensor) -> None: ...
+    def adds(self, others: Sequence[RowGradient]) -> bool:
+        """Whether it knows one for the sum with these too."""
+        ...
+
+    def apply(
+        self, others: Sequence[Any], tensors: Sequence[Tensor], rule: RowRule, factor: Tensor, broken: Tensor
+    ) -> None: ...
 
 
-def apply(gradient: RowGradient, tensors: Sequence[Tensor], rule: RowRule, factor: Tensor, broken: Tensor) -> None:
+def apply(
+    gradients: Sequence[RowGradient], tensors: Sequence[Tensor], rule: RowRule, factor: Tensor, broken: Tensor
+) -> None:
     """One step.
 
     Args:
-        gradient: of the step's rows.
+        gradients: of the rows, one for each backward pass; they add up.
         tensors: the shard's centers [N, D], then their state [N, ...].
         rule: what is done to them.
         factor: multiplies the gradient, [].
         broken: bool []; on a GPU, where the host does not know it, a step that is broken leaves all as it was.
     """
-    if isinstance(gradient, WalksItself):
-        gradient.apply(tensors, rule, factor, broken)
+    gradient, *others = gradients
+    if isinstance(gradient, WalksItself) and gradient.adds(others):
+        gradient.apply(others, tensors, rule, factor, broken)
         return
     weight, *state = tensors
     compiled = rule if isinstance(rule, OnePassRule) and native.supports(weight) else None
     number = float(factor) if compiled else 1.0
     size = block_rows(weight)
+    if others:
+        gradient = GradientSum(gradients, size)
     for start in range(0, len(gradient), size):
         stop = min(start + size, len(gradient))
         if compiled:
@@ -78,7 +90,7 @@ def _by_torch(
     if gradient.inverse is not None:
         project(values, weight, gradient.inverse[start:stop])
     values.mul_(factor)
-    on_device = broken.device.type != "cpu"  # whether the step is broken is known there alone
+    on_device = not devices.host_sees(broken.device)  # whether the step is broken is known there alone
     before = [weight.clone(), *(one.clone() for one in state)] if on_device else []
     rule.update(weight, values, state)  # in place, where these are views
     after = [weight, *state]

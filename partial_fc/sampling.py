@@ -31,11 +31,13 @@ class ClassSample:
             Of a sample with fixed shapes in any order, with −1 here and there, which is no row.
         columns: for each sample of the global batch the place of its class among ``rows``, int64 [B]; −1 where the
             class lives on another rank.
+        draw: of a sample with fixed shapes, how many places of ``rows`` each block of classes has.
     """
 
     shard: ClassShard
     rows: Tensor | None
     columns: Tensor
+    draw: "Draw | None" = None
 
     @cached_property
     def classes(self) -> Tensor:
@@ -65,9 +67,11 @@ def sample_classes(
     if rate >= 1.0:
         return ClassSample(shard, None, torch.where(mine, labels - shard.start, -1))
     if fixed and shard.rows:
-        return _fixed_sample(labels, mine, shard, _Draw.of(shard, rate, seed, step))
+        return _fixed_sample(labels, mine, shard, Draw.of(shard, rate, seed, step))
     negatives = _random_classes(shard, rate, seed, step, labels.device)
-    classes = torch.unique(torch.cat([negatives, labels[mine]]))
+    nothing = labels.new_full((1,), -1)
+    # Filtered after sorting, by the −1 that always leads: on a GPU the host then waits once, for how many there are.
+    classes = torch.cat([nothing, negatives, torch.where(mine, labels, -1)]).unique()[1:]
     return ClassSample(shard, classes - shard.start, torch.where(mine, torch.searchsorted(classes, labels), -1))
 
 
@@ -86,12 +90,11 @@ def sample_batch(
         from .kernels.draw import permuted
 
         return permuted(count, size, key, device).sort().values
-    places = permute(torch.arange(count, device=device), size, torch.tensor(key, device=device))
-    return places.sort().values
+    return _permuted(count, size, torch.tensor(key), device).sort().values
 
 
 @dataclass(frozen=True)
-class _Draw:
+class Draw:
     """How many random classes each block of a shard gives in a step.
 
     Block by block ⌊rate·end + u⌋ − ⌊rate·start + u⌋ ids with one random u per step: on average exactly rate times the
@@ -101,7 +104,6 @@ class _Draw:
         key: of the step, 32 bits.
         first: the shard's first block; last: its last.
         most: no block gives more.
-        total: what the blocks give together.
     """
 
     rate: float
@@ -110,18 +112,27 @@ class _Draw:
     first: int
     last: int
     most: int
-    total: int
     num_classes: int
 
     @classmethod
-    def of(cls, shard: ClassShard, rate: float, seed: int, step: int) -> "_Draw":
+    def of(cls, shard: ClassShard, rate: float, seed: int, step: int) -> "Draw":
         key = hash64(hash64(seed, 0), step)
         first, last = shard.start >> _BLOCK_BITS, (shard.stop - 1) >> _BLOCK_BITS
         u = (hash64(key, 0) >> 11) / (1 << 53)
-        start, stop = first << _BLOCK_BITS, min((last + 1) << _BLOCK_BITS, shard.num_classes)
-        total = math.floor(rate * stop + u) - math.floor(rate * start + u)
         most = min(_share(rate, _BLOCK) + 1, _BLOCK)  # one more for u
-        return cls(rate, u, key & _MASK32, first, last, most, total, shard.num_classes)
+        return cls(rate, u, key & _MASK32, first, last, most, shard.num_classes)
+
+    @property
+    def total(self) -> int:
+        """What the blocks give together."""
+        return self.place(self.last + 1)
+
+    def place(self, block: int) -> int:
+        """Where among the step's places those of a block begin; behind the last block's stand those of the batch."""
+        return self._floor(block) - self._floor(self.first)
+
+    def _floor(self, block: int) -> int:
+        return math.floor(self.rate * min(block << _BLOCK_BITS, self.num_classes) + self.u)
 
     def bounds(self, device: torch.device) -> Tensor:
         """⌊rate·edge + u⌋ at the blocks' edges, int64 [blocks + 1]."""
@@ -130,10 +141,10 @@ class _Draw:
 
 
 def _random_classes(shard: ClassShard, rate: float, seed: int, step: int, device: torch.device) -> Tensor:
-    """Global ids of the random classes that fall into the shard, int64, in no particular order."""
+    """Global ids of the random classes that fall into the shard, int64, in no particular order, with −1 between."""
     if shard.rows == 0:
         return torch.empty(0, dtype=torch.int64, device=device)
-    draw = _Draw.of(shard, rate, seed, step)
+    draw = Draw.of(shard, rate, seed, step)
     blocks = torch.arange(draw.first, draw.last + 1, device=device)
     starts = blocks << _BLOCK_BITS
     counts = draw.bounds(device).diff()
@@ -142,12 +153,21 @@ def _random_classes(shard: ClassShard, rate: float, seed: int, step: int, device
     grid = starts[:, None] + permute(place.expand(len(starts), -1), _BLOCK, keys[:, None])
     size = shard.num_classes - (draw.last << _BLOCK_BITS)
     if size < _BLOCK:  # the last block of all is shorter and has a permutation of its own
-        grid[-1, :size] = starts[-1] + permute(place[:size], size, keys[-1])
+        key = mix(torch.tensor(draw.last + draw.key))
+        grid[-1, :size] = starts[-1] + _permuted(min(draw.most, size), size, key, device)
     chosen = (place < counts[:, None]) & (grid >= shard.start) & (grid < shard.stop)
-    return grid[chosen]
+    return torch.where(chosen, grid, -1).flatten()
 
 
-def _fixed_sample(labels: Tensor, mine: Tensor, shard: ClassShard, draw: _Draw) -> ClassSample:
+def _permuted(count: int, size: int, key: Tensor, device: torch.device) -> Tensor:
+    """The first ``count`` values of a permutation of [0, size), made by the host, who knows all that they depend on.
+
+    The walk along a cycle asks whether it is at its end; so a GPU is not asked.
+    """
+    return permute(torch.arange(count), size, key).to(device, non_blocking=True)
+
+
+def _fixed_sample(labels: Tensor, mine: Tensor, shard: ClassShard, draw: Draw) -> ClassSample:
     """The same classes in a shape that the step and the shard alone decide.
 
     First stand the ids that the shard's blocks give, −1 for those of another shard's part of a block; then one place
@@ -177,7 +197,7 @@ def _fixed_sample(labels: Tensor, mine: Tensor, shard: ClassShard, draw: _Draw) 
     joins = mine & (found < 0)
     rows[draw.total :] = torch.where(joins & (first == here), labels - shard.start, -1)
     columns = torch.where(joins, draw.total + first, found)  # of another rank's class nothing is found: −1
-    return ClassSample(shard, rows, columns)
+    return ClassSample(shard, rows, columns, draw)
 
 
 def _share(rate: float, size: int) -> int:

@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from ...partial_fc import PartialFC
-from ...partial_fc.kernels import device as kernels_device
+from ...partial_fc import device as head_device
 from ...partial_fc.objectives import CosFace
 from .ranks import Rank
 
@@ -87,8 +87,8 @@ class GpuRun:
 
     def path(self, *, fused: bool) -> AbstractContextManager[object]:
         """Inside, steps take the fused kernels, on a CPU interpreted, or torch's own operations."""
-        runs_on = kernels_device.runs_on if fused and self.gpu else lambda _: fused
-        return patch.object(kernels_device, "runs_on", runs_on)
+        runs_on = head_device.runs_on if fused and self.gpu else lambda _: fused
+        return patch.object(head_device, "runs_on", runs_on)
 
     def head(self, classes: int, dim: int, rate: float, dtype: torch.dtype, keep_bytes: int) -> PartialFC:
         return PartialFC(

@@ -12,24 +12,16 @@ made again 8·B·K·D, and nothing of size B·K anywhere.
 import torch
 from torch import Tensor
 
+from ..device import block_bytes
 from .exponentials import exponentials
-from .keeping import keeps_probabilities
 from .products import operand_dtype, products_in
 from .rows import OwnClasses, SampledRows
 from .unshifted import UnshiftedLogSumExp
 
-# Of a block of rows. On a CPU it, its product and its update stay in the cache; a GPU wants large launches.
-_BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 27}
-
 
 def block_rows(weight: Tensor) -> int:
     """How many rows of a matrix [N, D] make a block."""
-    return max(64, _block_bytes(weight) // (weight.shape[1] * weight.element_size()))
-
-
-def _block_bytes(weight: Tensor) -> int:
-    # On a CPU every thread has a cache of its own, and too small a block is not worth waking them.
-    return _BLOCK_BYTES[weight.device.type] * (torch.get_num_threads() if weight.device.type == "cpu" else 1)
+    return max(64, block_bytes(weight.device) // (weight.shape[1] * weight.element_size()))
 
 
 class LogSumExpBlocked(UnshiftedLogSumExp):
@@ -63,15 +55,15 @@ class _Powers:
     def __init__(
         self, kernel: LogSumExpBlocked, unit: Tensor, rows: SampledRows, own: OwnClasses, *, keep: bool
     ) -> None:
-        self.kernel, self.unit, self.rows, self.own = kernel, unit, rows, own
+        self.unit, self.rows, self.own = unit, rows, own
+        self.compute_dtype, self.scale = kernel.compute_dtype, kernel.scale
         self.ceiling = torch.inf if kernel.ceiling is None else kernel.ceiling
         self.dtype = operand_dtype(kernel.compute_dtype, unit.device)
         self.columns = unit.to(self.dtype).T.contiguous()  # [D, B]
-        fits = keep and keeps_probabilities(len(unit), len(rows), self.dtype, kernel.keep_bytes)
+        self.kept = kernel.budget.keep(unit, len(rows), self.dtype) if keep else None
         size = min(block_rows(unit), len(rows))
-        self.kept = unit.new_empty(len(rows), len(unit), dtype=self.dtype) if fits else None
-        self.needs_rows = not fits
-        in_place = fits and self.dtype == unit.dtype
+        self.needs_rows = self.kept is None
+        in_place = self.kept is not None and self.dtype == unit.dtype
         self.scratch = None if in_place else unit.new_empty(size, len(unit))
         self.gradients = unit.new_empty(size, unit.shape[1], dtype=self.dtype)
         self.weighted_unit: Tensor | None = None
@@ -85,14 +77,14 @@ class _Powers:
         kept = None if self.kept is None else self.kept[start:stop]
         products = kept if self.scratch is None else self.scratch[: stop - start]
         assert products is not None
-        with products_in(self.kernel.compute_dtype, self.unit.device):
+        with products_in(self.compute_dtype, self.unit.device):
             if products.dtype == self.dtype:
                 torch.mm(block, self.columns, out=products)
             else:
                 products.copy_(block @ self.columns)
         here = self.own.within(start, stop)
         own = None if here is None else (self.own.places[here] - start, self.own.samples[here])
-        exponentials(products, self.rows.inverse[start:stop], self.kernel.scale, self.ceiling, own, total)
+        exponentials(products, self.rows.inverse[start:stop], self.scale, self.ceiling, own, total)
         if kept is None or kept is products:
             return products.to(self.dtype)
         return kept.copy_(products)
@@ -108,6 +100,6 @@ class _Powers:
             assert rows is not None
             power = self.make(start, stop, rows.to(self.dtype), torch.zeros_like(self.unit[:, 0], dtype=torch.float64))
         small = stop - start <= len(self.gradients)
-        with products_in(self.kernel.compute_dtype, self.unit.device):
+        with products_in(self.compute_dtype, self.unit.device):
             product = torch.mm(power, self.weighted_unit, out=self.gradients[: stop - start] if small else None)
         return product.to(self.unit.dtype)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device import selected
 from ..permutation import FEWEST_BITS, ROUNDS
 
 _ROUNDS = tl.constexpr(ROUNDS)
@@ -49,7 +50,7 @@ def draw(
     blocks, (start, stop) = len(offsets) - 1, shard
     last_size = (num_classes - 1) % (1 << block_bits) + 1
     sizes = {"last_block": (num_classes - 1) >> block_bits, "last_size": last_size, "last_bits": bits_of(last_size)}
-    with torch.cuda.device_of(labels):
+    with selected(labels.device):
         draw_kernel[(blocks, triton.cdiv(most, _PLACES))](
             rows, offsets, first_block, start, stop, key, **sizes, BITS=block_bits, PLACES=_PLACES
         )
@@ -62,7 +63,7 @@ def draw(
 def permuted(count: int, size: int, key: int, device: torch.device) -> Tensor:
     """The first ``count`` values of a permutation of [0, size), int64, as ``permutation.permute`` gives them."""
     values = torch.empty(count, dtype=torch.int64, device=device)
-    with torch.cuda.device_of(values):
+    with selected(device):
         permute_kernel[(triton.cdiv(count, 128),)](values, count, size, bits_of(size), key, PLACES=128)
     return values
 

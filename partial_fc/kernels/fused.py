@@ -15,9 +15,9 @@ No shape depends on the device's numbers, nothing asks for them, and each offset
 import torch
 from torch import Tensor
 
+from ..device import multiplies_to_float32, selected
 from .fused_powers import TILES, powers
 from .fused_rows import normalized_rows
-from .keeping import keeps_probabilities
 from .rows import OwnClasses, SampledRows
 from .unshifted import UnshiftedLogSumExp
 
@@ -31,7 +31,7 @@ class LogSumExpFused(UnshiftedLogSumExp):
     """The same numbers as ``cosines.LogSumExp``. Rows whose index is −1 are none. Products in float32 or bfloat16."""
 
     def forward(self, unit: Tensor, rows: SampledRows, own: OwnClasses, *, backward: bool) -> Tensor:
-        with torch.cuda.device_of(unit):
+        with selected(unit.device):
             probabilities = FusedPowers(self, unit, rows, own, keep=backward)
             total, weighted = probabilities.sums(weighted=backward)
         if backward:
@@ -45,17 +45,17 @@ class FusedPowers:
     needs_rows = False
 
     def __init__(self, kernel: LogSumExpFused, unit: Tensor, rows: SampledRows, own: OwnClasses, *, keep: bool) -> None:
-        self.kernel, self.rows, self.columns = kernel, rows, own.columns.contiguous()
+        self.rows, self.columns = rows, own.columns.contiguous()
+        self.compute_dtype, self.scale, self.ceiling = kernel.compute_dtype, kernel.scale, kernel.ceiling
         self.unit = unit.contiguous()
         self.compute_unit = self.unit.to(kernel.compute_dtype)
-        fits = keep and keeps_probabilities(len(unit), _padded(len(rows)), kernel.compute_dtype, kernel.keep_bytes)
-        self.kept = self._empty(_padded(len(rows))) if fits else None
+        self.kept = kernel.budget.keep(unit, _padded(len(rows)), kernel.compute_dtype) if keep else None
         self.weighted_unit: Tensor | None = None
 
     def sums(self, *, weighted: bool) -> tuple[Tensor, Tensor]:
         """Σ p, float64 [B], and U = Σ p·ŵ, float32 [B, D], where it is asked for; inverse norms are measured too."""
         batch, dim = self.unit.shape
-        tile = TILES[self.kernel.compute_dtype].rows
+        tile = TILES[self.compute_dtype].rows
         block = max(1024, BLOCK_NUMBERS // max(batch, dim) // 1024 * 1024)
         partial = self.unit.new_zeros(-(-_padded(len(self.rows)) // tile), batch)
         total = self.unit.new_zeros(batch, dim)
@@ -67,7 +67,7 @@ class FusedPowers:
         return partial.sum(dim=0, dtype=torch.float64), total
 
     def weight_unit(self, coefficient: Tensor) -> None:
-        self.weighted_unit = (coefficient * self.unit.double()).to(self.kernel.compute_dtype)
+        self.weighted_unit = (coefficient * self.unit.double()).to(self.compute_dtype)
 
     def slope(self, start: int, stop: int) -> Tensor:
         """∂loss/∂ŵ of the places [start, stop), float32 [n, D]."""
@@ -76,14 +76,14 @@ class FusedPowers:
         return _product(power[: stop - start], self.weighted_unit)
 
     def block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:
-        with torch.cuda.device_of(self.unit):
+        with selected(self.unit.device):
             return self.slope(start, stop).mul_(self.rows.inverse[start:stop])
 
     def _make(self, start: int, stop: int, sums: Tensor | None) -> tuple[Tensor, Tensor]:
         """p [n, B] and ŵ [n, D] of the places [start, stop), with zeros behind up to a whole number of ``_PAD``."""
         padded = _padded(stop - start)
         power = self._empty(padded) if self.kept is None else self.kept[start : start + padded]
-        rows = normalized_rows(self.rows, start, stop, padded, self.kernel.compute_dtype)
+        rows = normalized_rows(self.rows, start, stop, padded, self.compute_dtype)
         index = None if self.rows.index is None else self.rows.index[start:stop]
         powers(
             rows,
@@ -94,8 +94,8 @@ class FusedPowers:
             sums,
             first=start,
             count=stop - start,
-            scale=self.kernel.scale,
-            ceiling=self.kernel.ceiling,
+            scale=self.scale,
+            ceiling=self.ceiling,
         )
         return power, rows
 
@@ -123,6 +123,6 @@ def _sum_of_products(power: Tensor, rows: Tensor) -> Tensor:
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left · right in float32, of matrices or of as many of them on both sides."""
-    if left.device.type != "cuda" or left.dtype == torch.float32:  # bfloat16 on a CPU would round the result too
+    if left.dtype == torch.float32 or not multiplies_to_float32(left.device):
         return left.float() @ right.float()
     return (torch.mm if left.ndim == 2 else torch.bmm)(left, right, out_dtype=torch.float32)

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device import interprets
+
 _LOG2E = 1.4426950408889634
 
 
@@ -56,13 +58,13 @@ def powers(
         rows, unit, columns, columns if index is None else index, power, power if sums is None else sums,
         count, len(rows), len(unit), rows.shape[1], first, scale * _LOG2E, 0.0 if ceiling is None else ceiling,
         HAS_INDEX=index is not None, HAS_CEILING=ceiling is not None, HAS_SUMS=sums is not None,
-        EVEN=rows.shape[1] % tiles.dim == 0, WIDEN=rows.device.type != "cuda",
+        EVEN=rows.shape[1] % tiles.dim == 0, WIDEN=interprets(rows.device),
         ROWS=tiles.rows, BATCH=tiles.batch, DIM=tiles.dim,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["count", "first"])
+@triton.jit(do_not_specialize=["count", "first"], do_not_specialize_on_alignment=["index"])
 def powers_kernel(
     rows, unit, columns, index, power, sums, count, padded, batch, dim, first, scale, ceiling,
     HAS_INDEX: tl.constexpr, HAS_CEILING: tl.constexpr, HAS_SUMS: tl.constexpr, EVEN: tl.constexpr,

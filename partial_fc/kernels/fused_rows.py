@@ -41,7 +41,8 @@ def row_places(index, place, inside, HAS_INDEX: tl.constexpr):
     return row, row >= 0
 
 
-@triton.jit(do_not_specialize=["count"])
+# A block of the sum of several passes may begin anywhere in the index: one compiled kernel for all places.
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["index", "inverse"])
 def normalize_kernel(
     weight, index, inverse, unit, count, padded, dim,
     HAS_INDEX: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,

@@ -50,14 +50,6 @@ class FusedBlock(RowStep):
     factor: Tensor
     broken: Tensor
 
-    def add_own(self, own: "OwnSlopes", first: int) -> None:
-        """Adds to the slopes, those of the step's places from ``first`` on, what each sample's own class gets."""
-        count, dim = self.slopes.shape
-        own_kernel[(len(own.places),)](
-            self.slopes, own.places, own.begin, own.end, own.values, first, count, dim,
-            WIDTH=triton.next_power_of_2(dim),
-        )  # fmt: skip
-
     def gradient(self, weight: Tensor) -> Tensor:
         """factor·∂loss/∂w [n, D], in the place of the slopes, for the shard's centers [N, D]."""
         self._launch(project_kernel, self.slopes, self._part(weight), *self._common())
@@ -117,6 +109,14 @@ class OwnSlopes:
         self.values = values.index_select(0, order)
         self.begin = torch.searchsorted(self.places, self.places)  # of the run of equal places
         self.end = torch.searchsorted(self.places, self.places, right=True)
+
+    def add_to(self, slopes: Tensor, first: int) -> None:
+        """Adds to slopes [n, D], those of the step's places from ``first`` on, what each sample's own class gets."""
+        count, dim = slopes.shape
+        own_kernel[(len(self.places),)](
+            slopes, self.places, self.begin, self.end, self.values, first, count, dim,
+            WIDTH=triton.next_power_of_2(dim),
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["start", "count"])

@@ -12,10 +12,12 @@ from functools import cache
 
 import torch
 
+from ..device import multiplies_to_float32
+
 
 def operand_dtype(compute_dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What the operands are brought to before a product in ``compute_dtype``."""
-    return torch.float32 if device.type == "cpu" and compute_dtype == torch.bfloat16 else compute_dtype
+    return torch.float32 if compute_dtype == torch.bfloat16 and not multiplies_to_float32(device) else compute_dtype
 
 
 @cache
@@ -32,7 +34,7 @@ def rounds_to_bfloat16(device: torch.device) -> bool:
 def products_in(compute_dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """Inside, products of operands of ``operand_dtype`` are made in ``compute_dtype``; where ``rounds_to_bfloat16``
     says no, in float32."""
-    if device.type == "cpu" and compute_dtype == torch.bfloat16 and rounds_to_bfloat16(device):
+    if compute_dtype == torch.bfloat16 and not multiplies_to_float32(device) and rounds_to_bfloat16(device):
         with _allowed():
             yield
     else:

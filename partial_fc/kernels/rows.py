@@ -74,17 +74,16 @@ class OwnClasses:
     @cached_property
     def samples(self) -> Tensor:
         """The samples whose class is here, int64 [M], in the order of ``places``."""
-        here = (self.columns >= 0).nonzero()[:, 0]
-        return here[self.columns[here].argsort(stable=True)]
+        return self._ascending[1][self._elsewhere :]
 
     @cached_property
     def places(self) -> Tensor:
         """Places of their classes, int64 [M], ascending."""
-        return self.columns[self.samples]
+        return self._ascending[0][self._elsewhere :]
 
     def within(self, start: int, stop: int) -> slice | None:
         """Which of the M stand in the block [start, stop); None where none does."""
-        first, last = bisect_left(self._listed, start), bisect_left(self._listed, stop)
+        first, last = (bisect_left(self._listed, place) - self._elsewhere for place in (start, stop))
         return slice(first, last) if last > first else None
 
     def add(self, gradient: Tensor, start: int, stop: int, values: Tensor) -> None:
@@ -94,5 +93,17 @@ class OwnClasses:
             gradient.index_add_(0, self.places[inside] - start, values[inside])
 
     @cached_property
+    def _ascending(self) -> tuple[Tensor, Tensor]:
+        """All B columns ascending, −1 first, and whose they are."""
+        places, samples = self.columns.sort(stable=True)
+        return places, samples
+
+    @cached_property
     def _listed(self) -> list[int]:
-        return self.places.tolist()
+        """On a GPU the one thing of a step that the plain kernels wait for, besides the number of classes sampled."""
+        return self._ascending[0].tolist()
+
+    @cached_property
+    def _elsewhere(self) -> int:
+        """How many samples' classes are not here."""
+        return bisect_left(self._listed, 0)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import Once, UnitGradient
+from .keeping import KeepBudget
 
 MAX_SCALE = 64.0
 
@@ -30,14 +31,14 @@ class UnshiftedLogSumExp:
         compute_dtype: of the products.
         scale: s, at most 64.
         ceiling: negatives with a larger cosine are left out; none when None.
-        keep_bytes: the most memory that the kept p may take.
+        budget: the memory that kept p may take.
     """
 
-    def __init__(self, compute_dtype: torch.dtype, scale: float, ceiling: float | None, keep_bytes: int) -> None:
+    def __init__(self, compute_dtype: torch.dtype, scale: float, ceiling: float | None, budget: KeepBudget) -> None:
         self.compute_dtype = compute_dtype
         self.scale = scale
         self.ceiling = ceiling
-        self.keep_bytes = keep_bytes
+        self.budget = budget
         self.saved = Once()
 
     def finish(self, summed: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from pfc.engine.distributed import World
 WORLD = World(0, 2, torch.device("cpu"))
 
 
-def config(head: dict[str, Any]) -> Config:
+def config(head: dict[str, Any], accumulate: int = 1) -> Config:
     tree = {"data": {"train": "somewhere", "batch_size": 64}, "schedule": {"steps": 1}}
+    tree["optimizer"] = {"accumulate": accumulate}
     return parse_config({**tree, "head": {"objective": {"name": "cosface"}, **head}})
 
 
@@ -25,9 +26,9 @@ class Million:
         return 1
 
 
-def sampling(head: dict[str, Any]) -> list[str]:
+def sampling(head: dict[str, Any], accumulate: int = 1) -> list[str]:
     """What the opening of a run on 2 ranks tells about the classes of a step."""
-    told = lines.opening(config(head), cast(Any, Million()), 1, nn.Identity(), WORLD, 1, None)
+    told = lines.opening(config(head, accumulate), cast(Any, Million()), 1, nn.Identity(), WORLD, 1, None)
     return [line for line in told if line.startswith("sampling")]
 
 
@@ -48,6 +49,19 @@ def test_the_log_says_whether_probabilities_are_kept(head: dict[str, Any], expec
     told = sampling(head)
     assert len(told) == len(expected)
     assert all(part in line for part, line in zip(expected, told, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("keep_mib", "expected"),
+    [
+        (100, "probabilities kept (24.4 MiB a rank for each of 4 micro-batches, 100 allowed)"),
+        (73, "probabilities kept of 2 micro-batches, computed again of 2 (24.4 MiB a rank for each, 73 allowed)"),
+        (24, "probabilities computed again (24.4 MiB a rank for each of 4 micro-batches, 24 allowed)"),
+    ],
+)
+def test_the_micro_batches_of_a_step_share_what_may_be_kept(keep_mib: int, expected: str) -> None:
+    (told,) = sampling({"sample_rate": 0.1, "keep_mib": keep_mib}, accumulate=4)
+    assert told.endswith(expected)
 
 
 def test_the_head_is_given_what_the_configuration_allows() -> None:

@@ -1,11 +1,14 @@
 """One step of the head on real ranks, compared with the oracle."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pfc.partial_fc import PartialFC, objectives
 from pfc.partial_fc.row_gradient import finished_block
@@ -21,6 +24,12 @@ OBJECTIVES: dict[str, dict[str, float]] = {
     "d_softmax": {"scale": 32.0, "stop": 0.9},
     "p2sgrad": {},
 }
+SETTINGS: dict[str, tuple[str, dict[str, float]]] = {
+    **{name: (name, parameters) for name, parameters in OBJECTIVES.items()},
+    "combined (1, 0.3, 0.2)": ("combined", {"scale": 64.0, "m1": 1.0, "m2": 0.3, "m3": 0.2}),
+    "combined (0.9, 0.4, 0.15)": ("combined", {"scale": 64.0, "m1": 0.9, "m2": 0.4, "m3": 0.15}),
+}
+"""What the tests call it → objective and parameters; the last two are the combinations of ArcFace's own paper."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +150,43 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     distance = float((value.double() - expected).norm())
     size = float(expected.norm())
     return distance / size if size > 1e-30 else distance
+
+
+_QUESTIONS = frozenset(
+    {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "repeat_interleave", "unique_dim"}
+    | {"_unique", "_unique2", "unique_consecutive", "bincount"}
+)
+"""Operations whose answer, or the answer's shape, the host waits for on a GPU."""
+
+
+class _Questions(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masked = name in ("index", "index_put", "index_put_", "_unsafe_index") and any(
+            one is not None and one.dtype in (torch.bool, torch.uint8) for one in args[1]
+        )
+        if name in _QUESTIONS or masked:
+            self.asked.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def count_questions(function: Callable[[], object]) -> int:
+    """How often a GPU's host would wait for an answer inside; counted on a CPU, which takes the same calls."""
+    lists = 0  # tolist is no operation on a CPU
+    tolist = Tensor.tolist
+
+    def counted(tensor: Tensor) -> list[Any]:
+        nonlocal lists
+        lists += 1
+        return tolist(tensor)
+
+    with patch.object(Tensor, "tolist", counted), _Questions() as questions:
+        function()
+    return len(questions.asked) + lists
 
 
 class Given:

@@ -4,18 +4,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from pfc.partial_fc import PartialFC, RowAdagrad, RowAdamW, RowOptimizer, RowSGD, objectives
+from pfc.partial_fc import PartialFC, RowAdagrad, RowAdamW, RowOptimizer, RowSGD, device, objectives
 from pfc.partial_fc.centers import ClassShard
-from pfc.partial_fc.kernels import device
 from pfc.partial_fc.kernels.blocked import LogSumExpBlocked
+from pfc.partial_fc.kernels.keeping import KeepBudget
 from pfc.partial_fc.kernels.rows import OwnClasses, SampledRows
 from pfc.partial_fc.row_gradient import RowGradient, StepGradient, project
 from pfc.partial_fc.sampling import sample_batch, sample_classes
-from tests.partial_fc.cases import Case, StepResult, step_on_rank
+from tests.partial_fc.cases import Case, StepResult, count_questions, step_on_rank
 
 OPTIMIZERS = {
     "sgd": lambda head: RowSGD(head, 0.3),
@@ -41,13 +42,9 @@ class _Plain(RowOptimizer):
 
 @contextmanager
 def on_gpu() -> Iterator[None]:
-    """Inside, the head takes this device for a GPU."""
-    before = device.runs_on
-    device.runs_on = lambda _: True  # type: ignore[assignment]
-    try:
+    """Inside, the head takes this device for a GPU, whose numbers the host does not see."""
+    with patch.object(device, "runs_on", lambda _: True), patch.object(device, "host_sees", lambda _: False):
         yield
-    finally:
-        device.runs_on = before
 
 
 def step_fused(case: Case) -> StepResult:
@@ -121,7 +118,7 @@ def fused_beside_plain(case: KernelCase) -> dict[str, tuple[Tensor, Tensor]]:
         place = place + place // 7 + 1  # a −1 before each seventh
         padded = torch.full((int(place[-1]) + 3,), -1)
         padded[place] = index
-    keep_bytes = 1 << 30 if case.keep else 0
+    budget = KeepBudget(1 << 30 if case.keep else 0)
     slope = torch.rand(case.batch, generator=generator, dtype=torch.float64)
     own = torch.randn(case.batch, case.dim, generator=generator)
     unit, weight, columns, slope, own, place = (
@@ -134,7 +131,7 @@ def fused_beside_plain(case: KernelCase) -> dict[str, tuple[Tensor, Tensor]]:
         where = torch.where(columns >= 0, place[columns], -1) if fused else columns
         own_classes = OwnClasses(where)
         kernel = (LogSumExpFused if fused else LogSumExpBlocked)(
-            case.dtype if fused else torch.float32, case.scale, case.ceiling, keep_bytes
+            case.dtype if fused else torch.float32, case.scale, case.ceiling, budget
         )
         total = kernel.finish(kernel.forward(unit, rows, own_classes, backward=True))
         unit_grad, negatives = kernel.backward(total, slope)
@@ -186,7 +183,7 @@ def broken_step(name: str, rate: float) -> bool:
         tensors = [head.weight.data, *optimizer._row_state().values()]
         before = [tensor.clone() for tensor in tensors]
         with torch.no_grad():
-            head.row_gradients[0].apply(tensors, optimizer, torch.ones(()), torch.tensor(broken))  # type: ignore[attr-defined]
+            head.row_gradients[0].apply([], tensors, optimizer, torch.ones(()), torch.tensor(broken))  # type: ignore[attr-defined]
         changed.append([not torch.equal(old, new) for old, new in zip(before, tensors, strict=True)])
     return not any(changed[0]) and all(changed[1])
 
@@ -210,15 +207,51 @@ def far_rows(folder: str) -> None:
         (near.clone(), torch.zeros(4, dim), torch.tensor([0, -1, 2, 3])),
         (weight, momentum, index),
     ):
-        kernel = LogSumExpFused(torch.float32, 16.0, None, 1 << 20)
+        kernel = LogSumExpFused(torch.float32, 16.0, None, KeepBudget(1 << 20))
         columns = torch.tensor([0, 3, -1, -1])
         total = kernel.finish(kernel.forward(unit, SampledRows(matrix, places), OwnClasses(columns), backward=True))
         _, negatives = kernel.backward(total, torch.ones(4, dtype=torch.float64))
         head = PartialFC(1, dim, objective=objectives.Softmax())
         gradient = FusedGradient(negatives, columns, unit)
-        gradient.apply([matrix, speed], RowSGD(head, 0.1, 0.9), torch.ones(()), torch.tensor(False))
+        gradient.apply([], [matrix, speed], RowSGD(head, 0.1, 0.9), torch.ones(()), torch.tensor(False))
         used = places[places >= 0]
         results.append((total, matrix[used].clone(), speed[used].clone()))
     for here, far in zip(*results, strict=True):
         assert torch.equal(here, far)
     assert not torch.equal(results[1][1], near[[0, 2, 3]])
+
+
+def accumulated(name: str, fused: bool, rate: float, keep_bytes: int, sum_numbers: int = 1) -> dict[str, Tensor]:
+    """Centers and state after two steps of three passes each, whose rows are added in several parts."""
+    from pfc.partial_fc import fused_gradient
+
+    head = PartialFC(9001, 8, objective=objectives.CosFace(scale=16.0), sample_rate=rate, keep_bytes=keep_bytes)
+    optimizer = OPTIMIZERS[name](head)
+    generator = torch.Generator().manual_seed(0)
+    with on_gpu() if fused else nullcontext(), patch.object(fused_gradient, "SUM_NUMBERS", sum_numbers):
+        for _ in range(2):
+            labels = torch.randint(0, 9001, (7,), generator=generator)
+            for _ in range(3):  # a class of one pass's batch is a random one of another's, or of its batch too
+                head(torch.randn(9, 8, generator=generator), torch.cat([labels, labels[:2]])).backward()
+                assert head.last_sample is not None
+                labels[:3] = head.last_sample.classes[[3, 70, -1]]
+            optimizer.step()
+            optimizer.zero_grad()
+    state = optimizer.state_dict()["state"]
+    return {"centers": head.weight.detach(), **{key: value.to_local() for key, value in state.items()}}
+
+
+def questions_of_steps(name: str, rate: float, passes: int) -> list[int]:
+    """How often each of three steps with the fused kernels asks something of the device."""
+    head = PartialFC(9001, 8, objective=objectives.CosFace(), sample_rate=rate)
+    optimizer = OPTIMIZERS[name](head)
+    batches = [(torch.randn(9, 8, requires_grad=True), torch.randint(0, 9001, (9,))) for _ in range(passes)]
+    return [count_questions(lambda: _step(head, optimizer, batches)) for _ in range(3)]
+
+
+def _step(head: PartialFC, optimizer: RowOptimizer, batches: list[tuple[Tensor, Tensor]]) -> None:
+    with on_gpu():
+        for embeddings, labels in batches:
+            (head(embeddings, labels) / len(batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()

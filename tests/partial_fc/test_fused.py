@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.partial_fc import fused_cases
-from tests.partial_fc.cases import Case, compare, relative_error
+from tests.partial_fc.cases import SETTINGS, Case, compare, relative_error
 from tests.partial_fc.fused_cases import KernelCase
 from tests.ranks import RankPool
 
@@ -84,6 +84,24 @@ def test_rows_and_state_are_stepped_as_by_the_plain_path(call: Call, name: str, 
         assert relative_error(value, plain[key].double()) < bound, key
 
 
+@pytest.mark.parametrize(("name", "rate", "keep_bytes"), [
+    ("momentum", 0.02, 1 << 30), ("momentum", 0.02, 0), ("adamw", 0.02, 1 << 30), ("of one's own", 0.02, 1 << 30),
+    ("momentum", 1.0, 1 << 20),
+])  # fmt: skip
+def test_passes_are_added_as_by_the_plain_path(call: Call, name: str, rate: float, keep_bytes: int) -> None:
+    plain = fused_cases.accumulated(name, False, rate, keep_bytes)
+    bound = 1e-4 if name == "adamw" else 1e-5
+    for sum_numbers in (1, 1 << 24):  # each block of classes alone, all at once
+        for key, value in call(fused_cases.accumulated, name, True, rate, keep_bytes, sum_numbers).items():
+            assert relative_error(value, plain[key].double()) < bound, key
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize(("name", "rate"), [(name, 0.02) for name in fused_cases.OPTIMIZERS] + [("momentum", 1.0)])
+def test_no_step_asks_the_device(call: Call, name: str, rate: float, passes: int) -> None:
+    assert call(fused_cases.questions_of_steps, name, rate, passes) == [0, 0, 0]
+
+
 @pytest.mark.parametrize("name", fused_cases.OPTIMIZERS)
 @pytest.mark.parametrize("rate", [1.0, 0.2])
 def test_a_broken_step_writes_nothing(call: Call, name: str, rate: float) -> None:
@@ -101,6 +119,8 @@ HEADS = [
     Case("cosface", {"scale": 32.0, "margin": 0.35, "filter": 0.2}, sample_rate=0.5, labels="low"),
     Case("softmax", {"scale": 30.0}, num_classes=1, sample_rate=0.5),
     Case("softmax", {"scale": 30.0}, num_classes=9001, dim=8, sample_rate=0.02),
+    Case(*SETTINGS["combined (1, 0.3, 0.2)"], sample_rate=0.3),
+    Case(*SETTINGS["combined (0.9, 0.4, 0.15)"], keep_bytes=0),
 ]
 
 

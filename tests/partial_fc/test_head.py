@@ -1,5 +1,6 @@
 """The head against the oracle, on 1, 2 and 3 real ranks; what it takes and refuses."""
 
+import gc
 import itertools
 
 import pytest
@@ -7,10 +8,21 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pfc.partial_fc import PartialFC, objectives
+from pfc.partial_fc import PartialFC, RowSGD, objectives
+from pfc.partial_fc.kernels import blocked
 from pfc.partial_fc.kernels.cosines import SumOfSquares
 from pfc.partial_fc.kernels.gram import SumOfSquaresByGram
-from tests.partial_fc.cases import OBJECTIVES, Case, check, dense_row_gradient, relative_error, step_on_rank, tensors
+from pfc.partial_fc.kernels.keeping import KeepBudget
+from tests.partial_fc.cases import (
+    OBJECTIVES,
+    SETTINGS,
+    Case,
+    check,
+    dense_row_gradient,
+    relative_error,
+    step_on_rank,
+    tensors,
+)
 from tests.ranks import run_ranks
 
 WORLDS = (1, 2, 3)
@@ -32,13 +44,14 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_loss_and_gradients_are_the_oracles(name: str, world_size: int, dtype: torch.dtype) -> None:
+def test_loss_and_gradients_are_the_oracles(setting: str, world_size: int, dtype: torch.dtype) -> None:
+    name, parameters = SETTINGS[setting]
     for shape, (sample_rate, batch_rate) in itertools.product(SHAPES.values(), RATES):
         case = Case(
             name,
-            OBJECTIVES[name],
+            parameters,
             sample_rate=sample_rate,
             batch_rate=batch_rate,
             dtype=dtype,
@@ -48,11 +61,12 @@ def test_loss_and_gradients_are_the_oracles(name: str, world_size: int, dtype: t
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "p2sgrad"])
+@pytest.mark.parametrize("setting", [setting for setting in SETTINGS if setting != "p2sgrad"])
 @pytest.mark.parametrize("path", ["probabilities made again", "plain kernel, at a larger scale"])
-def test_every_other_path_is_the_oracles_too(name: str, world_size: int, path: str) -> None:
+def test_every_other_path_is_the_oracles_too(setting: str, world_size: int, path: str) -> None:
+    name, parameters = SETTINGS[setting]
     again = path.startswith("probabilities")
-    parameters = OBJECTIVES[name] if again else OBJECTIVES[name] | {"scale": 100.0}
+    parameters = parameters if again else parameters | {"scale": 100.0}
     for shape, (sample_rate, batch_rate) in itertools.product(SHAPES.values(), RATES):
         for dtype in (torch.float32, torch.float64):
             case = Case(
@@ -106,8 +120,8 @@ def test_both_ways_of_p2sgrad_are_the_oracles(world_size: int, sample_rate: floa
 
 def test_p2sgrad_takes_the_gram_way_where_it_is_cheaper() -> None:
     objective = objectives.P2SGrad()
-    assert isinstance(objective.kernel(1024, 128, 5000, torch.float32, 0), SumOfSquaresByGram)
-    assert isinstance(objective.kernel(64, 128, 5000, torch.float32, 0), SumOfSquares)
+    assert isinstance(objective.kernel(1024, 128, 5000, torch.float32, KeepBudget(0)), SumOfSquaresByGram)
+    assert isinstance(objective.kernel(64, 128, 5000, torch.float32, KeepBudget(0)), SumOfSquares)
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
@@ -197,6 +211,44 @@ def test_gradients_of_several_passes_add_up() -> None:
     head.steps = 0
     (head(embeddings[0], labels[0]) + head(embeddings[1], labels[1])).backward()
     assert torch.allclose(dense_row_gradient(head), each[0] + each[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("sample_rate", [1.0, 0.3])
+def test_passes_that_wait_for_one_step_share_what_may_be_kept(
+    sample_rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward passes without a backward pass count, a loss that is thrown away does not, nor what a step has used."""
+    monkeypatch.setattr(blocked, "block_bytes", lambda _: 1)  # the least: 64 rows
+    rows = round(500 * sample_rate) + 8 + 1
+    head = PartialFC(500, 16, objective=objectives.CosFace(), sample_rate=sample_rate, keep_bytes=2 * 8 * rows * 4)
+    optimizer = RowSGD(head, 0.1)
+
+    def loss() -> torch.Tensor:
+        return head(torch.randn(8, 16, requires_grad=True), torch.randint(0, 500, (8,)))
+
+    for _ in range(2):
+        kept = []
+        for _ in range(4):
+            loss().backward()
+            kept.append(_kept_bytes(8))
+        assert 0 < kept[0] < kept[1] == kept[2] == kept[3] <= head.keep_bytes
+        optimizer.step()
+        optimizer.zero_grad()
+        assert _kept_bytes(8) == 0
+    losses = [loss() for _ in range(3)]
+    assert 0 < _kept_bytes(8) <= head.keep_bytes
+    sum(losses).backward()
+    assert 0 < _kept_bytes(8) <= head.keep_bytes
+    del losses
+    head.clear_gradients()
+    loss()
+    assert _kept_bytes(8) == 0
+
+
+def _kept_bytes(batch: int) -> int:
+    """What all matrices [K, B] that exist take, K ≥ 100."""
+    found = [one for one in gc.get_objects() if type(one) is torch.Tensor and one.ndim == 2]
+    return sum(one.nbytes for one in found if one.shape[1] == batch and len(one) >= 100)
 
 
 def test_eval_mode_uses_all_classes_and_does_not_move_the_sampling_on() -> None:

@@ -83,7 +83,7 @@ def test_each_rows_step(name: str, sampled: bool, by_unit: bool, threads: int, m
         tensors = [head.weight.data, *(value.to_local() for value in optimizer.state_dict()["state"].values())]
         for step in range(3):
             values = torch.randn(count, DIM, generator=torch.Generator().manual_seed(step))
-            apply(Given(index, values, inverse), tensors, optimizer, torch.tensor(0.5), torch.tensor(False))
+            apply([Given(index, values, inverse)], tensors, optimizer, torch.tensor(0.5), torch.tensor(False))
         results.append(tensors)
     for one, other in zip(*results, strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)

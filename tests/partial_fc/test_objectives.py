@@ -4,29 +4,29 @@ import pytest
 import torch
 
 from pfc.partial_fc import objectives
-from tests.partial_fc.cases import OBJECTIVES
+from tests.partial_fc.cases import SETTINGS
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_slopes_are_those_of_the_loss(name: str) -> None:
-    objective = objectives.build(name, **OBJECTIVES[name])
+@pytest.mark.parametrize(("name", "parameters"), SETTINGS.values(), ids=SETTINGS)
+def test_slopes_are_those_of_the_loss(name: str, parameters: dict[str, float]) -> None:
+    objective = objectives.build(name, **parameters)
     target = torch.linspace(-0.99, 0.99, 41, dtype=torch.float64).requires_grad_()
     negatives = torch.linspace(0.1, 60.0, 41, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(objective, (target, negatives), eps=1e-6, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_loss_falls_with_the_target_and_rises_with_the_negatives(name: str) -> None:
-    objective = objectives.build(name, **OBJECTIVES[name])
+@pytest.mark.parametrize(("name", "parameters"), SETTINGS.values(), ids=SETTINGS)
+def test_the_loss_falls_with_the_target_and_rises_with_the_negatives(name: str, parameters: dict[str, float]) -> None:
+    objective = objectives.build(name, **parameters)
     target = torch.linspace(-1, 1, 1001, dtype=torch.float64)
     assert (objective(target, torch.full_like(target, 10.0)).diff() <= 1e-12).all()
     negatives = torch.linspace(0, 80, 1001, dtype=torch.float64)
     assert (objective(torch.zeros_like(negatives), negatives).diff() >= 0).all()
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_slopes_are_finite_at_the_ends(name: str) -> None:
-    objective = objectives.build(name, **OBJECTIVES[name])
+@pytest.mark.parametrize(("name", "parameters"), SETTINGS.values(), ids=SETTINGS)
+def test_slopes_are_finite_at_the_ends(name: str, parameters: dict[str, float]) -> None:
+    objective = objectives.build(name, **parameters)
     target = torch.tensor([-1.0, -1.0, 1.0, 1.0, 0.0], dtype=torch.float64, requires_grad=True)
     negatives = torch.tensor([-torch.inf, 600.0, -torch.inf, 600.0, -torch.inf], dtype=torch.float64)
     if isinstance(objective, objectives.SquaresObjective):
@@ -90,6 +90,7 @@ def test_the_slope_of_arcface_has_the_factor_of_its_angle() -> None:
         ("arcface", {"margin": 4.0}, r"margin must lie in \[0, 3.14159\], found 4.0"),
         ("sphereface", {"margin": 0.5}, r"margin must lie in \[1, 16\]"),
         ("combined", {"m3": -1}, r"m3 must lie in \[0, 2\]"),
+        ("combined", {"m1": 0}, r"m1 must lie in \(0, 16\], found 0"),
         ("d_softmax", {"stop": 2}, r"stop must lie in \[-1, 1\]"),
     ],
 )

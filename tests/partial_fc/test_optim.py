@@ -1,14 +1,27 @@
 """The row optimizers against torch's own, row by row."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 
-from pfc.partial_fc import PartialFC, RowAdagrad, RowAdamW, RowOptimizer, RowSGD, objectives
-from tests.partial_fc.cases import Given, dense_row_gradient
+from pfc.partial_fc import (
+    PartialFC,
+    RowAdagrad,
+    RowAdamW,
+    RowOptimizer,
+    RowSGD,
+    device,
+    objectives,
+    row_update,
+    sampling,
+)
+from pfc.partial_fc.kernels import native
+from tests.partial_fc.cases import Given, count_questions, dense_row_gradient
 from tests.ranks import run_ranks
 
 CLASSES, DIM = 60, 6
@@ -230,3 +243,35 @@ def _broken_step(where: str) -> tuple[bool, int]:
 def test_impossible_hyper_parameters_are_named(make: Callable[[PartialFC], RowOptimizer], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(make_head())
+
+
+@pytest.mark.parametrize("objective", [objectives.CosFace(scale=32.0), objectives.CosFace(scale=100.0),
+    objectives.P2SGrad(gram=True), objectives.P2SGrad(gram=False)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("sample_rate", [1.0, 0.02])
+@pytest.mark.parametrize("passes", [1, 3])
+def test_without_fused_kernels_a_step_asks_little(
+    objective: objectives.Objective, sample_rate: float, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass asks how many classes its sample has and where the batch's own stand, a sum of passes the same twice."""
+    head = PartialFC(9001, 8, objective=objective, sample_rate=sample_rate)
+    optimizer = RowSGD(head, 0.1, momentum=0.9)
+    batches = [(torch.randn(9, 8, requires_grad=True), torch.randint(0, 9001, (9,))) for _ in range(passes)]
+
+    def step() -> None:
+        for embeddings, labels in batches:
+            head(embeddings, labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    made = sampling._permuted
+
+    def by_the_host(*arguments: Any) -> Tensor:
+        with disable_current_modes():
+            return made(*arguments)
+
+    monkeypatch.setattr(sampling, "_permuted", by_the_host)
+    monkeypatch.setattr(device, "host_sees", lambda _: False)
+    monkeypatch.setattr(native, "supports", lambda _: False)
+    monkeypatch.setattr(row_update, "block_rows", lambda _: 64)
+    expected = passes if sample_rate == 1.0 else 2 * passes + 2 * (passes > 1)
+    assert count_questions(step) == expected

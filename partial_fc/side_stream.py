@@ -1,4 +1,7 @@
-"""The row update on a stream of its own, beside the backbone's backward pass, of which it needs nothing."""
+"""The row update on a stream of its own, at the same time as the backbone's backward pass, of which it needs nothing.
+
+A CPU takes the same calls, where torch.cpu's streams do each at once.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,18 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import device
+
 
 class SideStream:
-    """A second stream of a GPU for work that begins at a mark in the first one, which goes on without waiting.
+    """A second stream for work that begins at a mark in the current one, which goes on without waiting.
 
     Args:
-        device: the GPU.
+        where: its device.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._stream = torch.cuda.Stream(device)
-        self._mark: Any = None  # torch.cuda.Event
+    def __init__(self, where: torch.device) -> None:
+        self.device = where
+        self._streams = device.streams(where)
+        with device.selected(where):
+            self._stream = self._streams.Stream()
+        self._mark: Any = None  # an event; a CPU has none
         self._scale: tuple[Tensor | None, int] = None, 0
         self._done: Any = None
         self._in_use: tuple[Any, ...] = ()
@@ -33,11 +40,11 @@ class SideStream:
             scale: what the gradients were multiplied with; GradScaler, or who clips, may change it later.
         """
         self._scale = scale, scale._version
-        self._mark = torch.cuda.current_stream(self.device).record_event()
+        self._mark = self._current().record_event()
 
     @contextmanager
     def running(self, scale: Tensor | None, in_use: tuple[Any, ...], *, late: bool) -> Iterator[None]:
-        """What is called inside runs beside, from the mark on where nothing that it needs changed since.
+        """What is called inside runs on the second stream, from the mark on where nothing that it needs changed since.
 
         Args:
             scale: as it is now.
@@ -45,23 +52,22 @@ class SideStream:
             late: whether it needs something that came after the mark.
         """
         marked, version = self._scale
-        if (
-            self._mark is not None
-            and scale is marked
-            and marked is not None
-            and marked._version == version
-            and not late
-        ):
+        if scale is marked and marked is not None and marked._version == version and not late:
             self._stream.wait_event(self._mark)
         else:
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            self._stream.wait_stream(self._current())
         self._in_use += (scale, *in_use)
-        with torch.cuda.stream(self._stream):
+        with self._streams.stream(self._stream):
             yield
         self._done = self._stream.record_event()
+        if self._done is None:  # a CPU's work is done
+            self._in_use = ()
 
     def join(self) -> None:
         """What the current stream does next waits for it."""
         if self._done is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._done)
+            self._current().wait_event(self._done)
         self._in_use = ()
+
+    def _current(self) -> Any:
+        return self._streams.current_stream(self.device)
