@@ -32,8 +32,9 @@ def local_device(local_rank: int | None = None) -> torch.device:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if local_rank >= count:
         raise UsageError(
-            f"rank {local_rank} of this machine has no GPU: PyTorch finds {count}; start at most {count} rank(s) here "
-            "(--nproc, or torchrun's --nproc-per-node), or set CUDA_VISIBLE_DEVICES= to use the CPU"
+            f"rank {local_rank} of this machine has no GPU: PyTorch finds {count}; start at most {count} rank(s) here, "
+            "or set LOCAL_RANK=0 where each rank sees only a GPU of its own (torchrun: --virtual-local-rank), or "
+            "CUDA_VISIBLE_DEVICES= to use the CPU"
         )
     kind = torch.accelerator.current_accelerator()
     assert kind is not None
@@ -43,7 +44,6 @@ def local_device(local_rank: int | None = None) -> torch.device:
 def use(device: torch.device) -> None:
     """Makes it this thread's current device; every thread that touches a GPU has to."""
     torch.get_device_module(device).set_device(device)
-    torch.backends.cudnn.benchmark = True  # images have one size: the search for the fastest convolutions pays
 
 
 def backend(device: torch.device) -> str:

@@ -42,20 +42,21 @@ class World:
 
 
 @contextmanager
-def start(timeout_seconds: float = 600.0) -> Iterator[World]:
+def start(timeout_seconds: float = 600.0, device: torch.device | None = None) -> Iterator[World]:
     """Joins the process group (nccl for GPUs, gloo for the host), and leaves it at the end.
 
     Reads torchrun's environment variables; without them the world is this process alone.
 
     Args:
         timeout_seconds: how long the run may stand still before the ranks' watchdogs end it.
+        device: where this rank computes; the GPU of its number where there are GPUs when None.
 
     Raises:
         UsageError: there are more ranks than GPUs.
         PeerFailed: another rank failed before, and this one could not go on.
         TimeoutError: the ranks did not meet.
     """
-    device = devices.local_device()
+    device = devices.local_device() if device is None else device
     devices.use(device)
     # The watchdogs end a run that stands still, and know who is to blame; a collective waits longer than they do.
     timeout = timedelta(seconds=max(7200.0, 2 * timeout_seconds))

@@ -36,8 +36,9 @@ class Rollback:
         Raises:
             RuntimeError: the run has gone back too often.
         """
-        checkpoints = checkpoint.find_all(self._run_dir) if self._section.rollback else []
+        checkpoints = checkpoint.find_all(self._run_dir) if self._section.rollback and dist.get_rank() == 0 else []
         found = max((one for one in checkpoints if one.step < step), key=lambda one: one.step, default=None)
+        found = checkpoint.from_first_rank(found)  # another may see others, while one is written or removed
         if found is None:
             why = ", there is no checkpoint to go back to" if self._section.rollback else ""
             self._message(f"{what}{why}; training goes on")
@@ -48,9 +49,6 @@ class Rollback:
                 "learning rate, or warm up longer"
             )
         self.count += 1
-        dist.barrier()  # all have looked
-        if dist.get_rank() == 0:
-            for later in checkpoints:
-                if later.step >= step:  # with the spike in it; a restart must not find it
-                    checkpoint.remove(later)
+        # Those with the spike in them: a restart must not find one, wherever this one is killed.
+        checkpoint.go_back(found, [one for one in checkpoints if one.step >= step])
         return found

@@ -86,13 +86,16 @@ def restore(
             "set that it was trained on, or begin a run of another run.name with init.path, and init.centers: by_name"
         )
     check_labels(config, found, labels)
-    told: list[str] = []
+    changed: list[str] = []
     if "converted" not in state:  # whose configuration is mostly defaults
         before = load_config(found.path / checkpoint.CONFIG)
-        told = resume_rules.changes(before, config, found.path, begun=state["position"] > 0)
+        changed = resume_rules.changes(before, config, found.path, begun=state["position"] > 0)
     saved, tensors = found.shapes(), _backbone_tensors(parts) | _sharded(parts)
-    for name in [name for name in tensors if name.startswith(_OPTIMIZER) and name not in saved]:
-        tensors.pop(name).zero_()  # of a checkpoint without, such as a converted one
+    states = [name for name in tensors if name.startswith(_OPTIMIZER)]
+    if states and not any(name in saved for name in states):  # a converted one, or trained without momentum
+        for name in states:
+            tensors.pop(name).zero_()
+        changed.append("begins     with a new state of the backbone's optimizer: the checkpoint has none")
     _check(found, tensors)
     seed_generators(config.run.seed, world.rank, state["step"])
     for name, value in checkpoint.load(found, tensors, (f"rng/{world.rank}/",)).items():
@@ -101,8 +104,8 @@ def restore(
     if parts.scaler.is_enabled() and state["scaler"]:  # a run in another precision had none
         parts.scaler.load_state_dict(state["scaler"])
     if state["world_size"] != world.size:
-        told.append(f"changed    ranks: {state['world_size']} → {world.size}")
-    return state, told
+        changed.append(f"changed    ranks: {state['world_size']} → {world.size}")
+    return state, changed
 
 
 def seed_generators(seed: int, rank: int, step: int = 0) -> None:

@@ -51,7 +51,8 @@ class Saving:
             device=world.device,
         )
         champion = self.best.of(checkpoint.find_all(self._run_dir)) if self.best is not None else None
-        self._champion = self.best.value(champion.state()) if self.best is not None and champion is not None else None
+        value = self.best.value(champion.state()) if self.best is not None and champion is not None else None
+        self._champion = checkpoint.from_first_rank(value)  # it decides when all save together
         self._measured: dict[str, Any] = {}
         self._measured_at = -1
         self._better = False

@@ -86,6 +86,7 @@ class Trainer:
         self.labels = labels = label_map.read_label_map(self.dataset)
         if self.start.found is not None:
             state, told = run_state.restore(parts, self.start.found, world, config, labels)
+            told += self.start.told()
         else:
             state, told = {}, initial.begin(config, parts, labels)
             run_state.seed_generators(config.run.seed, world.rank)

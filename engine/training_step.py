@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from ..data.errors import UsageError
 from . import device as devices
 from .build import Parts
 from .config import Config
@@ -46,13 +47,19 @@ class TrainingStep:
         self._skipped_in_a_row_told = devices.host_buffer(self.skipped_in_a_row).zero_()
         self._losses: list[Tensor] = []
         self.loss = torch.zeros((), device=world.device)
+        torch.backends.cudnn.benchmark = True  # images have one size: the search for the fastest convolutions pays
         section = config.backbone
         self.channels_last = devices.channels_last(section.channels_last, world.device)
         self._parallel = DistributedDataParallel(
             parts.network, gradient_as_bucket_view=True, static_graph=section.static_graph, **_NO_BUFFER_SYNC
         )
-        if section.payload_dtype == "bf16":
-            self._parallel.register_comm_hook(None, bf16_compress_hook)
+        if section.payload_dtype == "bf16" and world.size > 1:
+            try:
+                self._parallel.register_comm_hook(None, bf16_compress_hook)
+            except TypeError as error:
+                raise UsageError(
+                    f"backbone.payload_dtype: bf16 is not in this PyTorch ({error}): leave it out"
+                ) from None
         # Compiled around DDP, which lets the compiler cut the graph where DDP's buckets are full and exchanged.
         self.backbone: nn.Module = torch.compile(self._parallel) if section.compile else self._parallel  # type: ignore
 

@@ -11,12 +11,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: what runs on the CPU in its place"
     terminalreporter.section(f"proved on: {name}")
     rows = [
-        (outcome, f"{report.duration:6.1f} s", report.nodeid.removeprefix("tests/"))
+        (outcome, f"{getattr(report, 'duration', 0.0):6.1f} s", report.nodeid.removeprefix("tests/"), _reason(report))
         for outcome in ("failed", "error", "skipped", "passed")
         for report in terminalreporter.getreports(outcome)
-        if report.when == "call" or outcome != "passed"
+        if outcome != "passed" or report.when == "call"
     ]
     for row in rows:
         terminalreporter.write_line("  ".join(row))
     for outcome in ("passed", "failed", "error", "skipped"):
         terminalreporter.write_line(f"{outcome}: {sum(row[0] == outcome for row in rows)}")
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """Why it was skipped."""
+    return report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else ""

@@ -10,7 +10,7 @@ from .pieces import Piece, save_alone
 from .reading import load, load_backbone, network_tensors, read_pieces
 from .retention import Best
 from .saver import Saver
-from .writing import Content, agreed, remove, write
+from .writing import Content, agreed, from_first_rank, go_back, write
 
 __all__ = [
     "CONFIG",
@@ -24,11 +24,12 @@ __all__ = [
     "find",
     "find_all",
     "find_latest",
+    "from_first_rank",
+    "go_back",
     "load",
     "load_backbone",
     "network_tensors",
     "read_pieces",
-    "remove",
     "save_alone",
     "write",
 ]

@@ -10,12 +10,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -28,6 +29,7 @@ from .found import BEST, CONFIG, FOLDER, LABELS, LATEST, STATE, Found, find_all,
 from .pieces import Piece, PiecesPlanner
 from .retention import Best, outdated
 
+_T = TypeVar("_T")
 HIDDEN = ".step-"
 """What the names of directories begin with that are no checkpoints: being written, or being removed."""
 
@@ -136,13 +138,26 @@ def _complete(folder: Path, temporary: Path, content: Content) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def remove(found: Found) -> None:
-    """Removes a checkpoint; killed at any moment, what is left does not look like one."""
+def from_first_rank(value: _T) -> _T:
+    """On every rank what the first has. A collective."""
+    told = [value]
+    dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
+    return told[0]
+
+
+def go_back(found: Found, later: Sequence[Found]) -> None:
+    """Makes ``found`` the latest and removes the ``later`` ones.
+
+    Killed at any moment, ``found`` is the latest, and what is half removed does not look like a checkpoint.
+    """
+    if not later:
+        return
     folder = found.path.parent
-    _point_elsewhere(folder, found.path)
-    hidden = _set_aside(found.path)
+    point(folder, LATEST, found.path.name)
     sync(folder)
-    shutil.rmtree(hidden, ignore_errors=True)
+    for one in sorted(later, key=lambda one: -one.step):
+        _point_elsewhere(folder, one.path)
+        shutil.rmtree(_set_aside(one.path), ignore_errors=True)
 
 
 def _point_elsewhere(folder: Path, old: Path) -> None:

@@ -19,7 +19,7 @@ class Backbone(Section):
     sync_bn: bool = False
     """BatchNorm statistics over all ranks (GPU only)."""
     channels_last: bool | None = None
-    """NHWC memory format: faster convolutions on GPUs, and with bf16 on CPUs; on GPUs only when absent."""
+    """NHWC memory format: faster convolutions on GPUs, and with bf16 on CPUs; when absent, on GPUs and not on a CPU."""
     compile: bool = False
     """torch.compile the network."""
     static_graph: bool = False

@@ -30,7 +30,10 @@ def head(
     ] = None,
     dim: Annotated[list[int], typer.Option(min=1, help="Embedding dimension, D.")] = [512],  # noqa: B006
     batch: Annotated[list[int], typer.Option(min=1, help="Global batch.")] = [128],  # noqa: B006
-    ranks: Annotated[list[int], typer.Option(min=1, help="Processes.")] = [2],  # noqa: B006
+    ranks: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Processes. [dim]\\[default: one for each GPU; without a GPU two][/dim]"),
+    ] = None,
     precision: Annotated[list[str], typer.Option(help="Of the products: float32 or bf16.")] = ["float32"],  # noqa: B006
     objective: Annotated[list[str], typer.Option(help="See docs/objectives.md.")] = ["cosface"],  # noqa: B006
     threads: Annotated[int, typer.Option(min=1, help="Threads of each process, on a CPU.")] = 1,
@@ -63,6 +66,7 @@ def head(
         raise UsageError(f"--plot {picture}: must end in .png, .pdf or .svg")
     from ..bench.grid import HeadGrid, measure_grid
     from ..bench.table import report
+    from ..spawn import default_ranks
 
     grid = HeadGrid(
         classes=tuple(classes),
@@ -70,7 +74,7 @@ def head(
         sampled=tuple(sampled or ()),
         batch=tuple(batch),
         dim=tuple(dim),
-        ranks=tuple(ranks),
+        ranks=tuple(ranks or [default_ranks()]),
         precision=tuple(precision),
         objective=tuple(objective),
         threads=threads,
@@ -81,7 +85,7 @@ def head(
         peer="" if peer is None else str(peer),
     )
     grid.checked()
-    _tell_cores(max(ranks) * threads)
+    _tell_cores(max(grid.ranks) * threads)
     with _progress() as tell:
         results = measure_grid(grid, tell)
     print("\n".join(report(results)))

@@ -44,8 +44,8 @@ def evaluate(
         options += [] if flip is None else ["--flip" if flip else "--no-flip"]
         files = [str(path) for path in (*pairs, *(more or []))]
         return run_ranks(["-m", "pfc.launch.cli", "evaluate", str(source), *options, "--pairs", *files], nproc)
-    with distributed.start() if is_rank else nullcontext() as world:
-        where = world.device if world is not None and device == "auto" else find_device(device)
+    where = find_device(device)
+    with distributed.start(device=where) if is_rank else nullcontext() as world:
         trained = open_backbone(source, where)
         results = []
         for one in sets:

@@ -29,7 +29,7 @@ def train(
         typer.Option(
             metavar="auto|never|PATH",
             help="Where to go on: auto, at the run's latest checkpoint if it has one; never, from the start; "
-            "or at the checkpoint PATH.",
+            "or at the checkpoint PATH. Given once more, each goes on from what it has led to.",
         ),
     ] = "auto",
 ) -> int:

@@ -23,8 +23,8 @@ from pfc.engine.checkpoint import (
     find,
     find_all,
     find_latest,
+    go_back,
     load,
-    remove,
     space,
     write,
 )
@@ -256,7 +256,7 @@ def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_like_a_checkpoint
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", _killed)
         with pytest.raises(KeyboardInterrupt):
-            remove(latest)
+            go_back(find_all(tmp_path)[1], [latest])
     assert [one.step for one in find_all(tmp_path)] == [1, 2]
     after = find_latest(tmp_path)
     assert after is not None

@@ -37,7 +37,7 @@ def test_each_rank_has_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) ->
     assert find_device("cuda:0") == torch.device("cuda", 0)
     assert devices.backend(devices.local_device()) == "cpu:gloo,cuda:nccl"
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UsageError, match="rank 2 of this machine has no GPU: PyTorch finds 2; start at most 2"):
+    with pytest.raises(UsageError, match="rank 2 of this machine has no GPU: PyTorch finds 2; start at most 2 rank"):
         devices.local_device()
 
 

@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import yaml
 
-pytest.importorskip("pydantic", reason="the engine's configuration needs it")
-pytest.importorskip("nvidia.dali", reason="training reads its images through DALI")
+np = pytest.importorskip("numpy")
+yaml = pytest.importorskip("yaml")
+pytest.importorskip("pydantic", reason="the engine's configuration needs pydantic")
+pytest.importorskip("nvidia.dali", reason="training reads its images through NVIDIA DALI")
 
 from pfc.data import RecordDataset, decode_images
 from pfc.engine.checkpoint import find_all, find_latest
@@ -125,9 +125,10 @@ def test_evaluate_embed_and_export_from_the_gpu(folder: Path, tmp_path: Path) ->
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU here")
 def test_every_gpu_takes_a_rank(folder: Path, tmp_path: Path) -> None:
-    """As many ranks as there are GPUs, over NCCL; one more is refused in one line."""
+    """As many ranks as there are GPUs, over NCCL, with what only GPUs have; one more is refused in one line."""
     count = torch.cuda.device_count()
-    config = configuration(folder, tmp_path / "all", run={"name": "all"}, data={"batch_size": 6})
+    backbone = {"options": {"width": 8, "norm": "batch"}, "sync_bn": True, "payload_dtype": "bf16"}
+    config = configuration(folder, tmp_path / "all", run={"name": "all"}, backbone=backbone)
     path = tmp_path / "all.yaml"
     path.write_text(config.to_yaml(), encoding="utf-8")
     assert main(["train", str(path), "--nproc", str(count)]) == 0
