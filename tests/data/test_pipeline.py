@@ -3,7 +3,6 @@
 import io
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -168,18 +167,3 @@ def test_without_dali_the_message_says_what_to_install(dataset: RecordDataset, m
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(UsageError, match="pip install 'nvidia-dali"):
         TrainLoader(dataset, batch_size=2, image_size=SIZE)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("place", ["cpu", "gpu"])
-@pytest.mark.parametrize("form", ["PNG", "JPEG"])
-def test_a_gpu_sees_the_pictures_that_the_cpu_sees(form: str, place: Any, tmp_path: Path) -> None:
-    smooth = [np.asarray(Image.fromarray(picture(i, (3, 3))).resize(SIZE[::-1])) for i in range(IMAGES)]
-    dataset = pack(tmp_path / "set", [encode(image, form) for image in smooth])
-    on_cpu = collect(dataset, steps=9, batch_size=6)
-    on_gpu = collect(dataset, steps=9, batch_size=6, device=torch.device("cuda"), decode=place)
-    assert on_gpu[0].is_cuda
-    assert on_gpu[1].is_cuda
-    # A step of 8 bits is 0.008: the two decoders round otherwise, and convert colours after that.
-    torch.testing.assert_close(on_gpu[0].cpu(), on_cpu[0], atol=0.0 if place == "cpu" else 0.04, rtol=0)
-    assert torch.equal(on_gpu[1].cpu(), on_cpu[1])

@@ -19,7 +19,6 @@ yaml = pytest.importorskip("yaml")
 pytest.importorskip("pydantic", reason="the engine's configuration needs pydantic")
 pytest.importorskip("nvidia.dali", reason="training reads its images through NVIDIA DALI")
 
-from pfc.data import RecordDataset, decode_images
 from pfc.engine.checkpoint import find_all, find_latest
 from pfc.engine.config import Config
 from pfc.engine.telemetry import read_json_lines
@@ -93,19 +92,6 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     wanted = [line["loss"] for line in expected[1:]]
     assert np.isfinite(wanted).all()
     assert [line["loss"] for line in resumed[1:]] == pytest.approx(wanted, rel=2e-2)
-
-
-def test_decoding_on_the_gpu_is_that_on_the_cpu(folder: Path) -> None:
-    """PNG to a rounding of the normalisation, JPEG to a few of 255 levels: nvJPEG's transform is another one."""
-    dataset = RecordDataset.open(folder / "train")
-    encoded = [dataset.read(place)[1] for place in range(12)]
-    size = dataset.image_size
-    assert size is not None
-    (on_cpu,) = decode_images(encoded, image_size=size, batch_size=12)
-    (on_gpu,) = decode_images(encoded, image_size=size, batch_size=12, device=torch.device(DEVICE, 0))
-    levels = (on_gpu.cpu() - on_cpu).abs() * 127.5
-    assert levels.mean() < 1
-    assert levels.max() < 24
 
 
 def test_evaluate_embed_and_export_from_the_gpu(folder: Path, tmp_path: Path) -> None:
