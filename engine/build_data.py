@@ -1,12 +1,23 @@
 """From the data section of a configuration to what a run reads."""
 
+import os
+
 from ..data import JointDataset, RecordDataset, TrainLoader
 from ..data.balanced import BalancedOrder
 from ..data.errors import UsageError
 from ..data.mixture import MixedOrder
 from ..data.order import BlockOrder, Order, SampleOrder
+from ..data.workers import default_workers
 from .config import BalancedSampling, BlockSampling, Config
 from .distributed import World
+
+_MOST_THREADS = 8  # by default: tens of thousands of images of 112×112 a second
+
+
+def decoding_threads(config: Config) -> int:
+    """How many threads this rank decodes with."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return config.data.threads or max(1, min(_MOST_THREADS, default_workers() // ranks_here))
 
 
 def open_dataset(config: Config) -> RecordDataset | JointDataset:
@@ -60,6 +71,6 @@ def build_loader(
         max_damaged=section.max_damaged,
         device=world.device,
         decode=section.decode,
-        threads=section.threads,
+        threads=decoding_threads(config),
         position=position,
     )

@@ -10,6 +10,7 @@ from torch import nn
 from ..data import Pairs, read_pairs
 from ..data.errors import UsageError
 from .build import input_size
+from .build_data import decoding_threads
 from .config import Config
 from .distributed import World
 from .evaluation import VerificationResult, evaluate_pairs
@@ -55,7 +56,7 @@ def evaluate_sets(
                 device=world.device,
                 batch_size=config.evaluation.batch_size,
                 flip=config.evaluation.flip,
-                threads=config.data.threads,
+                threads=decoding_threads(config),
                 moved=world.heartbeat.moved,
             )
         if world.is_main:

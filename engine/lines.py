@@ -11,6 +11,7 @@ from ..partial_fc.kernels.keeping import default_keep_bytes, probability_bytes
 from ..partial_fc.kernels.products import operand_dtype, rounds_to_bfloat16
 from ..partial_fc.kernels.unshifted import MAX_SCALE
 from ..partial_fc.objectives import LogSumExpObjective
+from .build_data import decoding_threads
 from .checkpoint import Found
 from .config import Config, Objective
 from .damage import NAME as DAMAGED
@@ -36,7 +37,8 @@ def opening(
     epochs = total_steps * images_per_step / epoch_size
     rates = f"sample_rate {head.sample_rate:g}, batch_rate {head.batch_rate:g}"
     lines = [
-        f"data       {dataset.name}: {len(dataset):,} images of {dataset.num_classes:,} identities",
+        f"data       {dataset.name}: {len(dataset):,} images of {dataset.num_classes:,} identities, decoded on the "
+        f"{config.data.decode.upper()} by {decoding_threads(config)} thread(s) a rank",
         f"backbone   {config.backbone.name}, {parameters / 1e6:.2f} M parameters, input {size[0]}×{size[1]}, "
         f"{config.precision}",
         f"head       {_shown(head.objective)}, {dataset.num_classes:,} × {config.backbone.embedding_dim} centers over "

@@ -77,8 +77,8 @@ class Data(Section):
     """Share of damaged images that are replaced by good ones; more end the run."""
     decode: Literal["cpu", "gpu"] = "cpu"
     """Where pictures are decoded and augmented; from the CPU, finished batches are copied to the GPU."""
-    threads: Count = 2
-    """Decoding threads per rank."""
+    threads: Count | None = None
+    """Decoding threads per rank; by default this machine's cores shared among its ranks, at most 8 for each."""
 
     @property
     def sources(self) -> list[Source]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pfc.data import RecordDataset, pack_synthetic
+from pfc.engine import build_data
 from pfc.engine.checkpoint import find_all
 from pfc.engine.telemetry import read_json_lines
 from tests.engine.runs import IDENTITIES, configuration, new_trainer, pack, train
@@ -59,6 +60,7 @@ def test_a_run_over_damaged_images_ends_with_the_right_counts(damaged: Path, tmp
     for key in (50, 150, 250, 350):
         assert out.count(f"train.rec: key {key} at byte") == 1
     assert "damaged    4 record(s), replaced 12 times" in out
+    assert "decoded on the CPU by 1 thread(s) a rank" in out
     assert all(np.isfinite([line["loss"] for line in lines]))
 
 
@@ -159,3 +161,23 @@ def test_decoding_on_a_gpu_without_one_is_refused(folder: Path, tmp_path: Path) 
     assert done.returncode == 2, done.stderr
     assert "data.decode: gpu needs an NVIDIA GPU, this run computes on cpu" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("cores", "local_ranks", "given", "threads"),
+    [(2, 2, None, 1), (2, None, None, 2), (64, 4, None, 8), (12, 4, None, 3), (1, 8, None, 1), (64, 4, 20, 20)],
+)
+def test_decoding_threads_share_the_cores_among_the_local_ranks(
+    cores: int,
+    local_ranks: int | None,
+    given: int | None,
+    threads: int,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local_ranks is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
+    assert build_data.decoding_threads(configuration(folder, tmp_path, data={"threads": given})) == threads
