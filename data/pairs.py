@@ -87,12 +87,15 @@ def write_pairs(path: str | Path, pairs: Pairs) -> None:
         pickle.dump((list(pairs.images), pairs.same.tolist()), file, protocol=4)
 
 
-def make_pairs(dataset: RecordDataset, num_pairs: int, seed: int) -> Pairs:
+DEFAULT_PAIRS = 6000
+
+
+def make_pairs(dataset: RecordDataset, num_pairs: int | None, seed: int) -> Pairs:
     """Choose pairs from a packed set: half of them match, none comes twice, and identities take turns.
 
     Args:
         dataset: at least two identities, one of them with two images.
-        num_pairs: P; of an odd number the larger part does not match.
+        num_pairs: P; of an odd number the larger part does not match. None for 6,000, or as many as there are.
         seed: the choice is a function of the data set's labels, ``num_pairs`` and this.
 
     Raises:
@@ -101,18 +104,20 @@ def make_pairs(dataset: RecordDataset, num_pairs: int, seed: int) -> Pairs:
     labels = dataset.labels()
     by_label = np.argsort(labels, kind="stable")
     identities = np.split(by_label, np.flatnonzero(np.diff(labels[by_label])) + 1)
-    num_positive = num_pairs // 2
-    num_negative = num_pairs - num_positive
     sizes = np.array([len(members) for members in identities], dtype=np.int64)
     positive = int((sizes * (sizes - 1) // 2).sum())
     negative = len(labels) * (len(labels) - 1) // 2 - positive
-    if num_pairs < 2:
+    if num_pairs is not None and num_pairs < 2:
         raise UsageError(
             f"{num_pairs} pairs asked for: a verification set needs at least 2, one that matches and one not"
         )
     if not positive:
         raise UsageError(f"data set {dataset.name!r}: no identity has two images, so no pair can match")
-    if num_positive > positive or num_negative > negative:
+    if num_pairs is None:
+        num_pairs = min(DEFAULT_PAIRS, 2 * min(positive, negative))
+    num_positive = num_pairs // 2
+    num_negative = num_pairs - num_positive
+    if num_pairs == 0 or num_positive > positive or num_negative > negative:
         raise UsageError(
             f"data set {dataset.name!r}: {num_pairs} pairs asked for, but it holds {positive} different matching and "
             f"{negative} not matching ones: ask for at most {2 * min(positive, negative)}"

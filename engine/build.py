@@ -8,6 +8,7 @@ from torch import nn
 from ..data import JointDataset, RecordDataset
 from ..data.errors import UsageError
 from ..partial_fc import PartialFC, RowAdagrad, RowAdamW, RowOptimizer, RowSGD
+from ..partial_fc.kernels.products import ComputeDtype
 from . import device as devices
 from .backbones import build_backbone
 from .config import Adagrad, AdamW, Config
@@ -79,6 +80,12 @@ def build_network(config: Config, world: World) -> nn.Module:
     return network
 
 
+def products_of(config: Config) -> ComputeDtype:
+    """What the head's products are made in."""
+    wanted = config.head.products or ("bf16" if config.precision == "bf16" else "float32")
+    return {"float32": torch.float32, "bf16": torch.bfloat16}.get(wanted, "tf32")
+
+
 def build_head(config: Config, world: World) -> PartialFC:
     section = config.head
     assert section.num_classes is not None
@@ -90,7 +97,7 @@ def build_head(config: Config, world: World) -> PartialFC:
         batch_rate=section.batch_rate,
         seed=config.run.seed,
         device=world.device,
-        compute_dtype=torch.bfloat16 if config.precision == "bf16" else None,
+        compute_dtype=products_of(config),
         keep_bytes=None if section.keep_mib is None else section.keep_mib << 20,
         payload_dtype={"float32": torch.float32, "bf16": torch.bfloat16, None: None}[section.payload_dtype],
     )

@@ -11,6 +11,7 @@ from ..partial_fc.kernels.keeping import default_keep_bytes, probability_bytes
 from ..partial_fc.kernels.products import operand_dtype, rounds_to_bfloat16
 from ..partial_fc.kernels.unshifted import MAX_SCALE
 from ..partial_fc.objectives import LogSumExpObjective
+from .build import products_of
 from .build_data import decoding_threads
 from .checkpoint import Found
 from .config import Config, Objective
@@ -86,7 +87,7 @@ def _probabilities(config: Config, num_classes: int, world: World) -> list[str]:
     if not isinstance(objective, LogSumExpObjective) or objective.scale > MAX_SCALE:
         return []
     batch = math.ceil(head.batch_rate * config.data.batch_size * world.size)
-    dtype = operand_dtype(torch.bfloat16 if config.precision == "bf16" else torch.float32, world.device)
+    dtype = operand_dtype(products_of(config), world.device)
     allowed = default_keep_bytes(world.device) if head.keep_mib is None else head.keep_mib << 20
     told = []
     for rate in dict.fromkeys([head.sample_rate, *(later for _, later in head.sample_rate_schedule)]):
@@ -105,9 +106,12 @@ def _probabilities(config: Config, num_classes: int, world: World) -> list[str]:
 
 def _precision(config: Config, world: World) -> list[str]:
     """Where bf16 is asked for and this processor does not multiply the head's operands in it."""
-    if config.precision != "bf16" or rounds_to_bfloat16(world.device):
+    products = products_of(config)
+    if products == torch.float32 or (products == torch.bfloat16 and rounds_to_bfloat16(world.device)):
         return []
-    return ["precision  bf16 for the backbone; this processor makes the head's products in float32 (see pfc doctor)"]
+    if products == "tf32" and world.device.type != "cpu":
+        return []
+    return ["precision  this processor makes the head's products in float32, not as asked for (see pfc doctor)"]
 
 
 def _shown(objective: Objective) -> str:

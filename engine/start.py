@@ -89,6 +89,7 @@ def agree(config: Config, world: World, resume: str) -> Start:
         if world.is_main:
             (run_dir / mark).unlink(missing_ok=True)
     if problem is not None:
+        dist.barrier()  # the end of one ends the others: not before the mark is gone
         raise UsageError(problem)
     return start
 

@@ -26,8 +26,9 @@ STOP_GRACE = 300.0
 """Seconds that a stopped run has to finish its step and save; a second Ctrl-C ends it at once."""
 FAILURE_GRACE = 5.0
 """Seconds that the other ranks have to end after one has failed: they cannot save without it."""
-SIGNAL_LEAD = 0.02
-"""A killed rank is seen dead a moment after its peers see their connections close: its death counts as earlier."""
+SIGNAL_LEAD = 0.5
+"""A killed rank is seen dead a moment after its peers see their connections close, on a busy machine some tenths of a
+second: its death counts as earlier. Not that of a rank which was told to end because another had failed."""
 WRONG_USE = "UsageError: "
 """What the recorded message of a UsageError begins with."""
 STOPPED = (128 + signal.SIGINT, *EXIT_CODES.values())
@@ -168,7 +169,8 @@ class RankGroup:
         try:
             recorded = json.loads(report.read_text(encoding="utf-8"))["message"]
         except (FileNotFoundError, ValueError):  # none, or cut off by a kill
-            moment = self.deaths.get(rank, time.time()) - (SIGNAL_LEAD if exit_code < 0 else 0)
+            lead = SIGNAL_LEAD if exit_code < 0 and exit_code != -signal.SIGTERM else 0.0
+            moment = self.deaths.get(rank, time.time()) - lead
             return Failure(rank, exit_code, "", "", moment)
         return Failure(
             rank, exit_code, recorded["message"], recorded["extraInfo"]["py_callstack"], report.stat().st_mtime

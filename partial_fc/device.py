@@ -31,12 +31,12 @@ def interprets(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def fits(weight: Tensor, compute_dtype: torch.dtype) -> bool:
+def fits(weight: Tensor, operands: torch.dtype) -> bool:
     """Whether the fused kernels take a step on these centers; where not, torch's own operations do, there too."""
     return (
         runs_on(weight.device)
         and weight.dtype == torch.float32
-        and compute_dtype in (torch.float32, torch.bfloat16)
+        and operands in (torch.float32, torch.bfloat16)
         and weight.shape[1] <= _WIDEST
     )
 

@@ -29,6 +29,7 @@ from .kernels.blocked import LogSumExpBlocked
 from .kernels.cosines import LogSumExp, SumOfSquares
 from .kernels.gram import SumOfSquaresByGram, pays
 from .kernels.keeping import KeepBudget
+from .kernels.products import ComputeDtype, stored_dtype
 from .kernels.unshifted import MAX_SCALE
 
 if TYPE_CHECKING:
@@ -57,14 +58,14 @@ class Objective(ABC):
 
     @abstractmethod
     def kernel(
-        self, batch: int, dim: int, rows: int, compute_dtype: torch.dtype, budget: KeepBudget
+        self, batch: int, dim: int, rows: int, compute_dtype: ComputeDtype, budget: KeepBudget
     ) -> NegativesKernel:
         """What reduces the negatives to the number that ``inter`` receives, for a step of B × D by K rows.
 
         It may keep what ``budget`` has left between the forward pass and the row update, to save a product.
         """
 
-    def fused_kernel(self, weight: Tensor, compute_dtype: torch.dtype, budget: KeepBudget) -> "LogSumExpFused | None":
+    def fused_kernel(self, weight: Tensor, compute_dtype: ComputeDtype, budget: KeepBudget) -> "LogSumExpFused | None":
         """The same for the centers ``weight`` [rows, D] on a GPU, made to ask nothing of the host; None for none."""
         return None
 
@@ -88,14 +89,14 @@ class LogSumExpObjective(Objective):
             _check(self, "filter", above=-1, at_most=1)
 
     def kernel(
-        self, batch: int, dim: int, rows: int, compute_dtype: torch.dtype, budget: KeepBudget
+        self, batch: int, dim: int, rows: int, compute_dtype: ComputeDtype, budget: KeepBudget
     ) -> NegativesKernel:
         if self.scale <= MAX_SCALE:
             return LogSumExpBlocked(compute_dtype, self.scale, self.filter, budget)
         return LogSumExp(compute_dtype, self.scale, self.filter)
 
-    def fused_kernel(self, weight: Tensor, compute_dtype: torch.dtype, budget: KeepBudget) -> "LogSumExpFused | None":
-        if self.scale > MAX_SCALE or not device.fits(weight, compute_dtype):
+    def fused_kernel(self, weight: Tensor, compute_dtype: ComputeDtype, budget: KeepBudget) -> "LogSumExpFused | None":
+        if self.scale > MAX_SCALE or not device.fits(weight, stored_dtype(compute_dtype)):
             return None
         from .kernels.fused import LogSumExpFused  # which needs Triton
 
@@ -114,7 +115,7 @@ class SquaresObjective(Objective):
     gram: bool | None = dataclasses.field(default=None, kw_only=True)
 
     def kernel(
-        self, batch: int, dim: int, rows: int, compute_dtype: torch.dtype, budget: KeepBudget
+        self, batch: int, dim: int, rows: int, compute_dtype: ComputeDtype, budget: KeepBudget
     ) -> NegativesKernel:
         gram = pays(batch, dim, rows) if self.gram is None else self.gram
         return SumOfSquaresByGram(compute_dtype) if gram else SumOfSquares(compute_dtype)

@@ -64,6 +64,9 @@ class Head(Section):
     """How the centers are stored."""
     payload_dtype: Literal["float32", "bf16"] | None = None
     """What embeddings and their gradients travel in between the ranks; their own types when absent."""
+    products: Literal["float32", "tf32", "bf16"] | None = None
+    """What the head's matrix products are made in; bf16 with precision: bf16, else float32, when absent. tf32 and bf16
+    use a GPU's tensor cores: docs/performance.md has their error."""
     keep_mib: CountOrZero | None = None
     """Memory in MiB that the probabilities of a step may take on a rank until the centers are updated; where they need
     more they are computed again, at the cost of one more matrix product. A sixteenth of a GPU's memory, or 1024 on a

@@ -45,7 +45,18 @@ def _times_of_tiles(run: GpuRun) -> dict[tuple[int, int, int, int, int], float]:
     power = block.new_empty(rows, batch)
     sums = torch.zeros(rows // 64, batch, device=run.device)
     product = partial(
-        fused_powers.powers, block, unit, columns, None, power, sums, first=0, count=rows, scale=64.0, ceiling=None
+        fused_powers.powers,
+        block,
+        unit,
+        columns,
+        None,
+        power,
+        sums,
+        first=0,
+        count=rows,
+        compute_dtype=torch.bfloat16,
+        scale=64.0,
+        ceiling=None,
     )
     times = {}
     for shape in _TILES if run.gpu else _TILES[:2]:

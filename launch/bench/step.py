@@ -175,7 +175,7 @@ def _dense_parts(config: Config, world: World) -> build.Parts:
     assert config.head.num_classes is not None
     dtype = DTYPES["bf16" if config.precision == "bf16" else "float32"]
     head = DenseHead(config.head.num_classes, config.backbone.embedding_dim, dtype, world.device)
-    optimizer = torch.optim.SGD([head.weight], lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.SGD([head.weight], lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
     return replace(parts, head=head, head_optimizer=optimizer)  # pyright: ignore[reportArgumentType]
 
 

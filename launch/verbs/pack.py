@@ -106,7 +106,15 @@ def pairs(
         Path, typer.Argument(metavar="SRC", help="A packed data set; with --list, the folder of the listed images.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT.bin", help="File to write; it must not exist.")],
-    number: Annotated[int, typer.Option("--pairs", min=1, help="Pairs to draw, half of them matching.")] = 6000,
+    number: Annotated[
+        int | None,
+        typer.Option(
+            "--pairs",
+            min=1,
+            help="Pairs to draw, half of them matching. [dim]\\[default: 6000, or as many as there are][/dim]",
+            show_default=False,
+        ),
+    ] = None,
     list_file: Annotated[
         Path | None,
         typer.Option("--list", metavar="FILE", help="Take these pairs: lines 'pathA pathB 0|1', or LFW's pairs.txt."),
@@ -115,6 +123,7 @@ def pairs(
 ) -> None:
     """Make a verification set: pairs of images and whether they show the same identity."""
     from ...data import RecordDataset, make_pairs, pairs_from_list, write_pairs
+    from ...data.pairs import DEFAULT_PAIRS
 
     made: Any
     if list_file is not None:
@@ -122,4 +131,6 @@ def pairs(
     else:
         made = make_pairs(RecordDataset.open(source), number, seed)
     write_pairs(out, made)
-    print(f"wrote {len(made.same):,} pairs, {int(made.same.sum()):,} of them matching: {out}")
+    few = list_file is None and number is None and len(made.same) < DEFAULT_PAIRS
+    why = f" (as many as the set has of both kinds; {DEFAULT_PAIRS:,} are usual)" if few else ""
+    print(f"wrote {len(made.same):,} pairs, {int(made.same.sum()):,} of them matching{why}: {out}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..device import block_bytes
 from .exponentials import exponentials
-from .products import operand_dtype, products_in
+from .products import ComputeDtype, operand_dtype, products_in
 from .rows import OwnClasses, SampledRows
 from .unshifted import UnshiftedLogSumExp
 
@@ -25,7 +25,7 @@ def block_rows(weight: Tensor) -> int:
 
 
 class LogSumExpBlocked(UnshiftedLogSumExp):
-    """The same numbers as ``cosines.LogSumExp``; ``compute_dtype`` is float32, float64 or bfloat16."""
+    """The same numbers as ``cosines.LogSumExp``; ``compute_dtype`` as the head has it."""
 
     def forward(self, unit: Tensor, rows: SampledRows, own: OwnClasses, *, backward: bool) -> Tensor:
         powers = _Powers(self, unit, rows, own, keep=backward)
@@ -56,7 +56,8 @@ class _Powers:
         self, kernel: LogSumExpBlocked, unit: Tensor, rows: SampledRows, own: OwnClasses, *, keep: bool
     ) -> None:
         self.unit, self.rows, self.own = unit, rows, own
-        self.compute_dtype, self.scale = kernel.compute_dtype, kernel.scale
+        self.compute_dtype: ComputeDtype = kernel.compute_dtype
+        self.scale = kernel.scale
         self.ceiling = torch.inf if kernel.ceiling is None else kernel.ceiling
         self.dtype = operand_dtype(kernel.compute_dtype, unit.device)
         self.columns = unit.to(self.dtype).T.contiguous()  # [D, B]

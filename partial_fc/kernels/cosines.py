@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import Once
-from .products import operand_dtype, products_in, summed_at_once
+from .products import ComputeDtype, operand_dtype, products_in, summed_at_once
 from .rows import OwnClasses, SampledRows
 
 
@@ -15,8 +15,8 @@ class _CosinesKernel:
         compute_dtype: of the three matrix products.
     """
 
-    def __init__(self, compute_dtype: torch.dtype) -> None:
-        self.compute_dtype = compute_dtype
+    def __init__(self, compute_dtype: ComputeDtype) -> None:
+        self.compute_dtype: ComputeDtype = compute_dtype
         self.saved = Once()
 
     def _cosines(self, unit: Tensor, rows: SampledRows, own: OwnClasses, value: float) -> Tensor:
@@ -48,8 +48,9 @@ class _Slopes:
 
     needs_rows = False
 
-    def __init__(self, slopes: Tensor, unit: Tensor, inverse: Tensor, compute_dtype: torch.dtype) -> None:
-        self.slopes, self.unit, self.inverse, self.compute_dtype = slopes, unit, inverse, compute_dtype
+    def __init__(self, slopes: Tensor, unit: Tensor, inverse: Tensor, compute_dtype: ComputeDtype) -> None:
+        self.slopes, self.unit, self.inverse = slopes, unit, inverse
+        self.compute_dtype: ComputeDtype = compute_dtype
 
     def block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:
         with products_in(self.compute_dtype, self.unit.device):
@@ -65,7 +66,7 @@ class LogSumExp(_CosinesKernel):
         ceiling: negatives with a larger cosine are left out (inter-class filtering); none when None.
     """
 
-    def __init__(self, compute_dtype: torch.dtype, scale: float, ceiling: float | None) -> None:
+    def __init__(self, compute_dtype: ComputeDtype, scale: float, ceiling: float | None) -> None:
         super().__init__(compute_dtype)
         self.scale = scale
         self.ceiling = ceiling

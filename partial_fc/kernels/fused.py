@@ -18,6 +18,7 @@ from torch import Tensor
 from ..device import multiplies_to_float32, selected
 from .fused_powers import TILES, powers
 from .fused_rows import normalized_rows
+from .products import ComputeDtype, products_in, stored_dtype
 from .rows import OwnClasses, SampledRows
 from .unshifted import UnshiftedLogSumExp
 
@@ -28,7 +29,10 @@ BLOCK_NUMBERS = 1 << 25
 
 
 class LogSumExpFused(UnshiftedLogSumExp):
-    """The same numbers as ``cosines.LogSumExp``. Rows whose index is −1 are none. Products in float32 or bfloat16."""
+    """The same numbers as ``cosines.LogSumExp``. Rows whose index is −1 are none.
+
+    Products in float32, "tf32" or bfloat16.
+    """
 
     def forward(self, unit: Tensor, rows: SampledRows, own: OwnClasses, *, backward: bool) -> Tensor:
         with selected(unit.device):
@@ -46,10 +50,12 @@ class FusedPowers:
 
     def __init__(self, kernel: LogSumExpFused, unit: Tensor, rows: SampledRows, own: OwnClasses, *, keep: bool) -> None:
         self.rows, self.columns = rows, own.columns.contiguous()
-        self.compute_dtype, self.scale, self.ceiling = kernel.compute_dtype, kernel.scale, kernel.ceiling
+        self.compute_dtype: ComputeDtype = kernel.compute_dtype
+        self.scale, self.ceiling = kernel.scale, kernel.ceiling
+        self.dtype = stored_dtype(kernel.compute_dtype)
         self.unit = unit.contiguous()
-        self.compute_unit = self.unit.to(kernel.compute_dtype)
-        self.kept = kernel.budget.keep(unit, _padded(len(rows)), kernel.compute_dtype) if keep else None
+        self.compute_unit = self.unit.to(self.dtype)
+        self.kept = kernel.budget.keep(unit, _padded(len(rows)), self.dtype) if keep else None
         self.weighted_unit: Tensor | None = None
 
     def sums(self, *, weighted: bool) -> tuple[Tensor, Tensor]:
@@ -63,17 +69,17 @@ class FusedPowers:
             stop = min(start + block, len(self.rows))
             power, rows = self._make(start, stop, partial[start // tile :])
             if weighted:
-                total += _sum_of_products(power, rows)
+                total += _sum_of_products(power, rows, self.compute_dtype)
         return partial.sum(dim=0, dtype=torch.float64), total
 
     def weight_unit(self, coefficient: Tensor) -> None:
-        self.weighted_unit = (coefficient * self.unit.double()).to(self.compute_dtype)
+        self.weighted_unit = (coefficient * self.unit.double()).to(self.dtype)
 
     def slope(self, start: int, stop: int) -> Tensor:
         """∂loss/∂ŵ of the places [start, stop), float32 [n, D]."""
         assert self.weighted_unit is not None
         power = self._make(start, stop, None)[0] if self.kept is None else self.kept[start:stop]
-        return _product(power[: stop - start], self.weighted_unit)
+        return _product(power[: stop - start], self.weighted_unit, self.compute_dtype)
 
     def block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:
         with selected(self.unit.device):
@@ -83,7 +89,7 @@ class FusedPowers:
         """p [n, B] and ŵ [n, D] of the places [start, stop), with zeros behind up to a whole number of ``_PAD``."""
         padded = _padded(stop - start)
         power = self._empty(padded) if self.kept is None else self.kept[start : start + padded]
-        rows = normalized_rows(self.rows, start, stop, padded, self.compute_dtype)
+        rows = normalized_rows(self.rows, start, stop, padded, self.dtype)
         index = None if self.rows.index is None else self.rows.index[start:stop]
         powers(
             rows,
@@ -94,6 +100,7 @@ class FusedPowers:
             sums,
             first=start,
             count=stop - start,
+            compute_dtype=self.compute_dtype,
             scale=self.scale,
             ceiling=self.ceiling,
         )
@@ -107,7 +114,7 @@ def _padded(rows: int) -> int:
     return -(-rows // _PAD) * _PAD
 
 
-def _sum_of_products(power: Tensor, rows: Tensor) -> Tensor:
+def _sum_of_products(power: Tensor, rows: Tensor, compute_dtype: ComputeDtype) -> Tensor:
     """powerᵀ · rows: [N, B] and [N, D] → [B, D] in float32.
 
     The sum over N is cut, so that a result of few tiles still keeps every multiprocessor at work.
@@ -118,11 +125,12 @@ def _sum_of_products(power: Tensor, rows: Tensor) -> Tensor:
     while parts < 16 and parts * tiles < 128:
         parts *= 2  # at most 16, which divides _PAD
     left = power.view(parts, count // parts, batch).transpose(1, 2)
-    return _product(left, rows.view(parts, count // parts, dim)).sum(dim=0)
+    return _product(left, rows.view(parts, count // parts, dim), compute_dtype).sum(dim=0)
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
+def _product(left: Tensor, right: Tensor, compute_dtype: ComputeDtype) -> Tensor:
     """left · right in float32, of matrices or of as many of them on both sides."""
     if left.dtype == torch.float32 or not multiplies_to_float32(left.device):
-        return left.float() @ right.float()
+        with products_in(compute_dtype, left.device):
+            return left.float() @ right.float()
     return (torch.mm if left.ndim == 2 else torch.bmm)(left, right, out_dtype=torch.float32)

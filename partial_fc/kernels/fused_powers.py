@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device import interprets
+from .products import ComputeDtype
 
 _LOG2E = 1.4426950408889634
 
@@ -27,7 +28,11 @@ class Tiles:
     stages: int
 
 
-TILES = {torch.bfloat16: Tiles(128, 128, 64, 8, 3), torch.float32: Tiles(64, 64, 32, 4, 3)}
+TILES: dict[ComputeDtype, Tiles] = {
+    torch.bfloat16: Tiles(128, 128, 64, 8, 3),
+    "tf32": Tiles(128, 128, 32, 8, 3),
+    torch.float32: Tiles(64, 64, 32, 4, 3),
+}
 
 
 def powers(
@@ -40,6 +45,7 @@ def powers(
     *,
     first: int,
     count: int,
+    compute_dtype: ComputeDtype,
     scale: float,
     ceiling: float | None,
 ) -> None:
@@ -51,14 +57,16 @@ def powers(
         index: −1 where a row is none, int64 [count]; None where all are.
         sums: Σ over each tile's rows before rounding, float32 [⌈N/tile⌉, B]; None where nobody asks.
         first: the place of the first row among all; count: rows that are no padding.
+        compute_dtype: of the product: that of the operands, or "tf32".
     """
-    tiles = TILES[rows.dtype]
+    tiles = TILES[compute_dtype]
     grid = (triton.cdiv(len(rows), tiles.rows) * triton.cdiv(len(unit), tiles.batch),)
     powers_kernel[grid](
         rows, unit, columns, columns if index is None else index, power, power if sums is None else sums,
         count, len(rows), len(unit), rows.shape[1], first, scale * _LOG2E, 0.0 if ceiling is None else ceiling,
         HAS_INDEX=index is not None, HAS_CEILING=ceiling is not None, HAS_SUMS=sums is not None,
         EVEN=rows.shape[1] % tiles.dim == 0, WIDEN=interprets(rows.device),
+        PRECISION="tf32" if compute_dtype == "tf32" else "ieee",
         ROWS=tiles.rows, BATCH=tiles.batch, DIM=tiles.dim,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
@@ -68,7 +76,7 @@ def powers(
 def powers_kernel(
     rows, unit, columns, index, power, sums, count, padded, batch, dim, first, scale, ceiling,
     HAS_INDEX: tl.constexpr, HAS_CEILING: tl.constexpr, HAS_SUMS: tl.constexpr, EVEN: tl.constexpr,
-    WIDEN: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, DIM: tl.constexpr,
+    WIDEN: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs share a tile of rows; the batch stays in the cache anyway.
     tiles = tl.cdiv(batch, BATCH)
@@ -89,7 +97,7 @@ def powers_kernel(
             right = tl.load(unit_pointer + start, mask=part[:, None] < dim - start, other=0.0)
         if WIDEN:  # Triton's interpreter cannot multiply bfloat16; the products are the same
             left, right = left.to(tl.float32), right.to(tl.float32)
-        cosine = tl.dot(left, right, cosine, input_precision="ieee")
+        cosine = tl.dot(left, right, cosine, input_precision=PRECISION)
     exists = row < count
     if HAS_INDEX:
         exists = tl.load(index + row, mask=exists, other=-1) >= 0

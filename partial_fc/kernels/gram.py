@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import Once
-from .products import operand_dtype, products_in, summed_at_once
+from .products import ComputeDtype, operand_dtype, products_in, summed_at_once
 from .rows import OwnClasses, SampledRows
 
 
@@ -25,8 +25,8 @@ class SumOfSquaresByGram:
         compute_dtype: of the products over the rows.
     """
 
-    def __init__(self, compute_dtype: torch.dtype) -> None:
-        self.compute_dtype = compute_dtype
+    def __init__(self, compute_dtype: ComputeDtype) -> None:
+        self.compute_dtype: ComputeDtype = compute_dtype
         self.saved = Once()
 
     def forward(self, unit: Tensor, rows: SampledRows, own: OwnClasses, *, backward: bool) -> Tensor:
@@ -64,9 +64,10 @@ class _Moment:
     needs_rows = True
 
     def __init__(
-        self, moment: Tensor, compute_dtype: torch.dtype, inverse: Tensor, own: OwnClasses, own_slopes: Tensor
+        self, moment: Tensor, compute_dtype: ComputeDtype, inverse: Tensor, own: OwnClasses, own_slopes: Tensor
     ) -> None:
-        self.compute_dtype, self.inverse, self.own, self.own_slopes = compute_dtype, inverse, own, own_slopes
+        self.compute_dtype: ComputeDtype = compute_dtype
+        self.inverse, self.own, self.own_slopes = inverse, own, own_slopes
         self.moment = moment.to(operand_dtype(compute_dtype, moment.device))
 
     def block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:

@@ -4,20 +4,33 @@ bfloat16 products of a GPU multiply bfloat16 operands and add in float32. On a C
 product to bfloat16 as well, up to 0.25 of a logit at scale 64; so there the operands stay float32, and oneDNN is told
 that it may multiply them in bfloat16: it adds, and answers, in float32. Not every processor with bfloat16 units follows
 the permission (AMD's Zen 4 does not), so whether it does is measured.
+
+"tf32" products are a GPU's: its tensor cores take float32 operands and read 10 bits of each mantissa. A CPU makes them
+in float32. Products in float32 are float32 on both, whatever torch was told for those of others.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any, Literal
 
 import torch
 
 from ..device import multiplies_to_float32
 
+ComputeDtype = torch.dtype | Literal["tf32"]
 
-def operand_dtype(compute_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+
+def stored_dtype(compute_dtype: ComputeDtype) -> torch.dtype:
+    """What operands of a GPU's products, and their results where they are kept, are stored in."""
+    return torch.float32 if compute_dtype == "tf32" else compute_dtype
+
+
+def operand_dtype(compute_dtype: ComputeDtype, device: torch.device) -> torch.dtype:
     """What the operands are brought to before a product in ``compute_dtype``."""
-    return torch.float32 if compute_dtype == torch.bfloat16 and not multiplies_to_float32(device) else compute_dtype
+    if compute_dtype == torch.bfloat16 and not multiplies_to_float32(device):
+        return torch.float32
+    return stored_dtype(compute_dtype)
 
 
 @cache
@@ -26,30 +39,35 @@ def rounds_to_bfloat16(device: torch.device) -> bool:
     dtype = operand_dtype(torch.bfloat16, device)
     left = torch.full((256, 512), 1 + 2**-9, device=device).to(dtype)  # in bfloat16: 1
     right = torch.ones(512, 128, device=device, dtype=dtype)
-    with _allowed():
+    with _set(torch.backends.mkldnn.matmul, "bf16"):  # pyright: ignore[reportAttributeAccessIssue]
         return bool(((left @ right).float() != 512 * (1 + 2**-9)).all())
 
 
 @contextmanager
-def products_in(compute_dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+def products_in(compute_dtype: ComputeDtype, device: torch.device) -> Iterator[None]:
     """Inside, products of operands of ``operand_dtype`` are made in ``compute_dtype``; where ``rounds_to_bfloat16``
     says no, in float32."""
-    if compute_dtype == torch.bfloat16 and not multiplies_to_float32(device) and rounds_to_bfloat16(device):
-        with _allowed():
-            yield
+    if multiplies_to_float32(device):
+        settings, precision = torch.backends.cuda.matmul, "tf32" if compute_dtype == "tf32" else "ieee"
     else:
+        rounds = compute_dtype == torch.bfloat16 and rounds_to_bfloat16(device)
+        settings, precision = torch.backends.mkldnn.matmul, "bf16" if rounds else "ieee"  # pyright: ignore[reportAttributeAccessIssue]
+    with _set(settings, precision):
         yield
 
 
 @contextmanager
-def _allowed() -> Iterator[None]:
-    matmul = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
+def _set(settings: Any, precision: str) -> Iterator[None]:
+    """Of torch's settings for float32 operands, which are one for the whole process; restored as they were."""
+    before = settings.fp32_precision
+    if before == precision or (before, precision) == ("none", "ieee"):  # where nobody said anything it is that
+        yield
+        return
+    settings.fp32_precision = precision
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        settings.fp32_precision = before
 
 
 def summed_at_once(dim: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import Once, UnitGradient
 from .keeping import KeepBudget
+from .products import ComputeDtype
 
 MAX_SCALE = 64.0
 
@@ -34,8 +35,8 @@ class UnshiftedLogSumExp:
         budget: the memory that kept p may take.
     """
 
-    def __init__(self, compute_dtype: torch.dtype, scale: float, ceiling: float | None, budget: KeepBudget) -> None:
-        self.compute_dtype = compute_dtype
+    def __init__(self, compute_dtype: ComputeDtype, scale: float, ceiling: float | None, budget: KeepBudget) -> None:
+        self.compute_dtype: ComputeDtype = compute_dtype
         self.scale = scale
         self.ceiling = ceiling
         self.budget = budget

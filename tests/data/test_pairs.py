@@ -13,6 +13,8 @@ from pfc.data.errors import UsageError
 from pfc.data.pairs import Pairs, make_pairs, pairs_from_list, read_pairs, write_pairs
 from pfc.data.plain_pickle import load_plain
 from pfc.data.shards import ShardedWriter
+from pfc.data.synthetic import pack_synthetic
+from pfc.launch.cli import main
 
 IMAGES = [f"image {i}".encode() for i in range(6)]
 SAME = [True, False, True]
@@ -212,6 +214,18 @@ def test_every_pair_there_is_can_be_asked_for(tmp_path: Path) -> None:
     assert len({frozenset(pair) for pair in zip(pairs.images[::2], pairs.images[1::2], strict=True)}) == 8
     with pytest.raises(UsageError, match="at most 8"):
         make_pairs(dataset, 10, seed=0)
+
+
+def test_unless_told_a_small_set_gives_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pack_synthetic(tmp_path / "set", identities=4, images_per_identity=3, size=16, workers=1)
+    assert main(["pack", "pairs", str(tmp_path / "set"), str(tmp_path / "pairs.bin")]) == 0
+    same = np.asarray(read_pairs(tmp_path / "pairs.bin").same)
+    assert (len(same), same.sum()) == (24, 12), "4 identities of 3 images make 12 matching pairs"
+    told = "24 pairs, 12 of them matching (as many as the set has of both kinds; 6,000 are usual)"
+    assert told in capsys.readouterr().out
+    more = ["pack", "pairs", str(tmp_path / "set"), str(tmp_path / "more.bin"), "--pairs", "26"]
+    assert main(more) == 2
+    assert "ask for at most 24" in capsys.readouterr().err
 
 
 def test_sets_without_possible_pairs(tmp_path: Path) -> None:

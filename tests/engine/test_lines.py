@@ -77,5 +77,7 @@ def test_the_log_says_where_bf16_products_are_float32(
 ) -> None:
     monkeypatch.setattr(lines, "rounds_to_bfloat16", lambda device: rounds)
     changed = config({}).model_copy(update={"precision": precision})
-    opening = lines.opening(changed, cast(Any, Million()), 1, nn.Identity(), WORLD, 1, None)
-    assert len([line for line in opening if "makes the head's products in float32" in line]) == told
+    asked = config({"products": "tf32"})
+    for one, expected in ((changed, told), (asked, 1)):
+        opening = lines.opening(one, cast(Any, Million()), 1, nn.Identity(), WORLD, 1, None)
+        assert len([line for line in opening if "makes the head's products in float32" in line]) == expected

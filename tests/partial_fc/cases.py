@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pfc.partial_fc import PartialFC, objectives
+from pfc.partial_fc.kernels.products import ComputeDtype
 from pfc.partial_fc.row_gradient import finished_block
 from tests.partial_fc.oracle import dense_loss
 from tests.ranks import run_ranks
@@ -47,6 +48,8 @@ class Case:
     dtype: torch.dtype = torch.float32
     seed: int = 0
     keep_bytes: int = 1 << 30
+    compute_dtype: ComputeDtype | None = None
+    device: str = "cpu"
 
 
 @dataclass
@@ -87,17 +90,20 @@ def step_on_rank(case: Case) -> StepResult:
         seed=case.seed,
         center_dtype=case.dtype,
         keep_bytes=case.keep_bytes,
+        compute_dtype=case.compute_dtype,
+        device=case.device,
     )
     head.load_centers(centers.to(case.dtype))
     mine = slice(rank * case.batch, (rank + 1) * case.batch)
-    own = embeddings[mine].to(case.dtype).requires_grad_()
-    loss = head(own, labels[mine])
+    own = embeddings[mine].to(case.device, case.dtype).requires_grad_()
+    loss = head(own, labels[mine].to(case.device))
     loss.backward()
     assert own.grad is not None
-    assert head.last_sample is not None
-    return StepResult(
-        loss.detach(), own.grad, dense_row_gradient(head), head.last_sample.classes, head.last_sample.batch
-    )
+    sample = head.last_sample
+    assert sample is not None
+    used = sample.classes[sample.classes >= 0]  # with fixed shapes some places hold none
+    found = (loss.detach(), own.grad, dense_row_gradient(head), used, sample.batch)
+    return StepResult(*(tensor.cpu() for tensor in found))
 
 
 def dense_row_gradient(head: PartialFC) -> Tensor:

@@ -293,7 +293,7 @@ def test_wrong_shapes_and_types_are_named(embeddings: torch.Tensor, labels: torc
         ({"sample_rate": 0.0}, r"sample_rate must lie in \(0, 1\], found 0.0"),
         ({"batch_rate": 1.5}, r"batch_rate must lie in \(0, 1\], found 1.5"),
         ({"center_dtype": torch.float16}, "center_dtype must be float32 or float64"),
-        ({"compute_dtype": torch.float16}, "compute_dtype must be bfloat16, float32 or float64"),
+        ({"compute_dtype": torch.float16}, 'compute_dtype must be bfloat16, float32, float64 or "tf32"'),
     ],
 )
 def test_impossible_arguments_are_named(arguments: dict, message: str) -> None:

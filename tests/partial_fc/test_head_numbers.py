@@ -7,7 +7,7 @@ import torch
 
 from pfc.partial_fc import PartialFC, objectives
 from pfc.partial_fc.kernels import products
-from pfc.partial_fc.kernels.products import rounds_to_bfloat16
+from pfc.partial_fc.kernels.products import ComputeDtype, products_in, rounds_to_bfloat16
 from tests.partial_fc.cases import OBJECTIVES, Case, check, dense_row_gradient, relative_error
 
 
@@ -22,7 +22,7 @@ def test_bfloat16_products_stay_close(name: str) -> None:
 
 
 def test_whether_products_round_is_measured_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_allowed", contextlib.nullcontext)  # a processor that ignores the permission
+    monkeypatch.setattr(products, "_set", lambda *_: contextlib.nullcontext())  # nobody follows the permission
     assert not rounds_to_bfloat16.__wrapped__(torch.device("cpu"))
     monkeypatch.setattr(products, "operand_dtype", lambda dtype, device: dtype)  # what a GPU is given
     assert rounds_to_bfloat16.__wrapped__(torch.device("cpu"))
@@ -36,7 +36,30 @@ def test_p2sgrad_keeps_its_digits_over_many_classes(gram: bool, dim: int, num_cl
     check(Case("p2sgrad", {"gram": gram}, num_classes=num_classes, dim=dim), 1, tolerance=5e-6)
 
 
-def _one_step(name: str, compute_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_tf32_is_float32_on_a_cpu(name: str) -> None:
+    for value, expected in zip(_one_step(name, "tf32"), _one_step(name, torch.float32), strict=True):
+        assert torch.equal(value, expected)
+
+
+@pytest.mark.parametrize(
+    ("asked", "set_to"), [("tf32", "tf32"), (torch.float32, "ieee"), (torch.bfloat16, "ieee"), (torch.float64, "ieee")]
+)
+def test_a_gpus_products_are_set_for_the_head_alone(asked: ComputeDtype, set_to: str) -> None:
+    """Whatever the trainer has set for its own products comes back."""
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    try:
+        for outside in ("tf32", "ieee"):
+            settings.fp32_precision = outside
+            with products_in(asked, torch.device("cuda")):
+                assert settings.fp32_precision == set_to
+            assert settings.fp32_precision == outside
+    finally:
+        settings.fp32_precision = before
+
+
+def _one_step(name: str, compute_dtype: ComputeDtype) -> tuple[torch.Tensor, torch.Tensor]:
     head = PartialFC(200, 64, objective=objectives.build(name, **OBJECTIVES[name]), compute_dtype=compute_dtype)
     embeddings = torch.randn(16, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     head(embeddings, torch.arange(16)).backward()
