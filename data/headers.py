@@ -86,14 +86,14 @@ def _png_problem(data: memoryview) -> str | None:
     at, last = len(_PNG), len(data) - _CHUNK.size
     while at <= last:
         length, kind = _CHUNK.unpack_from(data, at)
-        if kind == b"IEND":
-            return None if at + 12 <= len(data) else "the PNG is cut off"
         if at == len(_PNG):
             if kind != b"IHDR" or length != 13 or len(data) < at + 21:
                 return "the PNG does not begin with its header"
             width, height, depth, colour = _PNG_HEADER.unpack_from(data, at + 8)
             if not (width and height) or depth not in (1, 2, 4, 8, 16) or colour not in (0, 2, 3, 4, 6):
                 return "the PNG's header says nothing sensible"
+        if kind == b"IEND":
+            return None if at + 12 <= len(data) else "the PNG is cut off"
         at += _CHUNK.size + length + 4
     return "the PNG is cut off"
 

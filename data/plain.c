@@ -133,8 +133,6 @@ static int png(const uint8_t *data, int64_t length, struct place *place)
     for (int64_t at = 8; at + 8 <= length;) {
         const uint8_t *kind = data + at + 4;
         uint32_t bytes = big(data + at, 4);
-        if (!memcmp(kind, "IEND", 4))
-            return length >= at + 12 ? CLOSED : NO_IMAGE;
         if (at == 8) {
             if (memcmp(kind, "IHDR", 4) || bytes != 13 || length < at + 21)
                 return NO_IMAGE;
@@ -147,6 +145,8 @@ static int png(const uint8_t *data, int64_t length, struct place *place)
             if (colour != 0 && colour != 2 && colour != 3 && colour != 4 && colour != 6)
                 return NO_IMAGE;
         }
+        if (!memcmp(kind, "IEND", 4))
+            return length >= at + 12 ? CLOSED : NO_IMAGE;
         at += 8 + (int64_t)bytes + 4;
     }
     return NO_IMAGE;

@@ -1,15 +1,18 @@
 """What DALI must not be given is found out by its header; everything else it decodes or refuses in an orderly way."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pfc.data import inspect_dataset, pack_folder, pack_recordio
 from pfc.data.dataset import RecordDataset
 from pfc.data.decoding import decode_images
-from pfc.data.headers import header_problem, pillow_problem
+from pfc.data.headers import header_problem, header_size, pillow_problem
 from pfc.data.pipeline import TrainLoader
 from pfc.data.plain import PlainRecords
 from tests.data.pictures import SIZE, pack, picture
@@ -55,11 +58,61 @@ def test_every_cut_through_the_header_is_found(form: str) -> None:
         assert header_problem(broken) or (form == "JPEG" and place == 5)
 
 
-@pytest.mark.parametrize(
-    "image", [b"", b"x", b"no image at all", bytes(100), b"\xff\xd8\xff\xd9", b"\xff\xd8\xff\xe0\0\x01"]
-)
+def chunk(kind: bytes, data: bytes = b"") -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+STUBS = {
+    "a zero": b"\0",
+    "text": b"no image at all",
+    "zeros": bytes(100),
+    "PNG: signature": b"\x89PNG\r\n\x1a\n",
+    "PNG: signature, end": b"\x89PNG\r\n\x1a\n" + chunk(b"IEND"),
+    "PNG: pixels, end": b"\x89PNG\r\n\x1a\n" + chunk(b"IDAT") + chunk(b"IEND"),
+    "PNG: short header": b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", bytes(12)) + chunk(b"IEND"),
+    "PNG: 0 x 0": b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", bytes(8) + b"\x08\2\0\0\0") + chunk(b"IEND"),
+    "JPEG: start": b"\xff\xd8\xff",
+    "JPEG: start, end": b"\xff\xd8\xff\xd9",
+    "JPEG: short segment": b"\xff\xd8\xff\xe0\0\x01",
+    "JPEG: scan": b"\xff\xd8\xff\xda\0\x08\1\1\0\0\x3f\0\xff\xd9",
+    "GIF": b"GIF89a\1\0\1\0\0\0\0;",
+    "WebP": b"RIFF\4\0\0\0WEBP",
+    "WebP: chunk": b"RIFF\x0c\0\0\0WEBPVP8 \0\0\0\0",
+    "BMP": b"BM",
+    "BMP: zeros": b"BM" + bytes(52),
+    "PPM": b"P6 1 1 255\n",
+    "TIFF": b"II*\0\x08\0\0\0\0\0\0\0\0\0",
+    "JPEG 2000": b"\0\0\0\x0cjP  \r\n\x87\n",
+}
+
+
+@pytest.mark.parametrize("image", [b"", *STUBS.values()], ids=["nothing", *STUBS])
 def test_what_is_no_image_is_found(image: bytes) -> None:
     assert header_problem(np.frombuffer(image, dtype=np.uint8))
+
+
+@pytest.mark.parametrize("compiled", ["0", "1"])
+def test_stubs_are_damage_to_packing_inspection_and_loading(
+    compiled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PFC_COMPILED", compiled)
+    images = [encode(number, "PNG").tobytes() for number in range(20)] + list(STUBS.values())
+    for label, image in enumerate(images):
+        (tmp_path / "in" / f"{label:02}").mkdir(parents=True)
+        (tmp_path / "in" / f"{label:02}" / "1.png").write_bytes(image)
+    stubs = {f"{label:02}/1.png" for label in range(20, len(images))}
+    for number, options in enumerate(({"size": SIZE}, {"size": None}, {"keep_bytes": True})):
+        summary = pack_folder(tmp_path / "in", tmp_path / str(number), workers=1, **options)
+        assert (summary.images, {name for name, _ in summary.skipped}) == (20, stubs)
+    pack(tmp_path / "all", images, identities=len(images))
+    for decode in (False, True):
+        report = inspect_dataset(tmp_path / "all", decode=decode, workers=1)
+        assert (report.images, report.damaged) == (20, len(STUBS))
+        assert all("its image cannot be decoded: " in error.what for error in report.errors)
+    checked = pack_recordio(tmp_path / "all", tmp_path / "checked", workers=1, check=True)
+    assert (checked.images, len(checked.skipped)) == (20, len(STUBS))
+    ((labels, damaged),) = run_ranks(1, load_all, tmp_path / "all")
+    assert (set(labels), damaged) == (set(range(20)), len(STUBS))
 
 
 def test_the_compiled_pass_judges_headers_alike(tmp_path: Path) -> None:
@@ -67,6 +120,7 @@ def test_the_compiled_pass_judges_headers_alike(tmp_path: Path) -> None:
     good = [encode(number, form) for number in range(20) for form in ("JPEG", "PNG")]
     good += [encode(number, "JPEG", progressive=True, comment=b"a comment") for number in range(20)]
     images = [*good, *(corrupted(random, image) for image in good * 20)]
+    images += [rearranged(random, image) for image in good * 5]
     jpeg, png = good[0].tobytes(), good[1].tobytes()
     frame = jpeg.index(b"\xff\xc0")
     odd = [jpeg[:frame] + b"\xff\xff\xff" + jpeg[frame:]]  # fill bytes
@@ -77,6 +131,9 @@ def test_the_compiled_pass_judges_headers_alike(tmp_path: Path) -> None:
     found = PlainRecords(dataset).find(np.arange(len(images)))
     judged = [header_problem(dataset.read(index)[1]) is None for index in range(len(images))]
     assert (found.labels >= 0).tolist() == judged
+    for index in np.flatnonzero(judged).tolist():
+        size = header_size(dataset.read(index)[1])
+        assert size is None or PlainRecords(dataset).find(np.array([index])).have_size(size)
     assert len(good) < sum(judged) < len(images)
 
 
@@ -101,6 +158,23 @@ def corrupted(random: np.random.Generator, image: np.ndarray) -> np.ndarray:
             end = min(len(image), at + int(random.integers(1, 200)))
             image[at:end] = random.integers(0, 256, end - at)
     return image
+
+
+def rearranged(random: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """The chunks or segments of an image, some left out, doubled or moved."""
+    data = image.tobytes()
+    is_png = data[:1] == b"\x89"
+    pieces, at = [], 8 if is_png else 2
+    while at < len(data):
+        length = 12 + int.from_bytes(data[at : at + 4]) if is_png else 2 + int.from_bytes(data[at + 2 : at + 4])
+        if not is_png and data[at + 1] == 0xDA:
+            length = len(data)
+        pieces.append(data[at : at + length])
+        at += length
+    chosen = random.choice(len(pieces), int(random.integers(0, len(pieces) + 2)))
+    if random.integers(2):
+        chosen = np.unique(chosen)
+    return np.frombuffer(data[: 8 if is_png else 2] + b"".join(pieces[i] for i in chosen), dtype=np.uint8)
 
 
 def load_all(folder: Path) -> tuple[list[int], int]:
