@@ -11,7 +11,9 @@ import numpy as np
 
 from .dataset import RecordDataset
 from .index import Shard
-from .order import Integers, Order, Window
+from .order import Integers, Order, Window, counter_hash
+
+_SET_STREAM = 34  # of the hashes; the orders have those below
 
 
 class JointDataset:
@@ -82,6 +84,14 @@ class JointDataset:
             raise IndexError(f"image {index} of {len(self)}")
         which = int(np.searchsorted(self._starts, index, side="right")) - 1
         return which, index - int(self._starts[which])
+
+
+def seed_of_set(seed: int, place: int) -> int:
+    """The seed of the order of the set in this place: without one of its own, sets of one size would come in one order.
+
+    That of the first set is ``seed``: a set comes in the same order alone.
+    """
+    return seed if place == 0 else int(counter_hash(seed, _SET_STREAM, place)[0])
 
 
 class MixedOrder(Order):

@@ -5,7 +5,7 @@ import os
 from ..data import JointDataset, RecordDataset, TrainLoader
 from ..data.balanced import BalancedOrder
 from ..data.errors import UsageError
-from ..data.mixture import MixedOrder
+from ..data.mixture import MixedOrder, seed_of_set
 from ..data.order import BlockOrder, Order, SampleOrder
 from ..data.workers import default_workers
 from .config import BalancedSampling, BlockSampling, Config
@@ -44,11 +44,12 @@ def build_order(config: Config, dataset: RecordDataset | JointDataset, global_ba
         labels = dataset.labels(damaged=-1)
         return BalancedOrder(labels, seed, identities=section.identities, images=section.images)
     orders: list[Order] = []
-    for part in sets:
+    for place, part in enumerate(sets):
+        own = seed_of_set(seed, place)
         if isinstance(section, BlockSampling):
-            orders.append(BlockOrder(len(part), seed, block_size=section.block_size, window=section.window))
+            orders.append(BlockOrder(len(part), own, block_size=section.block_size, window=section.window))
         else:
-            orders.append(SampleOrder(len(part), seed))
+            orders.append(SampleOrder(len(part), own))
     return orders[0] if len(orders) == 1 and weights == [1] else MixedOrder(orders, weights)
 
 

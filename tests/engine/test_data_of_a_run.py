@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from pfc.data import RecordDataset, pack_synthetic
+from pfc.data.mixture import MixedOrder
+from pfc.data.order import Order
 from pfc.engine import build_data
 from pfc.engine.checkpoint import find_all
 from pfc.engine.telemetry import read_json_lines
@@ -181,3 +183,25 @@ def test_decoding_threads_share_the_cores_among_the_local_ranks(
     if local_ranks is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
     assert build_data.decoding_threads(configuration(folder, tmp_path, data={"threads": given})) == threads
+
+
+@pytest.mark.parametrize("name", ["global", "blocks"])
+def test_sets_of_one_size_come_in_orders_of_their_own(name: str, folder: Path, tmp_path: Path) -> None:
+    order = {"name": name} | ({"block_size": 4, "window": 16} if name == "blocks" else {})
+    positions = np.arange(222)
+
+    def built(sets: int, seed: int) -> Order:
+        config = configuration(
+            folder, tmp_path, run={"seed": seed}, data={"train": [str(folder / "train")] * sets, "order": order}
+        )
+        return build_data.build_order(config, build_data.open_dataset(config), 6)
+
+    alone, joint = built(1, 5), built(3, 5)
+    assert isinstance(joint, MixedOrder)
+    own = [part.at(positions).tolist() for part in joint.orders]
+    assert own[0] == alone.at(positions).tolist(), "the first set comes as if it were alone"
+    assert own[1] != own[0]
+    assert own[2] not in own[:2]
+    others = built(3, 6)
+    assert isinstance(others, MixedOrder)
+    assert others.orders[0].at(positions).tolist() not in own, "nor is another seed's first set this one's second"
