@@ -1,6 +1,8 @@
 """Arrays kept in a file and mapped into memory, so that the processes of a machine share them.
 
-A cache is never missed: whoever finds none, an old one or a damaged one makes the arrays again. The file is
+A cache is never missed: whoever finds none, an old one or a damaged one makes the arrays again; one process does, and
+the others wait for it. A good cache is never replaced: on a network file system a host loses what it has mapped of a
+file that another host replaces, and the next look at it ends the process (SIGBUS). The file is
 
     8 bytes b"PFCCACHE" · u32 crc32 of all that follows · u32 length of the header
     header, JSON: {"about": what the arrays were made from, "arrays": [[dtype, length], ...]}
@@ -9,27 +11,34 @@ A cache is never missed: whoever finds none, an old one or a damaged one makes t
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import struct
 import time
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
 from .mapped import MappedFile
-from .replacing import replacing
 
 _START = struct.Struct("<8sII")
 _NAME = b"PFCCACHE"
 _ALIGN = 64
 _CRC_BLOCK = 1 << 24
 _SETTLED = 2.0  # seconds after which a file that changes again also gets another modification time
+
+
+PATIENCE = 300.0
+"""Seconds to wait for another process that makes the arrays."""
+_POLL = 0.05  # seconds
 
 
 def stamp(path: Path) -> list[int]:
@@ -51,11 +60,58 @@ def cached_arrays(
     They are kept from then on, unless one of ``files``, which they are made from, has changed just now.
     """
     arrays = load_arrays(path, about)
-    if arrays is None:
-        arrays = make()
-        if settled(files):
-            arrays = store_arrays(path, about, arrays) or arrays
-    return arrays
+    if arrays is None and settled(files):
+        with _turn(path):
+            arrays = load_arrays(path, about)  # another process may have made them
+            if arrays is None:
+                arrays = make()
+                if settled(files):
+                    arrays = store_arrays(path, about, arrays) or arrays
+    return make() if arrays is None else arrays
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Waits for a process that is making the cache of ``path`` already, for ``PATIENCE`` at most.
+
+    The first comes alone. Those that waited for it come together: where it could not keep its arrays, none would find
+    another's. Where there are no locks, all come at once.
+    """
+    lock = _first_lock(path)
+    if lock is None:
+        yield
+        return
+    place, descriptor = lock
+    waited, given_up, end = False, False, time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if waited:
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            break
+        except OSError as error:
+            given_up = time.monotonic() > end
+            if given_up or error.errno not in (errno.EAGAIN, errno.EACCES):
+                break
+        waited = True
+        time.sleep(_POLL)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it is gone, or somebody else's by now
+            if not given_up and os.path.samestat(place.stat(), os.fstat(descriptor)):
+                place.unlink()
+        os.close(descriptor)
+
+
+def _first_lock(path: Path) -> tuple[Path, int] | None:
+    """The lock beside the first place where the cache may be kept: its file, open."""
+    for place in _places(path):
+        with suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            lock = place.with_name(f".{place.name}.lock")
+            return lock, os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    return None
 
 
 def load_arrays(path: Path, about: dict[str, Any]) -> list[np.ndarray] | None:
@@ -71,7 +127,8 @@ def load_arrays(path: Path, about: dict[str, Any]) -> list[np.ndarray] | None:
 
 
 def store_arrays(path: Path, about: dict[str, Any], arrays: Sequence[np.ndarray]) -> list[np.ndarray] | None:
-    """Keep ``arrays`` at ``path``, or in the user's cache folder where its own may not be written to.
+    """Keep ``arrays`` at ``path``, or in the user's cache folder where its own may not be written to; a good cache that
+    is there by now stays.
 
     Returns them mapped from the file; None where they can be kept nowhere.
     """
@@ -96,16 +153,22 @@ def _places(path: Path) -> list[Path]:
 
 def _write(path: Path, about: dict[str, Any], arrays: Sequence[np.ndarray]) -> None:
     header = json.dumps({"about": about, "arrays": [[array.dtype.str, len(array)] for array in arrays]}).encode()
-    with replacing(path) as unfinished, unfinished.open("wb") as file:
-        file.write(_START.pack(_NAME, 0, len(header)))
-        crc = zlib.crc32(struct.pack("<I", len(header)))
-        for part in (header, *(np.ascontiguousarray(array).view(np.uint8).data for array in arrays if len(array))):
-            padding = bytes(-file.tell() % _ALIGN) if part is not header else b""
-            file.write(padding)
-            file.write(part)
-            crc = zlib.crc32(part, zlib.crc32(padding, crc))
-        file.seek(0)
-        file.write(_START.pack(_NAME, crc, len(header)))
+    unfinished = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(_START.pack(_NAME, 0, len(header)))
+            crc = zlib.crc32(struct.pack("<I", len(header)))
+            for part in (header, *(np.ascontiguousarray(array).view(np.uint8).data for array in arrays if len(array))):
+                padding = bytes(-file.tell() % _ALIGN) if part is not header else b""
+                file.write(padding)
+                file.write(part)
+                crc = zlib.crc32(part, zlib.crc32(padding, crc))
+            file.seek(0)
+            file.write(_START.pack(_NAME, crc, len(header)))
+        if _load(path, about) is None:
+            os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _load(path: Path, about: dict[str, Any]) -> list[np.ndarray] | None:
