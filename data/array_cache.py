@@ -1,8 +1,8 @@
 """Arrays kept in a file and mapped into memory, so that the processes of a machine share them.
 
 A cache is never missed: whoever finds none, an old one or a damaged one makes the arrays again; one process does, and
-the others wait for it. A good cache is never replaced: on a network file system a host loses what it has mapped of a file
-that another host replaces, and the next look at it ends the process (SIGBUS). The file is
+the others wait for it. A good cache is never replaced: on a network file system a host loses what it has mapped of a
+file that another host replaces, and the next look at it ends the process (SIGBUS). The file is
 
     8 bytes b"PFCCACHE" · u32 crc32 of all that follows · u32 length of the header
     header, JSON: {"about": what the arrays were made from, "arrays": [[dtype, length], ...]}
