@@ -19,23 +19,31 @@ if TYPE_CHECKING:
     from .index import Shard
 
 _BLOCK = 1 << 18  # images swept at a time
-_WORTH_CACHING = 1 << 14  # images
+WORTH_CACHING = 1 << 14  # images
 _VERSION = 2  # of the cache's content
 
 
 def load_labels(dataset: RecordDataset, progress: Progress | None = None) -> np.ndarray:
     """Labels [len] of all images, −1 where the record is damaged; int32, or int64 where they do not fit."""
-    if len(dataset) < _WORTH_CACHING:
+    if len(dataset) < WORTH_CACHING:
         return _read_labels(dataset, progress)
+    about, files = labels_origin(dataset)
+    place = cache_place(dataset.path, "labels")
+    return cached_arrays(place, about, files, lambda: [_read_labels(dataset, progress)])[0]
+
+
+def labels_origin(dataset: RecordDataset) -> tuple[dict[str, Any], list[Path]]:
+    """What the labels are made from, as ``cached_arrays`` takes it, and its files."""
     files = [shard.file.path for shard in dataset.shards]
     files += [path.with_suffix(".idx") for path in files]
     about: dict[str, Any] = {"labels": dataset.told_classes, "encoding": dataset.label_encoding, "version": _VERSION}
     about["files"] = [[path.name, *stamp(path)] for path in files]
-    return cached_arrays(_place(dataset.path), about, files, lambda: [_read_labels(dataset, progress)])[0]
+    return about, files
 
 
-def _place(path: Path) -> Path:
-    return path / "labels.cache" if path.is_dir() else path.with_suffix(".labels.cache")
+def cache_place(path: Path, name: str) -> Path:
+    """Where a cache of the data set at ``path`` is kept: in its folder, or beside its ``.rec``."""
+    return path / f"{name}.cache" if path.is_dir() else path.with_suffix(f".{name}.cache")
 
 
 def _read_labels(dataset: RecordDataset, progress: Progress | None) -> np.ndarray:

@@ -1,11 +1,60 @@
 """Class-balanced order: every global batch holds P identities with K images each."""
 
+import hashlib
+import os
+from typing import NamedTuple
+
 import numpy as np
 
+from .all_labels import WORTH_CACHING, cache_place, labels_origin
+from .array_cache import cached_arrays
+from .dataset import RecordDataset
 from .errors import UsageError
+from .mixture import JointDataset
 from .order import Integers, Order, counter_hash, permuted
 
 _IDENTITY_STREAM, _IMAGE_STREAM = 32, 33
+_VERSION = 1  # of the cache's content
+
+
+class Groups(NamedTuple):
+    """Samples by identity: those of the i-th identity that has any are ``samples[starts[i] : starts[i] + counts[i]]``.
+
+    ``samples``: int32 (int64 where there are more than 2³¹) [N]; ``starts``, ``counts``: int64 [identities].
+    """
+
+    samples: np.ndarray
+    starts: Integers
+    counts: Integers
+
+
+def group_by_identity(labels: np.ndarray) -> Groups:
+    """The groups of samples with these labels, integers [N]; −1 for samples that are not to be used."""
+    samples = np.argsort(labels, kind="stable")
+    present, counts = np.unique(labels, return_counts=True)
+    starts = np.cumsum(counts) - counts
+    if len(samples) <= np.iinfo(np.int32).max:
+        samples = samples.astype(np.int32)
+    return Groups(samples, starts[present >= 0], counts[present >= 0])
+
+
+def groups_of(dataset: RecordDataset | JointDataset) -> Groups:
+    """The groups of a data set, damaged samples left out.
+
+    Of a large one they are sorted once and mapped from then on, so that the ranks of a machine share one copy.
+    """
+    if len(dataset) < WORTH_CACHING:
+        return group_by_identity(dataset.labels(damaged=-1))
+    sets = dataset.sets if isinstance(dataset, JointDataset) else [dataset]
+    origins = [labels_origin(part) for part in sets]
+    about = {"version": _VERSION, "sets": [about for about, _ in origins]}
+    name = "identities"
+    if len(sets) > 1:  # with the first set, for each list of sets that it begins
+        listed = os.fsencode("\0".join(str(part.path.resolve()) for part in sets))
+        name += f"-{hashlib.sha256(listed).hexdigest()[:12]}"
+    files = [path for _, paths in origins for path in paths]
+    place = cache_place(sets[0].path, name)
+    return Groups(*cached_arrays(place, about, files, lambda: [*group_by_identity(dataset.labels(damaged=-1))]))
 
 
 class BalancedOrder(Order):
@@ -18,10 +67,10 @@ class BalancedOrder(Order):
     round in which an identity waits passes over K of its images.)
 
     An identity with few images is seen as often as one with many, so there is no exact cover: ``epoch`` counts N
-    positions as one epoch. Needs 8 bytes a sample and 16 an identity.
+    positions as one epoch. Needs 4 bytes a sample and 16 an identity, which the ranks of a machine share.
 
     Args:
-        labels: int64 [N], the identity of every sample; −1 for samples that are not to be used.
+        groups: the samples of every identity.
         seed: another seed, another order.
         identities: P; at most as many as have an image.
         images: K.
@@ -30,13 +79,10 @@ class BalancedOrder(Order):
         UsageError: there are fewer than P identities with images.
     """
 
-    def __init__(self, labels: Integers, seed: int, *, identities: int, images: int) -> None:
-        super().__init__(len(labels), seed)
+    def __init__(self, groups: Groups, seed: int, *, identities: int, images: int) -> None:
+        super().__init__(len(groups.samples), seed)
         self.identities, self.images = identities, images
-        self._samples = np.argsort(labels, kind="stable")
-        present, counts = np.unique(labels, return_counts=True)
-        starts = np.cumsum(counts) - counts
-        self._starts, self._counts = starts[present >= 0], counts[present >= 0]
+        self._samples, self._starts, self._counts = groups
         if len(self._starts) < identities:
             raise UsageError(
                 f"data.order: {identities} identities a batch, but only {len(self._starts)} have images: ask for fewer"
@@ -53,7 +99,8 @@ class BalancedOrder(Order):
         counts = self._counts[chosen]
         cycles, turns = np.divmod(rounds, np.maximum(counts // self.images, 1))
         keys = counter_hash(self.seed, _IMAGE_STREAM, chosen, cycles)
-        return self._samples[self._starts[chosen] + permuted((turns * self.images + images) % counts, counts, keys)]
+        places = self._starts[chosen] + permuted((turns * self.images + images) % counts, counts, keys)
+        return self._samples[places].astype(np.int64)
 
     def visits(self, positions: Integers) -> Integers:
         return np.asarray(positions, dtype=np.int64)  # a sample may come several times in an epoch

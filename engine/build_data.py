@@ -3,7 +3,7 @@
 import os
 
 from ..data import JointDataset, RecordDataset, TrainLoader
-from ..data.balanced import BalancedOrder
+from ..data.balanced import BalancedOrder, groups_of
 from ..data.errors import UsageError
 from ..data.mixture import MixedOrder, seed_of_set
 from ..data.order import BlockOrder, Order, SampleOrder
@@ -41,8 +41,7 @@ def build_order(config: Config, dataset: RecordDataset | JointDataset, global_ba
                 f"{section.identities * section.images}, the global batch (data.batch_size × ranks) is {global_batch}: "
                 "they must be equal"
             )
-        labels = dataset.labels(damaged=-1)
-        return BalancedOrder(labels, seed, identities=section.identities, images=section.images)
+        return BalancedOrder(groups_of(dataset), seed, identities=section.identities, images=section.images)
     orders: list[Order] = []
     for place, part in enumerate(sets):
         own = seed_of_set(seed, place)

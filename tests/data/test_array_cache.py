@@ -10,6 +10,11 @@ import pytest
 
 from pfc.data import array_cache
 from pfc.data.array_cache import cached_arrays, store_arrays
+from pfc.data.balanced import BalancedOrder, group_by_identity, groups_of
+from pfc.data.dataset import RecordDataset
+from pfc.data.mixture import JointDataset
+from pfc.data.recordio import RecordWriter, pack_image
+from tests.data.test_index import grow_old, mapped, write
 
 ABOUT = {"what": "numbers"}
 
@@ -93,3 +98,36 @@ def test_a_file_system_without_locks_has_caches_all_the_same(tmp_path: Path, mon
     arrays = cached_arrays(tmp_path / "a.cache", ABOUT, [], lambda: [np.arange(1000)])
     assert not arrays[0].flags.owndata
     assert [path.name for path in tmp_path.iterdir()] == ["a.cache"]
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_balanced_orders_of_all_ranks_share_their_groups(
+    joint: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [write(tmp_path / name) for name in "ab"]
+    dataset = JointDataset.open(folders if joint else folders[:1])
+    labels = dataset.labels(damaged=-1)
+    options = {"identities": 4, "images": 3}
+    expected = BalancedOrder(group_by_identity(labels), 0, **options).at(np.arange(600))
+    own = BalancedOrder(groups_of(dataset), 0, **options).at(np.arange(600))
+    monkeypatch.setattr(array_cache, "store_arrays", None)
+    for kind in (JointDataset, RecordDataset):
+        monkeypatch.setattr(kind, "labels", None)  # nothing is read or sorted again
+    groups = groups_of(JointDataset.open(folders if joint else folders[:1]))
+    assert all(mapped(array) for array in groups)
+    found = BalancedOrder(groups, 0, **options).at(np.arange(600))
+    assert found.tolist() == own.tolist() == expected.tolist()
+    assert found.dtype == np.int64
+
+
+def test_the_groups_of_a_set_that_changed_are_made_anew(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a")
+    before = groups_of(RecordDataset.open(folder))
+    with RecordWriter(tmp_path / "b.rec") as writer:
+        for key in range(20_000):
+            writer.write(key, pack_image(float(key % 5), b"%d\xff\xd9" % key, id=key))
+    for name in ("rec", "idx"):
+        (tmp_path / f"b.{name}").replace(folder / f"a.{name}")
+    grow_old(folder)
+    assert len(before.counts) == 7
+    assert len(groups_of(RecordDataset.open(folder)).counts) == 5

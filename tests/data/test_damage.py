@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pfc.data.balanced import BalancedOrder
+from pfc.data.balanced import BalancedOrder, group_by_identity
 from pfc.data.damage import WINDOW
 from pfc.data.dataset import RecordDataset
 from pfc.data.errors import DamagedRecord, UsageError
@@ -121,7 +121,7 @@ def test_a_balanced_batch_keeps_its_identities(damaged: tuple[RecordDataset, dic
     # The damaged ones' labels cannot be read from the file: key mod 5 is what was packed.
     keys = [int(dataset.locate(i)[0].keys[dataset.locate(i)[1]]) for i in range(IMAGES)]
     labels = np.asarray(keys) % 5
-    order = BalancedOrder(labels, 0, identities=3, images=4)
+    order = BalancedOrder(group_by_identity(labels), 0, identities=3, images=4)
     _, seen, replaced, _ = run(dataset, 30, 12, order=order)
     assert seen == labels[order.at(np.arange(360))].tolist()
     assert replaced == int(np.isin(order.at(np.arange(360)), list(wrong)).sum())

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pfc.data.balanced import BalancedOrder
+from pfc.data.balanced import BalancedOrder, group_by_identity
 from pfc.data.errors import UsageError
 from pfc.data.mixture import MixedOrder
 from pfc.data.order import BlockOrder, Order, SampleOrder, counter_hash
@@ -130,7 +130,7 @@ def balanced(seed: int = 0, identities: int = 4, images: int = 3) -> tuple[Balan
     """10 identities with 1 to 10 images each, shuffled, and three samples that are not to be used."""
     labels = np.repeat(np.arange(-1, 10), [3, *range(1, 11)])
     np.random.default_rng(0).shuffle(labels)
-    return BalancedOrder(labels, seed, identities=identities, images=images), labels
+    return BalancedOrder(group_by_identity(labels), seed, identities=identities, images=images), labels
 
 
 def test_a_balanced_batch_holds_different_identities_with_as_many_images_each() -> None:

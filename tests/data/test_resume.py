@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pfc.data.balanced import BalancedOrder
+from pfc.data.balanced import BalancedOrder, group_by_identity
 from pfc.data.dataset import RecordDataset
 from pfc.data.mixture import MixedOrder
 from pfc.data.order import BlockOrder, Order, SampleOrder
@@ -17,7 +17,7 @@ ORDERS: dict[str, Order] = {
     "global": SampleOrder(IMAGES, 0),
     "blocks": BlockOrder(IMAGES, 0, block_size=5, window=16),
     "mixed": MixedOrder([SampleOrder(IMAGES, 0)], [1.0]),
-    "balanced": BalancedOrder(np.arange(IMAGES) % 5, 0, identities=4, images=3),
+    "balanced": BalancedOrder(group_by_identity(np.arange(IMAGES) % 5), 0, identities=4, images=3),
 }
 
 
