@@ -175,11 +175,7 @@ class Trainer:
             most, self.saving.due_by_clock(), self.training_step.skipped_lately(), spike.step if spike else 0
         )
         if skipped >= self.config.max_skipped_in_a_row:
-            found = diagnose(self.training_step, self.batches, self.dataset, self.first_head_step)
-            raise NotFinite(
-                f"{skipped} steps in a row were skipped, the last one step {self.step:,}, because the loss or a "
-                f"gradient was not finite (optimizer.max_skipped_in_a_row)\n  {found}"
-            )
+            self._end_if_still_skipping()
         if spiked:
             self._meet_spike(spiked, str(spike or "a loss"))
         self.save_wanted = bool(save)
@@ -242,6 +238,18 @@ class Trainer:
         self.saving.saver.close()
         self.telemetry.close()
         self.loader.close()
+
+    def _end_if_still_skipping(self) -> None:
+        """Raises NotFinite unless a later step was a good one: a GPU told of the steps up to the last question."""
+        skipped = int(self.training_step.skipped_in_a_row)  # waits for the device, the same on every rank
+        if skipped < self.config.max_skipped_in_a_row:
+            return
+        # The last step changed nothing, so its batch meets the parameters that it met before.
+        found = diagnose(self.training_step, self.batches, self.dataset, self.first_head_step)
+        raise NotFinite(
+            f"{skipped} steps in a row were skipped, the last one step {self.step:,}, because the loss or a "
+            f"gradient was not finite (optimizer.max_skipped_in_a_row)\n  {found}"
+        )
 
     def _meet_spike(self, step: int, what: str) -> None:
         """Goes back to the last checkpoint before ``step``, and on with later data, where the configuration says so."""

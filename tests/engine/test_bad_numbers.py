@@ -84,6 +84,35 @@ def test_a_run_of_skipped_steps_ends_with_a_diagnosis(folder: Path, tmp_path: Pa
     assert f"samples of rank 1: {', '.join(named)}" in text
 
 
+def recovered(tree: dict[str, Any]) -> tuple[int, int]:
+    """On a rank: three steps are skipped, and the answer to how many comes a step late, as a GPU's does."""
+    trainer = new_trainer(tree)
+    told, now = 0, trainer.training_step.skipped_lately
+
+    def late() -> int:
+        nonlocal told
+        before, told = told, now()
+        return before
+
+    trainer.training_step.skipped_lately = late
+    micro_batch = trainer.training_step.micro_batch
+
+    def spoiled(images: torch.Tensor, labels: torch.Tensor, *, last: bool) -> torch.Tensor:
+        if trainer.step < 3:
+            images[0, 0, 0, 0] = torch.nan
+        return micro_batch(images, labels, last=last)
+
+    trainer.training_step.micro_batch = spoiled
+    steps(trainer, 8)
+    trainer.close()
+    return trainer.step, int(trainer.skipped_steps)
+
+
+def test_a_run_that_has_recovered_meanwhile_goes_on(folder: Path, tmp_path: Path) -> None:
+    config = configuration(folder, tmp_path, optimizer={"max_skipped_in_a_row": 3})
+    assert run_ranks(1, recovered, config.model_dump()) == [(8, 3)]
+
+
 def test_fp16_may_search_its_scale(folder: Path, tmp_path: Path) -> None:
     config = configuration(folder, tmp_path, precision="fp16", optimizer={"max_skipped_in_a_row": 2})
     assert config.max_skipped_in_a_row == 18

@@ -84,6 +84,28 @@ def test_the_sample_rate_follows_its_schedule_after_a_resume_too(folder: Path, t
     assert losses(train(2, broken)) == losses(lines)
 
 
+def waits_of_two_steps(tree: dict[str, Any]) -> list[str]:
+    """On a rank: when the backbone begins, when something waits for the row update, and when that begins."""
+    trainer = new_trainer(tree)
+    trainer.train_step()
+    told: list[str] = []
+    wait = trainer.head.wait_for_update
+    trainer.head.wait_for_update = lambda: told.append("wait") or wait()
+    trainer.network.register_forward_pre_hook(lambda *_: told.append("backbone"))
+    trainer.head_optimizer.register_step_pre_hook(lambda *_: told.append("update"))
+    for _ in range(2):
+        trainer.train_step()
+        trainer.consult()
+    trainer.close()
+    return told
+
+
+def test_the_row_update_runs_on_beside_the_next_forward_pass(folder: Path, tmp_path: Path) -> None:
+    """On a GPU it has a stream of its own; nothing but the head's next forward pass may wait for it."""
+    config = configuration(folder, tmp_path)
+    assert run_ranks(1, waits_of_two_steps, config.model_dump()) == [["backbone", "wait", "update"] * 2]
+
+
 def test_bf16_payload_trains(folder: Path, tmp_path: Path) -> None:
     lines = train(2, configuration(folder, tmp_path / "bf16", head={"payload_dtype": "bf16"}))
     exact = train(2, configuration(folder, tmp_path / "exact"))

@@ -13,7 +13,11 @@ import pytest
 
 from pfc.launch.spawn import run_ranks
 
-COMMAND = "import sys; from pfc.launch.spawn import run_ranks; sys.exit(run_ranks(sys.argv[1:], 2))"
+# A shell starts what it puts in the background with SIGINT ignored, which all children inherit: not so here.
+COMMAND = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from pfc.launch.spawn import run_ranks; sys.exit(run_ranks(sys.argv[1:], 2))"
+)
 Run = Callable[[str], tuple[int, str, str]]
 
 # What every script below starts with: a gloo world, and an end as pfc.launch.train ends it.
@@ -196,8 +200,7 @@ def test_a_second_interrupt_ends_it_at_once(tmp_path: Path):
     assert process.stderr is not None
     wait_for(tmp_path / "started-0", tmp_path / "started-1")
     process.send_signal(signal.SIGINT)
-    while "Ctrl-C again" not in process.stderr.readline():
-        pass
+    assert any("Ctrl-C again" in line for line in process.stderr)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
