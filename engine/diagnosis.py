@@ -85,7 +85,7 @@ def _look(step: TrainingStep, batch: Batch, place: int) -> list[Finding]:
         findings.append(Finding(stage, index, what, rows, place))
 
     note(0, 0, "the images", batch.images, by_sample=True)
-    note(2, 0, "the centers of this rank", parts.head.weight.detach())
+    note(2, 0, "the centers of this rank", parts.head.centers.to_local())
     visited = 0
 
     def after(name: str, kind: str) -> Callable[[nn.Module, Any, Any], None]:

@@ -39,16 +39,17 @@ class ClassShard:
         return self.stop - self.start
 
 
-def initial_rows(shard: ClassShard, dim: int, seed: int, dtype: torch.dtype) -> Tensor:
-    """The shard's first centers [rows, D] on the CPU, normally distributed with standard deviation 0.01.
+def initial_rows(shard: ClassShard, dim: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The shard's first centers [rows, D], normally distributed with standard deviation 0.01.
 
     Each block of 4096 rows has a generator of its own, seeded by (seed, block), so that the same centers begin whatever
-    the number of ranks, and no two rows are drawn from the same numbers.
+    the number of ranks, and no two rows are drawn from the same numbers. The host draws a block at a time, so that they
+    are the same on every device, and holds no more of them.
     """
-    rows = torch.empty(shard.rows, dim, dtype=dtype)
+    rows = torch.empty(shard.rows, dim, dtype=dtype, device=device)
     for block in range(shard.start // _BLOCK, -(-shard.stop // _BLOCK)):
         generator = torch.Generator().manual_seed(hash64(hash64(seed, 2), block) & 0x7FFFFFFFFFFFFFFF)
-        drawn = torch.empty(_BLOCK, dim).normal_(0.0, _INIT_STD, generator=generator)
+        drawn = torch.empty(_BLOCK, dim, device="cpu").normal_(0.0, _INIT_STD, generator=generator)
         first = block * _BLOCK
         start, stop = max(first, shard.start), min(first + _BLOCK, shard.stop)
         rows[start - shard.start : stop - shard.start] = drawn[start - first : stop - first]
@@ -75,25 +76,24 @@ def write_rows(
         expected = num_classes if classes is None else "N"
         raise ValueError(f"centers must be [{expected}, {dim}], found {list(source.shape)}")
     if classes is None:
-        wanted = torch.arange(shard.start, shard.stop)
+        order, ascending = None, torch.arange(shard.start, shard.stop)
     else:
         if classes.shape != (num_classes,) or classes.dtype != torch.int64:
             raise ValueError(f"classes must be int64 [{num_classes}], found {list(classes.shape)} {classes.dtype}")
-        if classes.min() < -1 or (size is not None and classes.max() >= size):
-            raise ValueError(
-                f"classes must lie in [-1, {size or 'N'}), found {int(classes.min())} to {int(classes.max())}"
-            )
-        wanted = classes[shard.start : shard.stop].cpu()
-    for block in torch.unique(wanted[wanted >= 0] // _BLOCK).tolist():
-        start = block * _BLOCK
-        stop = min(start + _BLOCK, num_classes if classes is None else int(classes.max()) + 1)
+        size = int(classes.max()) + 1 if size is None else size
+        if classes.min() < -1 or classes.max() >= size:
+            raise ValueError(f"classes must lie in [-1, {size}), found {int(classes.min())} to {int(classes.max())}")
+        ascending, order = classes[shard.start : shard.stop].cpu().sort()
+    blocks = torch.unique_consecutive(ascending[ascending >= 0] // _BLOCK)
+    edges = torch.stack([blocks, blocks + 1]) * _BLOCK
+    for start, first, last in zip(edges[0].tolist(), *torch.searchsorted(ascending, edges).tolist(), strict=True):
+        stop = min(start + _BLOCK, num_classes if size is None else size)
         values = source[start:stop] if isinstance(source, Tensor) else source(start, stop)
         if values.shape != (stop - start, dim):
             found = list(values.shape)
             raise ValueError(f"centers of classes {start} to {stop} must be [{stop - start}, {dim}], found {found}")
-        place = ((wanted >= start) & (wanted < stop)).nonzero()[:, 0]
-        taken = values[(wanted[place] - start).to(values.device)]
-        rows[place.to(rows.device)] = taken.to(rows.device, rows.dtype)
+        taken = values[(ascending[first:last] - start).to(values.device)].to(rows.device, rows.dtype)
+        rows[slice(first, last) if order is None else order[first:last].to(rows.device)] = taken
 
 
 def read_rows(rows: Tensor, shard: ClassShard, value: Tensor) -> None:

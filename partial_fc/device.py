@@ -50,6 +50,16 @@ def runs_on(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def own_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, products are made in the dtype that they are asked in, whatever autocast the caller has around it."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def is_recorded(device: torch.device) -> bool:
+    """Whether what is done now is recorded, to be done again as it is: a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def selected(device: torch.device) -> AbstractContextManager[None]:
     """Inside, Triton launches on this device; on a CPU nothing changes."""
     return torch.accelerator.device_index(None if device.type == "cpu" else device.index)

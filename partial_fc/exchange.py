@@ -30,6 +30,9 @@ class Exchange:
         self.rank = dist.get_rank(group) if group is not None else 0
         self.world_size = dist.get_world_size(group) if group is not None else 1
 
+    def __deepcopy__(self, _: dict) -> "Exchange":
+        return self  # a copy of the head exchanges with the same ranks
+
     def gather_batch(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The global batch in rank order: embeddings [b, D] → [B, D] and labels [b] int64 → [B], in one collective."""
         if self.world_size == 1:

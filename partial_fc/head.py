@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
@@ -54,7 +55,8 @@ class PartialFC(nn.Module):
     * in ``head.row_gradients`` the gradient by the centers used, which a row optimizer (``pfc.partial_fc.RowSGD``)
       makes block by block as it applies it, from the centers as they are then: nothing else may change them between
       the forward pass and the optimizer's step. There is no dense gradient. Several backward passes add up, as
-      everywhere in torch: for the average of n micro-batches divide each loss by n.
+      everywhere in torch: for the average of n micro-batches divide each loss by n. An optimizer step uses them up:
+    ``zero_grad`` must follow before the next one.
 
     Args:
         num_classes: C, over all ranks.
@@ -101,8 +103,7 @@ class PartialFC(nn.Module):
         for name, value in (("num_classes", num_classes), ("embedding_dim", embedding_dim)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}")
-        if center_dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"center_dtype must be float32 or float64, found {center_dtype}")
+        _check_center_dtype(center_dtype)
         if compute_dtype not in (None, torch.bfloat16, torch.float32, torch.float64, "tf32"):
             raise ValueError(f'compute_dtype must be bfloat16, float32, float64 or "tf32", found {compute_dtype}')
         self.num_classes = num_classes
@@ -114,8 +115,8 @@ class PartialFC(nn.Module):
         self.compute_dtype: ComputeDtype = compute_dtype or center_dtype
         self.exchange = Exchange(process_group, payload_dtype)
         self.shard = ClassShard.of(num_classes, self.exchange.rank, self.exchange.world_size)
-        rows = initial_rows(self.shard, embedding_dim, seed, center_dtype)
-        self.weight = nn.Parameter(rows.to(device or torch.get_default_device()))
+        where = torch.device(device) if device is not None else torch.get_default_device()
+        self.weight = nn.Parameter(initial_rows(self.shard, embedding_dim, seed, center_dtype, where))
         """This rank's centers [rows, D]. Its ``grad`` stays None: see ``row_gradients``. On a GPU, see too
         ``wait_for_update``."""
         self.budget = KeepBudget(devices.default_keep_bytes(self.weight.device) if keep_bytes is None else keep_bytes)
@@ -126,7 +127,10 @@ class PartialFC(nn.Module):
         self.steps = 0
         """Forward passes in training mode so far; the next sample is that of (seed, steps)."""
         self.row_gradients: list[RowGradient] = []
+        self.gradients_applied = False
+        """Whether an optimizer step has used them."""
         self.accumulated_scale: Tensor | None = None
+        self._probe_version = 0
         self.last_sample: LastSample | None = None
         self.side_stream: SideStream | None = None
 
@@ -187,6 +191,7 @@ class PartialFC(nn.Module):
     def clear_gradients(self) -> None:
         """Forgets the gradients gathered so far; the row optimizer's ``zero_grad`` calls it."""
         self.row_gradients.clear()
+        self.gradients_applied = False
         self.accumulated_scale = None
         self.gradient_scale.grad = None
 
@@ -200,13 +205,31 @@ class PartialFC(nn.Module):
 
         Raises:
             ValueError: shapes or types do not fit; or, on a CPU, a label outside the range, on every rank.
+            RuntimeError: the step is recorded as a CUDA graph, which would draw the same sample every time.
         """
         if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_dim or len(embeddings) == 0:
             raise ValueError(f"embeddings must be [b, {self.embedding_dim}] with b ≥ 1, found {list(embeddings.shape)}")
         if labels.shape != embeddings.shape[:1] or labels.dtype != torch.int64:
             found = str(labels.dtype).removeprefix("torch.")
             raise ValueError(f"labels must be int64 [{len(embeddings)}], found {found} {list(labels.shape)}")
-        return _HeadLoss.apply(embeddings, self.weight, labels, self, torch.is_grad_enabled())  # type: ignore[return-value]
+        if self.training and min(self.sample_rate, self.batch_rate) < 1 and devices.is_recorded(self.weight.device):
+            raise RuntimeError("a CUDA graph would repeat one sample for ever: leave the head out of it, or sample nothing")
+        with devices.own_precision(self.weight.device):
+            return _HeadLoss.apply(embeddings, self.weight, labels.contiguous(), self, torch.is_grad_enabled())  # type: ignore[return-value]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PartialFC":
+        """What ``to``, ``cuda``, ``double`` and the like do."""
+        self.wait_for_update()
+        _check_center_dtype(fn(self.weight.data[:0]).dtype)
+        self.clear_gradients()
+        self.side_stream = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, or a pickle: without gradients, which are of this head's centers."""
+        self.wait_for_update()
+        left = {"row_gradients": [], "gradients_applied": False, "accumulated_scale": None, "last_sample": None}
+        return self.__dict__ | left
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[prefix + "centers"] = self.centers
@@ -226,6 +249,7 @@ class PartialFC(nn.Module):
             read_rows(self.weight, self.shard, state_dict[prefix + "centers"])
         except ValueError as error:
             errors.append(f"{prefix}centers: {error}; load_centers takes centers of other classes")
+            return
         self.steps = int(state_dict[prefix + "steps"])
 
     def extra_repr(self) -> str:
@@ -256,6 +280,11 @@ class PartialFC(nn.Module):
             raise ValueError(
                 f"label {int(labels[place])} (sample {position} of rank {rank}) lies outside [0, {self.num_classes})"
             )
+
+
+def _check_center_dtype(dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"center_dtype must be float32 or float64, found {dtype}")
 
 
 def _checked_rate(name: str, rate: float) -> float:
@@ -299,13 +328,15 @@ class _HeadLoss(torch.autograd.Function):
         target, negatives = head.exchange.sum(numbers)
         negatives = kernel.finish(negatives[everyone])
         # ⑤ the loss, and its slopes by the two numbers
-        with torch.enable_grad():
-            target.requires_grad_()
-            negatives.requires_grad_()
+        with torch.set_grad_enabled(backward):
+            target.requires_grad_(backward)
+            negatives.requires_grad_(backward)
             loss = objective.intra(target).mean() + objective.inter(target[everyone], negatives).mean()
-            target_slope, negatives_slope = torch.autograd.grad(loss, (target, negatives), materialize_grads=True)
         if head.training:
             head.steps += 1
+        if not backward:
+            return loss.to(weight.dtype)
+        target_slope, negatives_slope = torch.autograd.grad(loss, (target, negatives), materialize_grads=True)
         ctx.head, ctx.kernel, ctx.rows, ctx.own, ctx.everyone = head, kernel, rows, own, everyone
         ctx.kernel_is_fused, ctx.draw = fused is not None, sample.draw
         ctx.embedding_dtype = embeddings.dtype
@@ -314,7 +345,13 @@ class _HeadLoss(torch.autograd.Function):
         return loss.detach().to(weight.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        with devices.own_precision(grad.device):
+            return _HeadLoss._gradients(ctx, grad), None, None, None, None
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: Tensor) -> Tensor:
         head: PartialFC = ctx.head
         unit, inverse, own_rows, target_slope = ctx.saved_tensors
         negatives, negatives_slope = ctx.negatives
@@ -328,6 +365,9 @@ class _HeadLoss(torch.autograd.Function):
         size = len(mine_grad)
         mine = slice(head.exchange.rank * size, (head.exchange.rank + 1) * size)
         embedding_grad = normalize_backward(mine_grad, unit[mine], inverse[mine]) * head.exchange.world_size
+        embedding_grad = embedding_grad.to(ctx.embedding_dtype)
+        if not ctx.needs_input_grad[1]:  # frozen centers
+            return embedding_grad
         # ⑦ ∂loss/∂rows, when the row optimizer asks for them
         slopes = own_slope * unit
         if ctx.kernel_is_fused:
@@ -340,12 +380,15 @@ class _HeadLoss(torch.autograd.Function):
         assert head.gradient_scale.grad is not None
         head.side_stream = head.side_stream or SideStream(unit.device)
         head.side_stream.mark(head.gradient_scale.grad)
-        return embedding_grad.to(ctx.embedding_dtype), None, None, None, None
+        return embedding_grad
 
 
 def _accumulate(head: PartialFC, gradient: RowGradient, scale: Tensor) -> None:
-    head.row_gradients.append(gradient)
     probe = head.gradient_scale
+    if probe.grad is None or probe.grad._version != head._probe_version:
+        head.clear_gradients()  # a module's zero_grad has cleared it, which knows no row gradients
+    head.row_gradients.append(gradient)
     scale = scale.to(probe.dtype)
     probe.grad = scale.clone() if probe.grad is None else probe.grad + scale
+    head._probe_version = probe.grad._version
     head.accumulated_scale = scale if head.accumulated_scale is None else head.accumulated_scale + scale

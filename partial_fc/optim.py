@@ -36,6 +36,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         defaults: the hyper-parameters.
     """
 
+    step_rows: Any = None
     _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf and asks nothing of the host
 
     def __init__(self, head: PartialFC, defaults: dict[str, Any]) -> None:
@@ -49,6 +50,15 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         self.head.wait_for_update()
         return self._skipped
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "update" in cls.__dict__ and "step_rows" not in cls.__dict__:
+            cls.step_rows = None  # that of a base class is of another rule
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.head.wait_for_update()
+        return super().__getstate__() | {"head": self.head, "_skipped": self._skipped}
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.head.clear_gradients()
 
@@ -61,6 +71,9 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         gradients = self.head.row_gradients
         if not gradients:
             return loss
+        if self.head.gradients_applied:
+            raise RuntimeError("these gradients are applied already: call zero_grad() after every step")
+        self.head.gradients_applied = True
         side_stream = self.head.side_stream
         if side_stream is None:  # gradients that nobody's backward pass gave
             self._step(gradients)
@@ -72,6 +85,10 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         return loss
 
     def _step(self, gradients: list[RowGradient]) -> None:
+        with devices.own_precision(self.head.weight.device):
+            self._apply(gradients)
+
+    def _apply(self, gradients: list[RowGradient]) -> None:
         factor, broken = self._scaling()
         self._skipped += broken
         if devices.host_sees(broken.device) and broken:

@@ -69,7 +69,7 @@ def apply(
         stop = min(start + size, len(gradient))
         if compiled:
             rows = _rows(weight, gradient.index, start, stop) if gradient.needs_rows else None
-            values = gradient.raw_block(start, stop, rows)
+            values = gradient.raw_block(start, stop, rows).to(weight.dtype).contiguous()
             step = native.CompiledStep(gradient.index, start, stop, values, gradient.inverse, number)
             compiled.step_rows(step, weight, state)
         else:

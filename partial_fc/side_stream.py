@@ -28,6 +28,7 @@ class SideStream:
         self._mark: Any = None  # an event; a CPU has none
         self._scale: tuple[Tensor | None, int] = None, 0
         self._done: Any = None
+        self._beside: Any = None  # the stream that went on
         self._in_use: tuple[Any, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -52,22 +53,28 @@ class SideStream:
             late: whether it needs something that came after the mark.
         """
         marked, version = self._scale
+        self._beside = self._current()
         if scale is marked and marked is not None and marked._version == version and not late:
             self._stream.wait_event(self._mark)
         else:
-            self._stream.wait_stream(self._current())
+            self._stream.wait_stream(self._beside)
         self._in_use += (scale, *in_use)
-        with self._streams.stream(self._stream):
-            yield
-        self._done = self._stream.record_event()
+        try:
+            with self._streams.stream(self._stream):
+                yield
+        finally:
+            self._done = self._stream.record_event()
         if self._done is None:  # a CPU's work is done
             self._in_use = ()
 
     def join(self) -> None:
-        """What the current stream does next waits for it."""
+        """What the current stream does next waits for it; and what runs next, for all that was queued until then."""
+        current = self._current()
         if self._done is not None:
-            self._current().wait_event(self._done)
-        self._in_use = ()
+            current.wait_event(self._done)
+        if self._beside is None or current == self._beside:  # memory that is freed goes back to that stream
+            self._in_use = ()
+        self._scale = None, 0
 
     def _current(self) -> Any:
         return self._streams.current_stream(self.device)

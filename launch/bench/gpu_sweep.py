@@ -17,8 +17,8 @@ _TILES = (
 )  # fmt: skip
 """As in ``fused_powers.Tiles``."""
 _BLOCKS: tuple[tuple[Any, str, tuple[int, ...]], ...] = (
-    (fused, "sums", (23, 24, 25, 26, 27)),
-    (fused_update, "update", (21, 22, 23, 24)),
+    (fused, "sums", (25, 26, 27, 28)),
+    (fused_update, "update", (22, 24, 25, 26)),
 )
 """Whose ``BLOCK_NUMBERS``, what it cuts into blocks, powers of two to try."""
 

@@ -18,14 +18,14 @@ from torch import Tensor
 from ..device import multiplies_to_float32, selected
 from .fused_powers import TILES, powers
 from .fused_rows import normalized_rows
-from .products import ComputeDtype, products_in, stored_dtype
+from .products import ComputeDtype, as_operand, products_in, stored_dtype
 from .rows import OwnClasses, SampledRows
 from .unshifted import UnshiftedLogSumExp
 
 _PAD = 64  # rows; so that a block splits evenly
-# How large a block of the forward pass may be, as numbers of p or ŵ, whichever is wider: 32,768 rows at B = 1024, few
-# launches, and the rounded rows stay in the cache of a large card.
-BLOCK_NUMBERS = 1 << 25
+# How large a block of the forward pass may be, as numbers of p or ŵ, whichever is wider: 131,072 rows at B = 1024. Each
+# costs the host some tenths of a millisecond of launches, so few and large ones.
+BLOCK_NUMBERS = 1 << 27
 
 
 class LogSumExpFused(UnshiftedLogSumExp):
@@ -54,7 +54,7 @@ class FusedPowers:
         self.scale, self.ceiling = kernel.scale, kernel.ceiling
         self.dtype = stored_dtype(kernel.compute_dtype)
         self.unit = unit.contiguous()
-        self.compute_unit = self.unit.to(self.dtype)
+        self.compute_unit = as_operand(self.unit, self.compute_dtype)
         self.kept = kernel.budget.keep(unit, _padded(len(rows)), self.dtype) if keep else None
         self.weighted_unit: Tensor | None = None
 
@@ -89,7 +89,7 @@ class FusedPowers:
         """p [n, B] and ŵ [n, D] of the places [start, stop), with zeros behind up to a whole number of ``_PAD``."""
         padded = _padded(stop - start)
         power = self._empty(padded) if self.kept is None else self.kept[start : start + padded]
-        rows = normalized_rows(self.rows, start, stop, padded, self.dtype)
+        rows = normalized_rows(self.rows, start, stop, padded, self.compute_dtype)
         index = None if self.rows.index is None else self.rows.index[start:stop]
         powers(
             rows,

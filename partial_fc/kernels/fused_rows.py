@@ -8,22 +8,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .products import ComputeDtype, stored_dtype
 from .rows import SampledRows
 
 
-def normalized_rows(rows: SampledRows, start: int, stop: int, padded: int, dtype: torch.dtype) -> Tensor:
-    """The places [start, stop) scaled to length 1, [padded, D] in ``dtype``; their inverse norms are known thereafter.
+def normalized_rows(rows: SampledRows, start: int, stop: int, padded: int, compute_dtype: ComputeDtype) -> Tensor:
+    """The places [start, stop) scaled to length 1, as operands [padded, D]; their inverse norms are known thereafter.
 
     Zeros stand where the index is −1, and behind the last place.
     """
     dim = rows.weight.shape[1]
-    unit = torch.empty(padded, dim, dtype=dtype, device=rows.weight.device)
+    unit = torch.empty(padded, dim, dtype=stored_dtype(compute_dtype), device=rows.weight.device)
     source = rows.weight[start:stop] if rows.index is None else rows.weight
     index = rows.inverse if rows.index is None else rows.index[start:stop]  # not read where all rows are used
     tile, width, warps = row_tile(dim)
     normalize_kernel[(triton.cdiv(padded, tile),)](
         source, index, rows.inverse[start:stop], unit, stop - start, padded, dim,
-        HAS_INDEX=rows.index is not None, TILE=tile, WIDTH=width, num_warps=warps,
+        HAS_INDEX=rows.index is not None, TF32=compute_dtype == "tf32", TILE=tile, WIDTH=width, num_warps=warps,
     )  # fmt: skip
     return unit
 
@@ -45,7 +46,7 @@ def row_places(index, place, inside, HAS_INDEX: tl.constexpr):
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["index", "inverse"])
 def normalize_kernel(
     weight, index, inverse, unit, count, padded, dim,
-    HAS_INDEX: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_INDEX: tl.constexpr, TF32: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0) * TILE + tl.arange(0, TILE)
     column = tl.arange(0, WIDTH)
@@ -56,4 +57,7 @@ def normalize_kernel(
     scale = tl.where(norm > 1e-10, 1.0 / norm, 0.0)  # as unit.inverse_norms
     tl.store(inverse + place, scale, mask=place < count)
     target = unit + place[:, None].to(tl.int64) * dim + column[None, :]
-    tl.store(target, (values * scale[:, None]).to(unit.dtype.element_ty), mask=(place < padded)[:, None] & inside)
+    values *= scale[:, None]
+    if TF32:  # as products.rounded_to_tf32
+        values = ((values.to(tl.int32, bitcast=True) + 0x1000) & ~0x1FFF).to(tl.float32, bitcast=True)
+    tl.store(target, values.to(unit.dtype.element_ty), mask=(place < padded)[:, None] & inside)

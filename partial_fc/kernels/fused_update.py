@@ -21,8 +21,8 @@ from torch import Tensor
 from .fused_rows import row_places, row_tile
 from .row_step import RowStep
 
-# How large a block is, as numbers of its slopes: 8,192 rows of 512, whose slopes stay in the cache of a large card.
-BLOCK_NUMBERS = 1 << 22
+# How large a block is, as numbers of its slopes: 131,072 rows of 512, 256 MiB, and few launches, which cost the host time.
+BLOCK_NUMBERS = 1 << 26
 
 
 def block_rows(dim: int) -> int:
@@ -64,7 +64,9 @@ class FusedBlock(RowStep):
             tensors = [weight, weight if velocity is None else velocity]  # not read where there is none
         elif rule == "adamw":
             lr, *betas, eps, decay = numbers
-            numbers = [lr, *betas, *(math.log2(beta) if beta else -math.inf for beta in betas), eps, decay]
+            rests = [1.0 - beta for beta in betas]  # here, as float32 would leave few digits
+            logs = [math.log2(beta) if beta else -math.inf for beta in betas]
+            numbers = [lr, betas[1], *rests, *logs, eps, decay]
         parts = [self._part(one) for one in tensors if one is not None]
         self._launch(_RULES[rule], self.slopes, *parts, *self._common(), *numbers, **constants)
 
@@ -191,7 +193,7 @@ def sgd_kernel(
 @triton.jit(do_not_specialize=["count"])
 def adamw_kernel(
     slopes, weight, first, second, steps, inverse, index, factor, broken,
-    lr, beta1, beta2, log1, log2, eps, decay, count, dim,
+    lr, beta2, rest1, rest2, log1, log2, eps, decay, count, dim,
     HAS_INDEX: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     if tl.load(broken) == 0:
@@ -199,11 +201,12 @@ def adamw_kernel(
             slopes, weight, inverse, index, factor, count, dim, HAS_INDEX, TILE, WIDTH
         )
         step = tl.load(steps + row, mask=exists, other=0.0) + 1.0
+        tl.debug_barrier()  # every warp has read its rows' steps, each for itself, before one of them writes
         tl.store(steps + row, step, mask=exists)
         mean = tl.load(first + offset, mask=inside, other=0.0)
-        mean += (1.0 - beta1) * (gradient - mean)
+        mean += rest1 * (gradient - mean)
         tl.store(first + offset, mean, mask=inside)
-        square = beta2 * tl.load(second + offset, mask=inside, other=0.0) + (1.0 - beta2) * gradient * gradient
+        square = beta2 * tl.load(second + offset, mask=inside, other=0.0) + rest2 * gradient * gradient
         tl.store(second + offset, square, mask=inside)
         # 1 − βᵗ in float64: of a β near 1 float32 would leave few digits.
         size = (lr / (1.0 - tl.exp2(step.to(tl.float64) * log1))).to(tl.float32)[:, None]
@@ -223,6 +226,7 @@ def adagrad_kernel(
         )
         gradient += decay * values
         sum = tl.load(total + row, mask=exists, other=0.0) + tl.sum(gradient * gradient, axis=1) / dim
+        tl.debug_barrier()  # as in adamw_kernel
         tl.store(total + row, sum, mask=exists)
         tl.store(weight + offset, values - lr * gradient / (tl.sqrt(sum)[:, None] + eps), mask=inside)
 

@@ -38,7 +38,9 @@ def passes() -> ctypes.CDLL | None:
     """The compiled passes, or None where this installation has none or PFC_COMPILED is 0."""
     if os.environ.get("PFC_COMPILED") == "0":
         return None
-    able = list(VARIANTS).index(torch.backends.cpu.get_cpu_capability()) if _is_x86() else len(VARIANTS) - 1
+    abilities = list(VARIANTS)
+    ability = torch.backends.cpu.get_cpu_capability() if _is_x86() else "DEFAULT"
+    able = abilities.index(ability if ability in abilities else "DEFAULT")
     for suffix in list(VARIANTS.values())[able:]:
         for path in sorted(Path(__file__).parent.glob(f"_native{suffix}.*so")):
             try:

@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from ..device import multiplies_to_float32
 
@@ -31,6 +32,16 @@ def operand_dtype(compute_dtype: ComputeDtype, device: torch.device) -> torch.dt
     if compute_dtype == torch.bfloat16 and not multiplies_to_float32(device):
         return torch.float32
     return stored_dtype(compute_dtype)
+
+
+def as_operand(values: Tensor, compute_dtype: ComputeDtype) -> Tensor:
+    """Float32 values as an operand of a GPU's products, rounded to nearest."""
+    return rounded_to_tf32(values) if compute_dtype == "tf32" else values.to(compute_dtype)
+
+
+def rounded_to_tf32(values: Tensor) -> Tensor:
+    """Float32 values [...] of 10 bits of mantissa: Triton's product of others would cut theirs off, not round them."""
+    return ((values.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 @cache

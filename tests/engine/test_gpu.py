@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 np = pytest.importorskip("numpy")
-yaml = pytest.importorskip("yaml")
+pytest.importorskip("yaml")
 pytest.importorskip("pydantic", reason="the engine's configuration needs pydantic")
 pytest.importorskip("nvidia.dali", reason="training reads its images through NVIDIA DALI")
 
@@ -28,7 +29,12 @@ from tests.engine.runs import configuration, pack
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS = 8
-CASES = list(itertools.product(["sgd", "adamw"], ["float32", "bf16", "fp16"], [False, True]))
+Case = tuple[str, str, bool]
+"""Optimizer, precision, and whether images are NHWC and saves beside training."""
+Lines = tuple[list[dict[str, Any]], list[dict[str, Any]]]
+CASES: list[Case] = [("adamw", "bf16", True)]
+if DEVICE == "cuda":
+    CASES = list(itertools.product(["sgd", "adamw"], ["float32", "bf16", "fp16"], [False, True]))
 
 
 @pytest.fixture(scope="module")
@@ -36,67 +42,95 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack(tmp_path_factory.mktemp("data"))
 
 
-def train(config: Config, *, stop_at: int | None = None, poison: bool = False) -> list[dict[str, Any]]:
-    """One rank in a process of its own, on the GPU; killed inside the step after a checkpoint where asked."""
-    path = config.run.path.with_suffix(".yaml")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(config.model_dump()), encoding="utf-8")
-    command = [sys.executable, "-m", "tests.engine.test_gpu", str(path), str(stop_at or 0), str(int(poison))]
+def train(configs: Sequence[Config], *, stop_at: int = 0, poison: bool = False) -> None:
+    """One rank in a process of its own trains them one after the other, on the GPU.
+
+    Args:
+        stop_at: each is left in the middle after a checkpoint at that step, and at the end the process is killed.
+        poison: the first step of each is not finite.
+    """
+    paths = [config.run.path.with_suffix(".yaml") for config in configs]
+    for path, config in zip(paths, configs, strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(config.to_yaml(), encoding="utf-8")
+    command = [sys.executable, "-m", "tests.engine.test_gpu", str(stop_at), str(int(poison)), *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     expected = -signal.SIGKILL if stop_at else 0
     assert done.returncode == expected, done.stdout + done.stderr
-    return read_json_lines(config.run.path / "metrics.jsonl")
 
 
-def _on_rank(path: str, stop_at: int, poison: bool) -> None:
-    """The process of ``train``: the first step is not finite where asked; dies after ``stop_at`` steps."""
+def _on_rank(stop_at: int, poison: bool, paths: Sequence[str]) -> None:
+    """The process of ``train``."""
     from pfc.engine import distributed
     from pfc.engine.config import load_config
     from pfc.engine.trainer import Trainer
 
+    left = []
     with distributed.start() as world:
-        trainer = Trainer(load_config(path), world, "auto")
-        if poison and trainer.step == 0:
-            hook = trainer.network.register_forward_hook(lambda _module, _inputs, output: output * torch.nan)
-            trainer.train_step()
-            hook.remove()
-        while trainer.step < trainer.total_steps:
-            trainer.train_step()
-            if stop_at and trainer.step == stop_at:
+        for path in paths:
+            trainer = Trainer(load_config(path), world, "auto")
+            if poison and trainer.step == 0:
+                hook = trainer.network.register_forward_hook(lambda _module, _inputs, output: output * torch.nan)
+                trainer.train_step()
+                hook.remove()
+            while trainer.step < (stop_at or trainer.total_steps):
+                trainer.train_step()
+            if stop_at:
                 trainer.save()
                 trainer.saving.saver.wait()
-                os.kill(os.getpid(), signal.SIGKILL)
-        trainer.finish()
-        trainer.close()
+                trainer.train_step()
+                left.append(trainer)
+            else:
+                trainer.finish()
+                trainer.close()
+        if stop_at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("name", "precision", "last"), CASES if DEVICE == "cuda" else [("adamw", "bf16", True)])
-def test_a_killed_run_goes_on_as_if_it_had_not_been(
-    folder: Path, tmp_path: Path, name: str, precision: str, last: bool
-) -> None:
+@pytest.fixture(scope="module")
+def resumed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Lines]:
+    """For each case the lines of a run that was not interrupted, and of one that was killed and went on."""
+    runs = tmp_path_factory.mktemp("runs")
+    straight, broken = (
+        [
+            configuration(
+                folder,
+                runs / kind / "-".join(map(str, case)),
+                optimizer={
+                    "backbone": {"name": case[0], "lr": 1e-3},
+                    "head": {"name": f"row_{case[0]}", "lr": 1e-3},
+                },
+                backbone={"channels_last": case[2]},
+                checkpoint={"asynchronous": case[2]},
+                precision=case[1],
+                schedule={"steps": STEPS},
+            )
+            for case in CASES
+        ]
+        for kind in ("straight", "broken")
+    )
+    train(straight, poison=True)
+    train(broken, poison=True, stop_at=3)
+    train(broken)
+    pairs = zip(straight, broken, strict=True)
+    lines = [[read_json_lines(one.run.path / "metrics.jsonl") for one in pair] for pair in pairs]
+    return {case: (first, second) for case, (first, second) in zip(CASES, lines, strict=True)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_killed_run_goes_on_as_if_it_had_not_been(resumed: dict[Case, Lines], case: Case) -> None:
     """With the first step forced to be not finite; to a tolerance, as a GPU's atomics add in any order."""
-    sections: dict[str, Any] = {
-        "optimizer": {"backbone": {"name": name, "lr": 1e-3}, "head": {"name": f"row_{name}", "lr": 1e-3}},
-        "backbone": {"channels_last": last},
-        "checkpoint": {"asynchronous": last},
-        "precision": precision,
-        "schedule": {"steps": STEPS},
-    }
-    straight = configuration(folder, tmp_path / "straight", **sections)
-    broken = configuration(folder, tmp_path / "broken", **sections)
-    expected = train(straight, poison=True)
-    train(broken, stop_at=3, poison=True)
-    resumed = train(broken)
-    assert [line["step"] for line in resumed] == list(range(1, STEPS + 1))
-    assert all(line["skipped_steps"] >= 1 for line in resumed)
-    wanted = [line["loss"] for line in expected[1:]]
+    straight, broken = resumed[case]
+    assert [line["step"] for line in broken] == list(range(1, STEPS + 1))
+    assert all(line["skipped_steps"] >= 1 for line in broken)
+    wanted = [line["loss"] for line in straight[1:]]
     assert np.isfinite(wanted).all()
-    assert [line["loss"] for line in resumed[1:]] == pytest.approx(wanted, rel=2e-2)
+    assert [line["loss"] for line in broken[1:]] == pytest.approx(wanted, rel=2e-2)
 
 
 def test_evaluate_embed_and_export_from_the_gpu(folder: Path, tmp_path: Path) -> None:
     config = configuration(folder, tmp_path / "run", evaluation={"pairs": [str(folder / "pairs.bin")]})
-    train(config)
+    train([config])
     run = str(config.run.path)
     found = find_latest(config.run.path)
     assert found is not None
@@ -123,4 +157,4 @@ def test_every_gpu_takes_a_rank(folder: Path, tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    _on_rank(sys.argv[1], int(sys.argv[2]), bool(int(sys.argv[3])))
+    _on_rank(int(sys.argv[1]), bool(int(sys.argv[2])), sys.argv[3:])

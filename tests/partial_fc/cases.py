@@ -50,6 +50,8 @@ class Case:
     keep_bytes: int = 1 << 30
     compute_dtype: ComputeDtype | None = None
     device: str = "cpu"
+    surroundings: torch.dtype | None = None
+    """Autocast's dtype around the head, whose labels then are a column of a matrix."""
 
 
 @dataclass
@@ -96,8 +98,12 @@ def step_on_rank(case: Case) -> StepResult:
     head.load_centers(centers.to(case.dtype))
     mine = slice(rank * case.batch, (rank + 1) * case.batch)
     own = embeddings[mine].to(case.device, case.dtype).requires_grad_()
-    loss = head(own, labels[mine].to(case.device))
-    loss.backward()
+    mine_labels = labels[mine].to(case.device)
+    if case.surroundings is not None:
+        mine_labels = torch.stack([torch.zeros_like(mine_labels), mine_labels], dim=1)[:, 1]
+    with torch.autocast(case.device, case.surroundings, enabled=case.surroundings is not None):
+        loss = head(own, mine_labels)
+        loss.backward()
     assert own.grad is not None
     sample = head.last_sample
     assert sample is not None

@@ -124,6 +124,7 @@ HEADS = [
     Case("softmax", {"scale": 30.0}, num_classes=9001, dim=8, sample_rate=0.02),
     Case(*SETTINGS["combined (1, 0.3, 0.2)"], sample_rate=0.3),
     Case(*SETTINGS["combined (0.9, 0.4, 0.15)"], keep_bytes=0),
+    Case("cosface", {"scale": 64.0, "margin": 0.35}, sample_rate=0.3, surroundings=torch.bfloat16),
 ]
 
 
@@ -148,7 +149,8 @@ COMPILED: list[tuple[str, str, str, dict[str, Any]]] = [
     ("fused_powers", "powers_kernel", POWERS + "rows:*bf16 unit:*bf16 power:*bf16", FLAGS | {"tiles": torch.bfloat16}),
     ("fused_powers", "powers_kernel", POWERS + "rows:*fp32 unit:*fp32 power:*fp32", FLAGS | {"tiles": torch.float32}),
     ("fused_powers", "powers_kernel", POWERS + "rows:*fp32 unit:*fp32 power:*fp32", FLAGS | TF32),
-    ("fused_rows", "normalize_kernel", UPDATE + "unit:*bf16 padded:i32", ROWS),
+    ("fused_rows", "normalize_kernel", UPDATE + "unit:*bf16 padded:i32", ROWS | {"TF32": False}),
+    ("fused_rows", "normalize_kernel", UPDATE + "unit:*fp32 padded:i32", ROWS | {"TF32": True}),
     ("fused_update", "project_kernel", UPDATE, ROWS),
     (
         "fused_update",
@@ -159,8 +161,8 @@ COMPILED: list[tuple[str, str, str, dict[str, Any]]] = [
     (
         "fused_update",
         "adamw_kernel",
-        UPDATE + "first:*fp32 second:*fp32 steps:*fp32 lr:fp32 beta1:fp32 beta2:fp32 log1:fp32 log2:fp32 eps:fp32 "
-        "decay:fp32",
+        UPDATE + "first:*fp32 second:*fp32 steps:*fp32 lr:fp32 beta2:fp32 rest1:fp32 rest2:fp32 log1:fp32 log2:fp32 "
+        "eps:fp32 decay:fp32",
         ROWS,
     ),
     ("fused_update", "adagrad_kernel", UPDATE + "total:*fp32 lr:fp32 eps:fp32 decay:fp32", ROWS),

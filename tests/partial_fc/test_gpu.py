@@ -3,7 +3,9 @@
 ``make test-gpu`` runs it on a GPU. Without one a part of it runs on the CPU, so that the tests themselves are right.
 """
 
+import copy
 import itertools
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -42,6 +44,14 @@ def test_loss_and_gradients_are_the_oracles(name: str, path: str) -> None:
     for shape, scale in itertools.product(SHAPES, (None, 100.0)):
         larger = {"scale": scale} if scale and "scale" in OBJECTIVES[name] else {}
         case = Case(name, OBJECTIVES[name] | larger, device=DEVICE, num_classes=1003, dim=64, **shape)
+        compare(case, [step_on_rank(case)], tolerance=2e-5)
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["cosface", "p2sgrad"])
+def test_autocast_around_it_and_labels_in_a_column_change_nothing(name: str, precision: Any, path: str) -> None:
+    for shape in SHAPES[:2]:
+        case = Case(name, OBJECTIVES[name], device=DEVICE, num_classes=1003, dim=64, surroundings=precision, **shape)
         compare(case, [step_on_rank(case)], tolerance=2e-5)
 
 
@@ -115,6 +125,105 @@ def test_the_update_beside_the_backward_pass_gives_the_same_numbers(name: str) -
     for key, value in behind.items():
         assert relative_error(beside[key], value.double()) < 1e-6, key
         assert relative_error(value, on_cpu[key].double()) < 1e-4, key
+
+
+class Late:
+    """A head whose row update the card reaches late: it is busy with something else for a tenth of a second."""
+
+    def __init__(self, name: str = "sgd") -> None:
+        self.head = PartialFC(3001, 64, objective=objectives.CosFace(), device=DEVICE)
+        self.optimizer = OPTIMIZERS[name](self.head)
+        self.embeddings, self.labels = batches(3001, 64, 32, 1)[0]
+        self.before = self.head.centers.to_local().clone()
+
+    def backward(self) -> None:
+        self.head(self.embeddings, self.labels).backward()
+
+    def step(self) -> None:
+        side = self.head.side_stream
+        assert side is not None
+        if GPU:
+            with torch.cuda.stream(side._stream):
+                torch.cuda._sleep(200_000_000)
+        self.optimizer.step()
+
+    def moved(self, centers: torch.Tensor) -> float:
+        return float((centers.to(DEVICE) - self.before).norm())
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "double", "cpu"])
+def test_a_copy_has_what_the_last_step_left(how: str) -> None:
+    late = Late()
+    late.backward()
+    late.step()
+    if how in ("deepcopy", "pickle"):
+        copied = copy.deepcopy(late.head) if how == "deepcopy" else pickle.loads(pickle.dumps(late.head))
+    else:
+        copied = getattr(late.head, how)()
+    assert late.moved(copied.weight.detach().float()) > 0.01
+
+
+@pytest.mark.parametrize("between", ["evaluate", "state_dict", "load_state_dict"])
+def test_what_comes_between_the_backward_pass_and_the_step_is_waited_for(between: str) -> None:
+    """The update may begin where the head's gradients are there, but not beside what uses the centers after that."""
+    late = Late()
+    with torch.no_grad():
+        expected = late.head.eval()(late.embeddings, late.labels)
+    late.head.train()
+    if between == "load_state_dict":
+        saved = copy.deepcopy(late.optimizer.state_dict())
+    late.backward()
+    if GPU:
+        torch.cuda._sleep(200_000_000)
+    if between == "evaluate":
+        with torch.no_grad():
+            found = late.head.eval()(late.embeddings, late.labels)
+    elif between == "state_dict":
+        late.optimizer.state_dict()
+    else:
+        late.optimizer.load_state_dict(saved)
+    late.optimizer.step()
+    if between == "evaluate":
+        assert relative_error(found, expected.double()) < 1e-6
+    else:
+        assert float(late.optimizer.state_dict()["state"]["momentum"].to_local().norm()) > 0.01
+
+
+@on_gpu_only
+def test_another_stream_that_reads_the_centers_frees_nothing_that_is_in_use() -> None:
+    late = Late()
+    late.backward()
+    late.step()
+    late.optimizer.zero_grad()
+    other = torch.cuda.Stream()
+    with torch.cuda.stream(other):
+        late.head.state_dict()
+    taken = [torch.full((1 << 18,), torch.nan, device=DEVICE) for _ in range(64)]  # memory that came free
+    assert late.head.centers.to_local().isfinite().all()
+    del taken
+
+
+@on_gpu_only
+def test_a_cuda_graph_of_a_sampled_step_is_refused() -> None:
+    head = PartialFC(3001, 64, objective=objectives.CosFace(), sample_rate=0.2, device=DEVICE)
+    embeddings, labels = batches(3001, 64, 32, 1)[0]
+    head(embeddings, labels)
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="one sample for ever"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        head(embeddings, labels)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 512])
+def test_adamw_counts_each_step_once(dim: int, path: str) -> None:
+    """A program that writes the count of a row while another warp of it still reads moves a row as in its second step."""
+    head = PartialFC(20_000, dim, objective=objectives.Softmax(scale=16.0), device=DEVICE)
+    optimizer = RowAdamW(head, lr=0.01, weight_decay=0.0)
+    before = head.centers.to_local().clone()
+    head(*batches(20_000, dim, 64, 1)[0]).backward()
+    optimizer.step()
+    moved = (head.centers.to_local() - before).abs().median(dim=1).values
+    assert float(moved.min()) > 0.0099, "the first step of AdamW is lr, whatever the gradient"
+    assert float(moved.max()) < 0.0101
 
 
 @on_gpu_only
