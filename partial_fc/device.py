@@ -50,7 +50,7 @@ def runs_on(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def own_precision(device: torch.device) -> AbstractContextManager[None]:
+def own_precision(device: torch.device) -> AbstractContextManager[object]:
     """Inside, products are made in the dtype that they are asked in, whatever autocast the caller has around it."""
     return torch.autocast(device.type, enabled=False)
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
@@ -123,7 +122,9 @@ class PartialFC(nn.Module):
         """Of ``keep_bytes``, and what is kept now."""
         self.gradient_scale = nn.Parameter(torch.ones((), device=self.weight.device))
         """Its ``grad`` is the sum of what the losses were multiplied with before backward, NaN on every rank where a
-        gradient of any rank is not finite. Row optimizers divide by what GradScaler makes of it."""
+        gradient of any rank is not finite. Row optimizers divide by what GradScaler makes of it; so who clips gradients by
+        their norm leaves the head's parameters out. A float16 embedding's gradient is looked at in float32: what overflows
+        only in its own dtype shows in the backbone's gradients."""
         self.steps = 0
         """Forward passes in training mode so far; the next sample is that of (seed, steps)."""
         self.row_gradients: list[RowGradient] = []
@@ -213,7 +214,7 @@ class PartialFC(nn.Module):
             found = str(labels.dtype).removeprefix("torch.")
             raise ValueError(f"labels must be int64 [{len(embeddings)}], found {found} {list(labels.shape)}")
         if self.training and min(self.sample_rate, self.batch_rate) < 1 and devices.is_recorded(self.weight.device):
-            raise RuntimeError("a CUDA graph would repeat one sample for ever: leave the head out of it, or sample nothing")
+            raise RuntimeError("a CUDA graph would repeat one sample for ever: leave the head out of it")
         with devices.own_precision(self.weight.device):
             return _HeadLoss.apply(embeddings, self.weight, labels.contiguous(), self, torch.is_grad_enabled())  # type: ignore[return-value]
 
@@ -345,8 +346,9 @@ class _HeadLoss(torch.autograd.Function):
         return loss.detach().to(weight.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():
+            raise RuntimeError("the head's gradient has no gradient of its own: call backward without create_graph")
         with devices.own_precision(grad.device):
             return _HeadLoss._gradients(ctx, grad), None, None, None, None
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from .fused_rows import row_places, row_tile
 from .row_step import RowStep
 
-# How large a block is, as numbers of its slopes: 131,072 rows of 512, 256 MiB, and few launches, which cost the host time.
+# How large a block is, as numbers of its slopes: 131,072 rows of 512, 256 MiB. Few launches: they cost the host time.
 BLOCK_NUMBERS = 1 << 26
 
 

@@ -13,6 +13,7 @@ from pfc.partial_fc import PartialFC, RowAdagrad, RowAdamW, RowOptimizer, RowSGD
 from pfc.partial_fc.centers import ClassShard
 from pfc.partial_fc.kernels.blocked import LogSumExpBlocked
 from pfc.partial_fc.kernels.keeping import KeepBudget
+from pfc.partial_fc.kernels.products import ComputeDtype
 from pfc.partial_fc.kernels.rows import OwnClasses, SampledRows
 from pfc.partial_fc.row_gradient import RowGradient, StepGradient, project
 from pfc.partial_fc.sampling import sample_batch, sample_classes
@@ -98,6 +99,15 @@ class KernelCase:
     ceiling: float | None = None
     scale: float = 64.0
     device: str = "cpu"
+
+
+def operands(compute_dtype: ComputeDtype) -> tuple[Tensor, Tensor]:
+    """Normalised rows [50, 24], and what the products take of them."""
+    from pfc.partial_fc.kernels.fused_rows import normalized_rows
+
+    weight = torch.randn(50, 24, generator=torch.Generator().manual_seed(0))
+    rows = SampledRows(weight, None)
+    return torch.nn.functional.normalize(weight), normalized_rows(rows, 0, 50, 64, compute_dtype)[:50]
 
 
 def fused_beside_plain(case: KernelCase) -> dict[str, tuple[Tensor, Tensor]]:

@@ -167,7 +167,9 @@ def _through_state_dict() -> bool:
 
 def test_a_state_of_other_classes_is_refused() -> None:
     small, large = (PartialFC(count, 4, objective=objectives.CosFace()) for count in (10, 11))
+    small(torch.randn(2, 4), torch.tensor([3, 9]))
     with pytest.raises(RuntimeError, match=r"expected \[11, 4\], found \[10, 4\]; load_centers takes centers of other"):
         large.load_state_dict(small.state_dict())
+    assert large.steps == 0, "nothing of it is taken"
     with pytest.raises(RuntimeError, match=r"Missing key.*steps"):
         small.load_state_dict({"centers": small.centers})

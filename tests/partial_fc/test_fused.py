@@ -181,7 +181,9 @@ COMPILED: list[tuple[str, str, str, dict[str, Any]]] = [
 
 CAPABILITIES = (80, 90, 100)  # A100, H100, B200
 MOST_REGISTERS_OF = {"powers_kernel": 224}
-"""Of a thread, as measured and a few more: 8 warps of 192 fit a multiprocessor. Of the other kernels 104."""
+"""Of a thread, as measured and a few more: 8 warps of 255 fit a multiprocessor. Of the other kernels 104."""
+COUNTING = ("adamw_kernel", "adagrad_kernel")
+"""They write what they have read before: not while another warp still reads it."""
 
 
 def test_every_kernel_compiles_for_cards_that_are_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,10 +191,24 @@ def test_every_kernel_compiles_for_cards_that_are_not_here(tmp_path: Path, monke
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for capability, (module, name, types, constants) in itertools.product(CAPABILITIES, COMPILED):
         kernel = getattr(importlib.import_module(f"pfc.partial_fc.kernels.{module}"), name)
-        registers, spilled = _resources(_machine_code(kernel, types, dict(constants), capability), tmp_path)
+        code = _compiled(kernel, types, dict(constants), capability)
+        registers, spilled = _resources(code["cubin"], tmp_path)
         print(f"sm_{capability} {name} {constants.get('tiles', '')}: {registers} registers, {spilled} bytes spilled")
         assert spilled == 0, (capability, name)
         assert registers <= MOST_REGISTERS_OF.get(name, 104), (capability, name)
+        if name in COUNTING:  # numbers of a row, which several warps hold
+            lines = code["ttgir"].splitlines()
+            barrier = next(place for place, line in enumerate(lines) if "barrier" in line)
+            assert barrier < next(place for place, line in enumerate(lines) if "tt.store" in line), (capability, name)
+
+
+def test_operands_of_tf32_products_are_rounded_to_nearest(call: Call) -> None:
+    """Triton's product cuts off what a tensor core does not read."""
+    values, operands = call(fused_cases.operands, "tf32")
+    mantissa = torch.finfo(torch.float32).eps * 2**13
+    assert (operands - values).abs().max() <= values.abs().max() * mantissa / 2
+    assert ((operands - values).sign().sum().abs() < len(values) ** 0.5 * values.shape[1]).all(), "not towards zero"
+    assert (operands.view(torch.int32) & 0x1FFF == 0).all()
 
 
 def _resources(code: bytes, folder: Path) -> tuple[int, int]:
@@ -208,7 +224,8 @@ def _resources(code: bytes, folder: Path) -> tuple[int, int]:
     return int(found[1]), int(found[2]) + int(found[3])
 
 
-def _machine_code(kernel: Any, types: str, constants: dict[str, Any], capability: int) -> bytes:
+def _compiled(kernel: Any, types: str, constants: dict[str, Any], capability: int) -> dict[str, Any]:
+    """The stages of a compilation, by name."""
     from triton import compile as build
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -226,7 +243,7 @@ def _machine_code(kernel: Any, types: str, constants: dict[str, Any], capability
     divisible = [name for name in kernel.arg_names if signature[name].startswith("*") or name == "dim"]
     hints = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(kernel, signature, values, hints)  # pyright: ignore[reportArgumentType]
-    return build(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]  # pyright: ignore
+    return build(source, target=GPUTarget("cuda", capability, 32), options=options).asm  # pyright: ignore
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -215,7 +215,7 @@ def test_a_cuda_graph_of_a_sampled_step_is_refused() -> None:
 
 @pytest.mark.parametrize("dim", [64, 128, 512])
 def test_adamw_counts_each_step_once(dim: int, path: str) -> None:
-    """A program that writes the count of a row while another warp of it still reads moves a row as in its second step."""
+    """A count that one warp writes while another still reads it moves a row as in its second step."""
     head = PartialFC(20_000, dim, objective=objectives.Softmax(scale=16.0), device=DEVICE)
     optimizer = RowAdamW(head, lr=0.01, weight_decay=0.0)
     before = head.centers.to_local().clone()

@@ -1,7 +1,9 @@
 """The head against the oracle, on 1, 2 and 3 real ranks; what it takes and refuses."""
 
+import copy
 import gc
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -168,6 +170,69 @@ def test_cosface_is_that_of_the_common_implementation() -> None:
     assert relative_error(results[0].loss, loss.detach()) < 1e-5
     assert relative_error(torch.cat([result.embedding_grad for result in results]) / 2, embeddings.grad) < 1e-5
     assert relative_error(torch.cat([result.row_grad for result in results]), centers.grad) < 1e-5
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+def test_autocast_around_it_and_labels_in_a_column_change_nothing(precision: torch.dtype, world_size: int) -> None:
+    for name, scale in (("cosface", 64.0), ("cosface", 100.0), ("p2sgrad", None)):
+        parameters = OBJECTIVES[name] | ({"scale": scale} if scale else {})
+        for rate, dtype in itertools.product((1.0, 0.3), (torch.float32, torch.float64)):
+            check(Case(name, parameters, sample_rate=rate, dtype=dtype, surroundings=precision), world_size)
+
+
+def test_it_works_in_inference_mode() -> None:
+    head = PartialFC(30, 8, objective=objectives.CosFace())
+    embeddings, labels = torch.randn(4, 8), torch.arange(4)
+    with torch.inference_mode():
+        assert torch.equal(head(embeddings, labels), head(embeddings.clone(), labels))
+
+
+def test_frozen_centers_keep_nothing() -> None:
+    head = PartialFC(30, 8, objective=objectives.CosFace(), sample_rate=0.5).requires_grad_(False)
+    embeddings = torch.randn(4, 8, requires_grad=True)
+    head(embeddings, torch.arange(4)).backward()
+    assert embeddings.grad is not None
+    assert embeddings.grad.norm() > 0
+    assert not head.row_gradients
+    assert head.gradient_scale.grad is None
+
+
+def test_a_gradient_of_its_gradient_is_refused() -> None:
+    head = PartialFC(30, 8, objective=objectives.CosFace())
+    embeddings = torch.randn(4, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match="without create_graph"):
+        torch.autograd.grad(head(embeddings, torch.arange(4)), embeddings, create_graph=True)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_begins_without_gradients(how: str) -> None:
+    head = PartialFC(30, 8, objective=objectives.CosFace(), sample_rate=0.5)
+    head(torch.randn(4, 8, requires_grad=True), torch.arange(4)).backward()
+    copied = copy.deepcopy(head) if how == "deepcopy" else pickle.loads(pickle.dumps(head))
+    assert not copied.row_gradients
+    RowSGD(copied, 0.1).step()
+    assert torch.equal(copied.weight, head.weight)
+    assert len(head.row_gradients) == 1, "the head itself keeps them"
+    copied(torch.randn(4, 8, requires_grad=True), torch.arange(4)).backward()
+
+
+def copied_on_a_rank() -> bool:
+    head = PartialFC(30, 8, objective=objectives.CosFace())
+    other = copy.deepcopy(head)
+    other(torch.randn(4, 8), torch.arange(4))
+    return other.exchange is head.exchange
+
+
+def test_a_copy_is_made_where_ranks_share_the_centers() -> None:
+    assert run_ranks(2, copied_on_a_rank) == [True, True]
+
+
+def test_centers_in_half_precision_are_refused() -> None:
+    head = PartialFC(30, 8, objective=objectives.CosFace())
+    with pytest.raises(ValueError, match=r"center_dtype must be float32 or float64, found torch\.bfloat16"):
+        head.to(torch.bfloat16)
+    assert head.double().weight.dtype == torch.float64
 
 
 def test_a_second_backward_is_refused() -> None:

@@ -160,6 +160,14 @@ def test_offsets_go_beyond_32_bits(tmp_path: Path) -> None:
     assert not weight[8:16].any()
 
 
+@pytest.mark.skipif(native.passes() is None, reason="nothing is compiled here")
+def test_a_processor_that_torch_calls_by_a_new_name_takes_the_plainest_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NO AVX")
+    loaded = native.passes.__wrapped__()
+    assert loaded is not None
+    assert "_v" not in Path(loaded._name).name.removeprefix("_native").split(".")[0]
+
+
 def test_a_file_compiled_from_an_older_text_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_VERSION", -1)
     assert native.passes.__wrapped__() is None

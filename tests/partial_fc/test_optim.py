@@ -1,5 +1,6 @@
 """The row optimizers against torch's own, row by row."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -130,6 +131,99 @@ def test_micro_batches_are_averaged(name: str) -> None:
     again.row_gradients[:] = [Given(touched, average[touched])]
     other.step()
     assert torch.allclose(head.weight, again.weight, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("cleared_by", ["the head", "an outer module", "an outer module, to zero", "its optimizer"])
+def test_gradients_that_were_cleared_are_not_applied(cleared_by: str) -> None:
+    """A module's zero_grad clears the gradients of parameters, and knows no row gradients."""
+    heads = []
+    for clear in (False, True):
+        head = make_head()
+        optimizer = RowSGD(head, 0.3)
+        outer = torch.nn.Sequential(head)
+        if clear:
+            embeddings, labels = batch(1)
+            head(embeddings.requires_grad_(), labels).backward()
+            cleared = {"the head": head, "its optimizer": optimizer}.get(cleared_by, outer)
+            cleared.zero_grad(set_to_none=cleared_by != "an outer module, to zero")
+            head.steps = 0
+        embeddings, labels = batch(2)
+        head(embeddings.requires_grad_(), labels).backward()
+        assert len(head.row_gradients) == 1
+        optimizer.step()
+        heads.append(head)
+    assert torch.equal(heads[0].weight, heads[1].weight)
+
+
+def test_gradients_are_applied_once() -> None:
+    """What a step leaves are gradients of centers that have moved since."""
+    head = make_head()
+    optimizer = RowSGD(head, 0.3)
+    embeddings, labels = batch(1)
+    head(embeddings.requires_grad_(), labels).backward()
+    optimizer.step()
+    left = head.weight.clone()
+    with pytest.raises(RuntimeError, match=r"call zero_grad\(\) after every step"):
+        optimizer.step()
+    assert torch.equal(head.weight, left)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert torch.equal(head.weight, left), "nothing to apply"
+
+
+def test_an_update_of_ones_own_is_taken() -> None:
+    """Not the compiled pass that the class it derives from has for another rule."""
+
+    class Flipped(RowSGD):
+        def update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
+            super().update(weight, -gradient, state)
+
+    moved = []
+    for kind in (RowSGD, Flipped):
+        head = make_head(dtype=torch.float32)
+        before = head.weight.detach().clone()
+        embeddings, labels = batch(1)
+        head(embeddings.requires_grad_(), labels).backward()
+        kind(head, 0.3).step()
+        moved.append(head.weight.detach() - before)
+    torch.testing.assert_close(moved[1], -moved[0])
+
+
+@pytest.mark.parametrize("form", ["transposed", "float64"])
+def test_gradients_from_elsewhere_may_lie_in_memory_as_they_like(form: str) -> None:
+    values = torch.randn(3, DIM, dtype=torch.float64)
+    given = values.T.contiguous().T.float() if form == "transposed" else values
+
+    class Raw(Given):
+        def raw_block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:
+            return self.values[start:stop]
+
+    head = make_head(dtype=torch.float32)
+    before = head.weight.detach().clone()
+    optimizer = RowSGD(head, 1.0)
+    head.row_gradients.append(Raw(torch.tensor([1, 5, 9]), given))
+    head.accumulated_scale = torch.ones(())
+    head.gradient_scale.grad = torch.ones(())
+    optimizer.step()
+    torch.testing.assert_close((before - head.weight.detach())[[1, 5, 9]], values.float())
+
+
+def test_a_copied_optimizer_steps_its_own_head() -> None:
+    head = make_head()
+    optimizer = RowSGD(head, 0.3, momentum=0.9)
+    for step in range(2):
+        embeddings, labels = batch(step)
+        head(embeddings.requires_grad_(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    other_head, other = copy.deepcopy((head, optimizer))
+    assert other.head is other_head
+    for one, its in ((head, optimizer), (other_head, other)):
+        embeddings, labels = batch(7)
+        one(embeddings.requires_grad_(), labels).backward()
+        its.step()
+    assert torch.equal(head.weight, other_head.weight)
+    assert head.weight.data_ptr() != other_head.weight.data_ptr()
 
 
 @pytest.mark.parametrize("name", ROW_OPTIMIZERS)

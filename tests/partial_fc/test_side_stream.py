@@ -89,6 +89,65 @@ def test_it_waits_for_all_where_something_came_after(calls: Calls, what: str) ->
     assert calls[1:3] == [("side", "wait for stream", "main"), ("side", "update")]
 
 
+@pytest.mark.parametrize("what", ["a loss without gradients", "optimizer state", "centers"])
+def test_it_waits_for_who_used_the_centers_since(calls: Calls, what: str) -> None:
+    head, optimizer = pieces()
+    backward(head)
+    if what == "optimizer state":
+        optimizer.state_dict()
+    elif what == "centers":
+        _ = head.centers
+    else:
+        with torch.no_grad():
+            head(torch.randn(4, 8), torch.arange(4))
+    optimizer.step()
+    assert ("side", "wait for stream", "main") in calls
+    assert ("side", "wait for event", "1") not in calls
+
+
+def test_memory_is_held_until_the_stream_that_it_goes_back_to_has_waited(calls: Calls) -> None:
+    head, optimizer = pieces()
+    backward(head)
+    optimizer.step()
+    optimizer.zero_grad()
+    stream = head.side_stream
+    assert stream is not None
+    with torch.cpu.stream(torch.cpu.Stream("third")):  # type: ignore[call-arg]
+        head.state_dict()
+        assert calls[-1][:2] == ("third", "wait for event")
+        assert stream._in_use
+    _ = head.centers
+    assert not stream._in_use
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "double", "pickle"])
+def test_a_copy_waits_for_the_update(calls: Calls, how: str) -> None:
+    head, optimizer = pieces()
+    backward(head)
+    optimizer.step()
+    calls.clear()
+    if how == "double":
+        head.double()
+    else:
+        head.__getstate__()
+    assert calls[0] == ("main", "wait for event", "2")
+
+
+def test_what_an_update_that_failed_had_begun_is_waited_for(calls: Calls) -> None:
+    head, optimizer = pieces()
+    backward(head)
+
+    def fail(_: list) -> None:
+        raise RuntimeError("out of memory")
+
+    optimizer._apply = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    assert calls[-1][:2] == ("side", "record")
+    with pytest.raises(RuntimeError, match="applied already"):
+        optimizer.step()
+
+
 def test_the_mark_is_that_of_the_last_pass(calls: Calls) -> None:
     head, optimizer = pieces()
     backward(head)
@@ -149,3 +208,4 @@ def test_a_gpus_streams_take_these_calls() -> None:
     inspect.signature(torch.accelerator.device_index).bind(0)
     inspect.signature(torch.cuda.get_device_properties).bind(torch.device("cuda", 0))
     inspect.signature(torch.cuda.get_device_capability).bind(torch.device("cuda", 0))
+    inspect.signature(torch.cuda.is_current_stream_capturing).bind()
