@@ -122,9 +122,9 @@ class PartialFC(nn.Module):
         """Of ``keep_bytes``, and what is kept now."""
         self.gradient_scale = nn.Parameter(torch.ones((), device=self.weight.device))
         """Its ``grad`` is the sum of what the losses were multiplied with before backward, NaN on every rank where a
-        gradient of any rank is not finite. Row optimizers divide by what GradScaler makes of it; so who clips gradients by
-        their norm leaves the head's parameters out. A float16 embedding's gradient is looked at in float32: what overflows
-        only in its own dtype shows in the backbone's gradients."""
+        gradient of any rank is not finite. Row optimizers divide by what GradScaler makes of it; so leave the head's
+        parameters out where you clip gradients by their norm. A float16 embedding's gradient is looked at in float32:
+        an overflow of its own dtype shows in the backbone's gradients alone."""
         self.steps = 0
         """Forward passes in training mode so far; the next sample is that of (seed, steps)."""
         self.row_gradients: list[RowGradient] = []
