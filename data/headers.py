@@ -7,6 +7,7 @@ ordinary error, see ``dali.undecodable``.)
 from __future__ import annotations
 
 import io
+import re
 import struct
 
 import numpy as np
@@ -15,11 +16,15 @@ from PIL import Image
 _SEGMENT = struct.Struct(">BBH")  # 0xFF, marker, length with its own two bytes
 _FRAME = struct.Struct(">HHB")  # height, width, components
 _CHUNK = struct.Struct(">I4s")  # length, type
+_RIFF_CHUNK = struct.Struct("<4sI")  # type, length
 _PNG_HEADER = struct.Struct(">IIBB")  # width, height, bits, colour type
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
-_DECODABLE = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "PPM", "TIFF", "JPEG2000")  # by Pillow's names
+_PNM_MAXIMUM = re.compile(rb"P[2356](?:\s+(?:#[^\n]*\n\s*)*(\d+)){3}")  # behind width and height
+_DECODABLE = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "PPM", "TIFF", "JPEG2000")  # by Pillow's names, as are
+_OTHER_MODES = {"PPM": ("F",), "TIFF": ("1", "LA", "I", "F"), "JPEG2000": ("LA",)}  # those that DALI does not know
 _SCAN = 0xDA
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 … SOF15; the others are tables
+MOST_PIXELS = 1 << 27  # as in plain.c: a few bytes can claim any number, and a decoder allocates what they claim
 
 
 def header_problem(image: np.ndarray) -> str | None:
@@ -42,7 +47,7 @@ def header_size(image: np.ndarray) -> tuple[int, int] | None:
     data = image.data
     if data[:8] == _PNG:
         width, height = struct.unpack_from(">II", data, 16)
-        return height, width
+        return None if width != height and _png_has_exif(data) else (height, width)
     if data[:3] != _JPEG:
         with Image.open(io.BytesIO(bytes(image))) as picture:
             return None if picture.getexif() and picture.height != picture.width else (picture.height, picture.width)
@@ -77,6 +82,8 @@ def _jpeg_problem(data: memoryview) -> str | None:
             height, width, components = _FRAME.unpack_from(data, at + 5)
             if not (height and width and components in (1, 3, 4)):
                 return "the JPEG frame has no pixels"
+            if height * width > MOST_PIXELS:
+                return _too_large(height, width)
             has_frame = True
         at += 2 + length
     return "the JPEG ends before its pixels"
@@ -92,10 +99,26 @@ def _png_problem(data: memoryview) -> str | None:
             width, height, depth, colour = _PNG_HEADER.unpack_from(data, at + 8)
             if not (width and height) or depth not in (1, 2, 4, 8, 16) or colour not in (0, 2, 3, 4, 6):
                 return "the PNG's header says nothing sensible"
+            if height * width > MOST_PIXELS:
+                return _too_large(height, width)
         if kind == b"IEND":
             return None if at + 12 <= len(data) else "the PNG is cut off"
         at += _CHUNK.size + length + 4
     return "the PNG is cut off"
+
+
+def _png_has_exif(data: memoryview) -> bool:
+    at = len(_PNG)
+    while at + _CHUNK.size <= len(data):
+        length, kind = _CHUNK.unpack_from(data, at)
+        if kind in (b"eXIf", b"IEND"):
+            return kind == b"eXIf"
+        at += _CHUNK.size + length + 4
+    return False
+
+
+def _too_large(height: int, width: int) -> str:
+    return f"its header claims {height}x{width} pixels, more than {MOST_PIXELS:,} in all"
 
 
 def pillow_problem(image: bytes | np.ndarray) -> str | None:
@@ -104,9 +127,37 @@ def pillow_problem(image: bytes | np.ndarray) -> str | None:
 
     try:
         with Image.open(io.BytesIO(bytes(image))) as picture:
-            picture.load()
             if picture.format not in _DECODABLE:
                 return f"DALI does not decode {picture.format}"
+            if picture.mode in _OTHER_MODES.get(picture.format, ()):
+                return f"DALI does not decode {picture.format} of mode {picture.mode}"
+            if picture.height * picture.width > MOST_PIXELS:
+                return _too_large(picture.height, picture.width)
+            picture.load()
+            if picture.format == "PPM":
+                return _pnm_problem(bytes(image))
+            if picture.format == "WEBP":
+                return _webp_problem(bytes(image))
     except Exception as error:  # a damaged file can raise nearly anything from within a decoder
         return why_unreadable(error)
+    return None
+
+
+def _pnm_problem(data: bytes) -> str | None:
+    """DALI takes the numbers as they are: with another maximum the picture would be too dark."""
+    found = _PNM_MAXIMUM.match(data)
+    if found is not None and int(found[1]) not in (255, 65535):
+        return f"DALI does not scale PGM and PPM of maximum {int(found[1])}, only of 255 and 65535"
+    return None
+
+
+def _webp_problem(data: bytes) -> str | None:
+    """DALI looks for EXIF data without skipping the padding of the chunks before, and refuses what it finds there."""
+    at, odd = 12, False
+    while at + _RIFF_CHUNK.size <= len(data):
+        kind, length = _RIFF_CHUNK.unpack_from(data, at)
+        if kind == b"EXIF" and odd:
+            return "DALI does not read a WebP whose EXIF data come after a chunk of odd length"
+        odd |= length % 2 == 1
+        at += _RIFF_CHUNK.size + length + length % 2
     return None

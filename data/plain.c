@@ -18,6 +18,7 @@
 #define FRAME 8 /* magic, length */
 #define LARGEST (1 << 24) /* bytes: a record that seems longer is not read ahead */
 #define HEAD 24 /* flag, label, id and its second half */
+#define MOST_PIXELS (1 << 27) /* as headers.py says */
 
 /* One .rec file with its index; plain.py has the same fields. */
 struct shard {
@@ -121,6 +122,8 @@ static int jpeg(const uint8_t *data, int64_t length, struct place *place)
             uint32_t height = big(data + at + 5, 2), width = big(data + at + 7, 2), components = data[at + 9];
             if (!height || !width || (components != 1 && components != 3 && components != 4))
                 return NO_IMAGE;
+            if ((int64_t)height * width > MOST_PIXELS)
+                return NO_IMAGE;
             place->height = height, place->width = width;
             has_frame = 1;
         }
@@ -132,6 +135,7 @@ static int jpeg(const uint8_t *data, int64_t length, struct place *place)
 /* As headers.py: chunk by chunk to the end. */
 static int png(const uint8_t *data, int64_t length, struct place *place)
 {
+    int has_exif = 0;
     for (int64_t at = 8; at + 8 <= length;) {
         const uint8_t *kind = data + at + 4;
         uint32_t bytes = big(data + at, 4);
@@ -140,15 +144,19 @@ static int png(const uint8_t *data, int64_t length, struct place *place)
                 return NO_IMAGE;
             uint8_t depth = data[at + 16], colour = data[at + 17];
             place->width = big(data + at + 8, 4), place->height = big(data + at + 12, 4);
-            if (!place->width || !place->height)
+            if (!place->width || !place->height || place->height > MOST_PIXELS / place->width)
                 return NO_IMAGE;
             if (depth != 1 && depth != 2 && depth != 4 && depth != 8 && depth != 16)
                 return NO_IMAGE;
             if (colour != 0 && colour != 2 && colour != 3 && colour != 4 && colour != 6)
                 return NO_IMAGE;
         }
-        if (!memcmp(kind, "IEND", 4))
+        has_exif |= !memcmp(kind, "eXIf", 4);
+        if (!memcmp(kind, "IEND", 4)) {
+            if (has_exif && place->height != place->width)
+                place->height = place->width = 0;
             return length >= at + 12 ? CLOSED : NO_IMAGE;
+        }
         at += 8 + (int64_t)bytes + 4;
     }
     return NO_IMAGE;

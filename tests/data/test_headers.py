@@ -62,6 +62,15 @@ def chunk(kind: bytes, data: bytes = b"") -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
+def claiming(image: np.ndarray, height: int, width: int) -> bytes:
+    """The PNG or JPEG with another size in its header."""
+    data = image.tobytes()
+    if data[:1] == b"\x89":
+        return data[:8] + chunk(b"IHDR", struct.pack(">II", width, height) + data[24:29]) + data[33:]
+    size = data.index(b"\xff\xc0") + 5
+    return data[:size] + struct.pack(">HH", height, width) + data[size + 4 :]
+
+
 STUBS = {
     "a zero": b"\0",
     "text": b"no image at all",
@@ -83,6 +92,8 @@ STUBS = {
     "PPM": b"P6 1 1 255\n",
     "TIFF": b"II*\0\x08\0\0\0\0\0\0\0\0\0",
     "JPEG 2000": b"\0\0\0\x0cjP  \r\n\x87\n",
+    "PNG: 60000 x 60000": claiming(encode(0, "PNG"), 60_000, 60_000),
+    "JPEG: 60000 x 60000": claiming(encode(0, "JPEG"), 60_000, 60_000),
 }
 
 
@@ -125,6 +136,9 @@ def test_the_compiled_pass_judges_headers_alike(tmp_path: Path) -> None:
     frame = jpeg.index(b"\xff\xc0")
     odd = [jpeg[:frame] + b"\xff\xff\xff" + jpeg[frame:]]  # fill bytes
     odd += [jpeg[: frame + 9] + bytes([components]) + jpeg[frame + 10 :] for components in (0, 2, 4, 5)]
+    odd += [claiming(image, *size) for image in good[:2] for size in ((8192, 16384), (16384, 8193), (60_000, 60_000))]
+    odd += [claiming(good[1], *size) for size in ((1, 1 << 27), ((1 << 27) + 1, 1), (1 << 31, 1 << 31))]
+    odd += [png[:33] + chunk(b"eXIf", b"II*\0\x08\0\0\0\0\0") + png[33:]]
     odd += [png[:8] + (14).to_bytes(4, "big") + png[12:], png[:24] + b"\3" + png[25:]]
     images += [np.frombuffer(image, dtype=np.uint8) for image in odd]
     dataset = pack(tmp_path, [image.tobytes() for image in images], identities=len(images))
@@ -142,6 +156,37 @@ def test_what_dali_does_not_decode_is_found() -> None:
     assert pillow_problem(encode(0, "BMP")) is None
     with pytest.raises(RuntimeError, match="image 2 cannot be decoded: DALI does not decode GIF"):
         list(decode_images([encode(0, "PNG"), encode(1, "JPEG"), encode(2, "GIF")], image_size=SIZE, batch_size=3))
+
+
+def gray(maximum: int, form: str = "P5") -> bytes:
+    return f"{form} {SIZE[1]} {SIZE[0]}\n# at most\n{maximum}\n".encode() + bytes(2 * SIZE[0] * SIZE[1])
+
+
+def test_inspection_and_training_agree_about_what_is_fit(tmp_path: Path) -> None:
+    smooth = Image.fromarray(picture(0, (4, 4))).resize(SIZE[::-1])
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    # A chunk of odd length is followed by a zero, where DALI looks for the EXIF data.
+    lossless = [encoded(Image.fromarray(picture(i)), "WEBP", lossless=True, exif=exif) for i in range(12)]
+    odd, even = ([image for image in lossless if image[34] % 2 == which] for which in (1, 0))
+    fit = [encoded(smooth, "WEBP", exif=exif), even[0], gray(255), gray(65535), encoded(smooth, "TIFF")]
+    unfit = [odd[0], gray(100), gray(4095), gray(31, "P6") + bytes(SIZE[0] * SIZE[1])]
+    unfit += [encoded(smooth.convert(mode), "TIFF") for mode in ("F", "I", "1", "LA")]
+    unfit += [encoded(smooth.convert("LA"), "JPEG2000"), encoded(smooth.convert("F"), "PPM")]
+    dataset = pack(tmp_path / "set", [*fit, *unfit], identities=len(fit + unfit))
+    named = {error.key for error in inspect_dataset(tmp_path / "set", workers=1).errors}
+    bad = {i for i in range(len(dataset)) if dataset.locate(i)[0].keys[dataset.locate(i)[1]] in named}
+    assert {dataset.label(i) for i in bad} == set(range(len(fit), len(fit + unfit)))
+    loader = TrainLoader(dataset, batch_size=len(dataset), image_size=SIZE, max_damaged=1.0)
+    next(loader)
+    assert loader.take_damage()[1].keys() == bad
+    loader.close()
+
+
+def encoded(image: Image.Image, form: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
 
 
 def corrupted(random: np.random.Generator, image: np.ndarray) -> np.ndarray:
@@ -181,7 +226,7 @@ def load_all(folder: Path) -> tuple[list[int], int]:
     """On a process of its own: the labels of an epoch, and how many samples were damaged."""
     dataset = RecordDataset.open(folder)
     loader = TrainLoader(dataset, batch_size=10, image_size=SIZE, max_damaged=1.0)
-    labels = [label for _ in range(len(dataset) // 10) for label in next(loader).labels.tolist()]
+    labels = [label for _ in range(-(-len(dataset) // 10)) for label in next(loader).labels.tolist()]
     _, met = loader.take_damage()
     loader.close()
     return labels, len(met)
