@@ -103,7 +103,9 @@ def test_other_sizes_are_scaled_to_cover_and_cropped_at_the_centre(dataset: Reco
 
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "BMP"])
-@pytest.mark.parametrize("odd", [(5, 5), (90, 70), SIZE[::-1], SIZE], ids=["smaller", "larger", "turned", "turned away"])
+@pytest.mark.parametrize(
+    "odd", [(5, 5), (90, 70), SIZE[::-1], SIZE], ids=["smaller", "larger", "turned", "turned away"]
+)
 def test_images_of_another_size_than_the_sets_are_scaled_too(
     odd: tuple[int, int], form: str, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
