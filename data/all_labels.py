@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _BLOCK = 1 << 18  # images swept at a time
 WORTH_CACHING = 1 << 14  # images
-_VERSION = 2  # of the cache's content
+_VERSION = 2  # of the cache's content; in its name, as the index's
 
 
 def load_labels(dataset: RecordDataset, progress: Progress | None = None) -> np.ndarray:
@@ -28,7 +28,7 @@ def load_labels(dataset: RecordDataset, progress: Progress | None = None) -> np.
     if len(dataset) < WORTH_CACHING:
         return _read_labels(dataset, progress)
     about, files = labels_origin(dataset)
-    place = cache_place(dataset.path, "labels")
+    place = cache_place(dataset.path, f"labels.{_VERSION}")
     return cached_arrays(place, about, files, lambda: [_read_labels(dataset, progress)])[0]
 
 
@@ -36,7 +36,7 @@ def labels_origin(dataset: RecordDataset) -> tuple[dict[str, Any], list[Path]]:
     """What the labels are made from, as ``cached_arrays`` takes it, and its files."""
     files = [shard.file.path for shard in dataset.shards]
     files += [path.with_suffix(".idx") for path in files]
-    about: dict[str, Any] = {"labels": dataset.told_classes, "encoding": dataset.label_encoding, "version": _VERSION}
+    about: dict[str, Any] = {"labels": dataset.told_classes, "encoding": dataset.label_encoding}
     about["files"] = [[path.name, *stamp(path)] for path in files]
     return about, files
 

@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 from uuid import uuid4
 
@@ -37,7 +38,7 @@ _SETTLED = 2.0  # seconds after which a file that changes again also gets anothe
 
 
 PATIENCE = 300.0
-"""Seconds to wait for another process that makes the arrays."""
+"""Seconds to wait for another process that makes the arrays, from its last sign of life on."""
 _POLL = 0.05  # seconds
 
 
@@ -72,7 +73,7 @@ def cached_arrays(
 
 @contextmanager
 def _turn(path: Path) -> Iterator[None]:
-    """Waits for a process that is making the cache of ``path`` already, for ``PATIENCE`` at most.
+    """Waits for a process that is making the cache of ``path`` already: while it touches the lock, and ``PATIENCE`` more.
 
     The first comes alone. Those that waited for it come together: where it could not keep its arrays, none would find
     another's. Where there are no locks, all come at once.
@@ -82,8 +83,10 @@ def _turn(path: Path) -> Iterator[None]:
         yield
         return
     place, descriptor = lock
-    waited, given_up, end = False, False, time.monotonic() + PATIENCE
+    waited, given_up, sign, end = False, False, None, 0.0
     while True:
+        if sign != (sign := os.fstat(descriptor).st_mtime_ns):
+            end = time.monotonic() + PATIENCE
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if waited:
@@ -95,13 +98,23 @@ def _turn(path: Path) -> Iterator[None]:
                 break
         waited = True
         time.sleep(_POLL)
+    done = Event()
+    if not (waited or given_up):
+        Thread(target=_show_life, args=(place, done), daemon=True).start()
     try:
         yield
     finally:
+        done.set()
         with suppress(OSError):  # it is gone, or somebody else's by now
             if not given_up and os.path.samestat(place.stat(), os.fstat(descriptor)):
                 place.unlink()
         os.close(descriptor)
+
+
+def _show_life(lock: Path, done: Event) -> None:
+    while not done.wait(PATIENCE / 10):
+        with suppress(OSError):
+            os.utime(lock)
 
 
 def _first_lock(path: Path) -> tuple[Path, int] | None:

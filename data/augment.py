@@ -41,12 +41,12 @@ class _Augmentation(BaseModel):
 
 
 class Crop(_Augmentation):
-    """A random part of the picture, scaled to its whole size."""
+    """A random part of the picture as it is shown without this, scaled to its whole size."""
 
     area: Range = [0.7, 1.0]
-    """Share of the picture's area."""
+    """Share of that area."""
     aspect: Range = [0.8, 1.25]
-    """Width by height of the part, relative to the picture's own; a part never reaches beyond the picture."""
+    """Width by height of the part, relative to the whole; a part never reaches beyond it."""
 
 
 class Colour(_Augmentation):

@@ -14,7 +14,7 @@ from .mixture import JointDataset
 from .order import Integers, Order, counter_hash, permuted
 
 _IDENTITY_STREAM, _IMAGE_STREAM = 32, 33
-_VERSION = 1  # of the cache's content
+_VERSION = 1  # of the cache's content; in its name, as the index's
 
 
 class Groups(NamedTuple):
@@ -47,8 +47,8 @@ def groups_of(dataset: RecordDataset | JointDataset) -> Groups:
         return group_by_identity(dataset.labels(damaged=-1))
     sets = dataset.sets if isinstance(dataset, JointDataset) else [dataset]
     origins = [labels_origin(part) for part in sets]
-    about = {"version": _VERSION, "sets": [about for about, _ in origins]}
-    name = "identities"
+    about = {"sets": [about for about, _ in origins]}
+    name = f"identities.{_VERSION}"
     if len(sets) > 1:  # with the first set, for each list of sets that it begins
         listed = os.fsencode("\0".join(str(part.path.resolve()) for part in sets))
         name += f"-{hashlib.sha256(listed).hexdigest()[:12]}"

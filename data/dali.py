@@ -64,10 +64,13 @@ def build_pipeline(
         images = fn.decoders.image(encoded, output_type=types.RGB, **decoding)
         if "crop" in given:
             if given["crop"]:
+                start, end = given["crop_start"], given["crop_end"]
+                if resize:
+                    start, end = _within_cover(images, start, end, fn, types, height, width)
                 images = fn.resize(
                     images,
-                    roi_start=given["crop_start"],
-                    roi_end=given["crop_end"],
+                    roi_start=start,
+                    roi_end=end,
                     roi_relative=True,
                     resize_x=width,
                     resize_y=height,
@@ -104,6 +107,18 @@ def build_pipeline(
 def _fitted(images: Any, fn: Any, height: int, width: int) -> Any:
     """Scaled to cover the size, keeping the proportions, and cropped at the centre."""
     return fn.crop(fn.resize(images, resize_x=width, resize_y=height, mode="not_smaller"), crop=(height, width))
+
+
+def _within_cover(images: Any, start: Any, end: Any, fn: Any, types: Any, height: int, width: int) -> Any:
+    """The corners of a part of what ``_fitted`` shows, as corners in the whole pictures; all are shares of the sides.
+
+    Else a picture of other proportions than height by width would be squeezed.
+    """
+    from nvidia.dali import math
+
+    sides = images.shape(dtype=types.FLOAT)[:2] / types.Constant([height, width], dtype=types.FLOAT)
+    shown = math.min(sides[0], sides[1]) / sides  # exactly 1 where the proportions are the same
+    return [(1 - shown) / 2 + shown * corner for corner in (start, end)]
 
 
 def _colour(images: Any, given: dict[str, Any], fn: Any, types: Any, height: int, width: int) -> Any:

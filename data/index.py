@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ _BLOCK = 1 << 26  # bytes of text parsed at a time: so many that malloc gives th
 _WORTH_CACHING = 1 << 16  # bytes of text: less is parsed as fast as a cache opens
 _LARGEST = (1 << 63) - 1
 _SEARCHED = 1 << 16  # offsets that are compared at a time
-_VERSION = 1  # of the cache's content
+_VERSION = 1  # of the cache's content; in its name, so that two versions of pfc do not replace each other's
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,8 @@ def load_index(rec: Path, idx: Path) -> tuple[Sequence[int] | np.ndarray, np.nda
         ) from None
     if small:
         return _evenly(*_sorted(*read_index(idx), idx))
-    cache = idx.with_name(f"{idx.name}.cache")
-    about: dict[str, Any] = {"index": idx.name, "version": _VERSION, "idx": stamp(idx), "rec": stamp(rec)}
+    cache = idx.with_name(f"{idx.name}.{_VERSION}.cache")
+    about: dict[str, Any] = {"index": idx.name, "idx": stamp(idx), "rec": stamp(rec)}
     spaced, keys, offsets = cached_arrays(cache, about, [idx, rec], partial(_index_arrays, idx))
     return range(*spaced.tolist()) if len(spaced) else keys, offsets
 
@@ -274,11 +275,15 @@ def _layout(whole: Shard) -> tuple[ImageRecord | None, int, int]:
 
 
 def _identities_start(whole: Shard) -> int:
-    """The position of the first of the identity records that end the shard; the number of records without any."""
-    at = len(whole.keys)
-    while at > 1 and _is_identity(whole, at - 1):
-        at -= 1
-    return at
+    """The position of the first of the identity records that end the shard; the number of records without any.
+
+    There may be millions: the steps back are doubled until they meet an image, and the last one is halved.
+    """
+    end, step = len(whole.keys), 1
+    while end - step >= 1 and _is_identity(whole, end - step):
+        step *= 2
+    places = range(max(1, end - step + 1), end - step // 2)
+    return places.start + bisect_left(places, True, key=partial(_is_identity, whole))
 
 
 def _is_identity(whole: Shard, position: int) -> bool:

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from .dataset import RecordDataset
+from .errors import UsageError
 from .index import Shard
 from .order import Integers, Order, Window, counter_hash
 
@@ -106,6 +107,9 @@ class MixedOrder(Order):
         weights: how many times an epoch goes through each set.
 
     Attributes: ``orders``; ``starts``, the first sample of each set, as the joint data set counts them.
+
+    Raises:
+        UsageError: an epoch would be too long, some 10⁹ positions.
     """
 
     def __init__(self, orders: Sequence[Order], weights: Sequence[float]) -> None:
@@ -116,6 +120,10 @@ class MixedOrder(Order):
         ]
         self.starts = np.cumsum([0] + [order.num_samples for order in orders])
         self.epoch_size = sum(self._shares)
+        if self.epoch_size * max(self._shares) > np.iinfo(np.int64).max:  # a product that ``_turns`` computes
+            raise UsageError(
+                f"data.train: by its weights an epoch would have {self.epoch_size:,} images: take smaller weights"
+            )
 
     def at(self, positions: Integers) -> Integers:
         positions = np.asarray(positions, dtype=np.int64)

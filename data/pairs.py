@@ -66,8 +66,12 @@ def read_pairs(path: str | Path) -> Pairs:
             f"{path} is not a verification set: {len(images)} images and {len(same)} flags, where every flag needs "
             "two images"
         )
+    encoded: dict[int, bytes] = {}  # each once, however often the pickle refers to it
+    for place, image in enumerate(images):
+        if id(image) not in encoded:
+            encoded[id(image)] = _image_bytes(path, place, image)
     return Pairs(
-        images=[_image_bytes(path, place, image) for place, image in enumerate(images)],
+        images=[encoded[id(image)] for image in images],
         same=np.array([_flag(path, place, flag) for place, flag in enumerate(same)], dtype=np.bool_),
         name=path.stem,
     )
@@ -145,9 +149,12 @@ def pairs_from_list(list_file: str | Path, root: str | Path) -> Pairs:
         raise UsageError(f"pairs list {list_file} does not exist")
     images: list[bytes] = []
     same: list[bool] = []
-    for number, line in enumerate(list_file.read_text(encoding="utf-8").splitlines(), start=1):
-        fields = line.strip().split("\t") if "\t" in line else line.split()
-        if not fields or (number == 1 and all(field.isdigit() for field in fields)):
+    # Names may hold any bytes, and spaces that are not ASCII's.
+    text = list_file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.strip(" \t\r")
+        fields = line.split("\t") if "\t" in line else [field for field in line.split(" ") if field]
+        if not line or (number == 1 and all(field.isdecimal() for field in fields)):
             continue
         where = f"{list_file}:{number}"
         path_a, path_b, flag = _parse_line(fields, root, where)
@@ -191,9 +198,9 @@ def _not_matching(identities: list[np.ndarray], number: int, generator: np.rando
 
 def _parse_line(fields: list[str], root: Path, where: str) -> tuple[Path, Path, bool]:
     match fields:
-        case [name, first, second] if first.isdigit() and second.isdigit():
+        case [name, first, second] if first.isdecimal() and second.isdecimal():
             return _lfw_path(root, name, first, where), _lfw_path(root, name, second, where), True
-        case [name, first, other, second] if first.isdigit() and second.isdigit():
+        case [name, first, other, second] if first.isdecimal() and second.isdecimal():
             return _lfw_path(root, name, first, where), _lfw_path(root, other, second, where), False
         case [path_a, path_b, ("0" | "1") as flag]:
             return root / path_a, root / path_b, flag == "1"

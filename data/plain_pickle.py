@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+_OPCODES = {opcode.code.encode("latin1"): opcode for opcode in pickletools.opcodes}
+
 
 class RefusedError(Exception):
     """A pickle asks for something that is not plain data; the message names it."""
@@ -20,10 +22,13 @@ def load_plain(data: bytes) -> Any:
 
     Raises RefusedError where the pickle asks for anything else, and whatever pickle raises where it is damaged.
     """
-    for opcode, argument, _ in pickletools.genops(data):  # which allocates nothing that the data do not hold
+    file = io.BytesIO(data)
+    while (opcode := _OPCODES.get(file.read(1))) is not None and opcode.name != "STOP":
+        # Allocates nothing that the data do not hold. pickletools' own reader takes no string of Python 2 that is not ASCII.
+        argument = file.readline() if opcode.name == "STRING" else opcode.arg and opcode.arg.reader(file)
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(data):
             raise RefusedError(f"a table of {argument} entries")
-    return _finished(_PlainUnpickler(io.BytesIO(data), encoding="bytes").load())
+    return _finished(_PlainUnpickler(data).load(), {})
 
 
 class _Dtype:
@@ -44,13 +49,12 @@ class _Array:
     """Stands in for a numpy.ndarray until its content is there."""
 
     def __init__(self, *_: object) -> None:
-        self.array: np.ndarray = np.empty(0, dtype=np.uint8)
+        self.array: np.ndarray | list[Any] = []
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, content = state
         if dtype.dtype.kind == "O":
-            self.array = np.empty(len(content), dtype=object)
-            self.array[:] = content
+            self.array = list(content)  # numpy would look into it for more dimensions, and may find any number
         else:
             self.array = _buffer(content, dtype, shape, "F" if fortran else "C")
 
@@ -63,26 +67,21 @@ def _scalar(dtype: _Dtype, content: bytes) -> Any:
     return np.frombuffer(content, dtype=dtype.dtype)[0]
 
 
-def _bytes(text: str | bytes = b"", *_: object) -> bytes:
-    return text.encode("latin1") if isinstance(text, str) else text  # bytes in protocols up to 2
-
-
-def _finished(value: Any) -> Any:
-    """The value with arrays where stand-ins are."""
+def _finished(value: Any, seen: dict[int, Any]) -> Any:
+    """The value with arrays where stand-ins are; each list once, however often a pickle refers to it (``seen``)."""
     if isinstance(value, _Array):
-        return _finished(value.array.tolist()) if value.array.dtype == object else value.array
-    if isinstance(value, list | tuple):
-        return type(value)(_finished(part) for part in value)
-    return value
+        value = value.array
+    if not isinstance(value, list | tuple):
+        return value
+    if id(value) not in seen:
+        seen[id(value)] = type(value)(_finished(part, seen) for part in value)
+    return seen[id(value)]
 
 
 def _plain_names() -> dict[tuple[str, str], Callable[..., Any]]:
     names: dict[tuple[str, str], Callable[..., Any]] = {
         ("numpy", "ndarray"): _Array,
         ("numpy", "dtype"): _Dtype,
-        ("_codecs", "encode"): _bytes,
-        ("__builtin__", "bytes"): _bytes,
-        ("builtins", "bytes"): _bytes,
     }
     for core in ("numpy.core", "numpy._core"):  # NumPy 1 and NumPy 2
         names[f"{core}.multiarray", "_reconstruct"] = _Array
@@ -108,7 +107,20 @@ class _PlainUnpickler(pickle.Unpickler):
 
     _names = _plain_names()
 
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="bytes")
+        self._left = len(data)
+
+    def _new_bytes(self, text: str | bytes = b"", *_: object) -> bytes:
+        """How protocols up to 2 write bytes. A pickle may refer to a text again and again, each time for new bytes."""
+        self._left -= len(text)
+        if self._left < 0:
+            raise RefusedError("more bytes than it holds")
+        return text.encode("latin1") if isinstance(text, str) else text
+
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in (("_codecs", "encode"), ("__builtin__", "bytes"), ("builtins", "bytes")):
+            return _Callable(self._new_bytes)
         try:
             return _Callable(self._names[module, name])
         except KeyError:

@@ -3,12 +3,13 @@
 import errno
 import fcntl
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pfc.data import array_cache
+from pfc.data import all_labels, array_cache, balanced, index
 from pfc.data.array_cache import cached_arrays, store_arrays
 from pfc.data.balanced import BalancedOrder, group_by_identity, groups_of
 from pfc.data.dataset import RecordDataset
@@ -131,3 +132,40 @@ def test_the_groups_of_a_set_that_changed_are_made_anew(tmp_path: Path) -> None:
     grow_old(folder)
     assert len(before.counts) == 7
     assert len(groups_of(RecordDataset.open(folder)).counts) == 5
+
+
+def test_who_makes_arrays_for_long_is_waited_for_while_it_shows_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(array_cache, "PATIENCE", 0.4)
+    made: list[int] = []
+
+    def make() -> list[np.ndarray]:
+        made.append(len(made))
+        time.sleep(0.9)
+        return [np.arange(1000)]
+
+    def take() -> None:
+        cached_arrays(tmp_path / "a.cache", ABOUT, [], make)
+
+    threads = [threading.Thread(target=take) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [0]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.cache"]
+
+
+def test_versions_of_the_content_keep_caches_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "a")
+    groups_of(RecordDataset.open(folder))
+    before = {path.name: path.stat().st_ino for path in folder.iterdir()}
+    with monkeypatch.context() as later:
+        for module in (index, all_labels, balanced):
+            later.setattr(module, "_VERSION", 99)
+        groups_of(RecordDataset.open(folder))
+    groups_of(RecordDataset.open(folder))
+    after = {path.name: path.stat().st_ino for path in folder.iterdir()}
+    assert before.items() <= after.items()
+    assert len(after) == len(before) + 3

@@ -164,3 +164,14 @@ def test_a_data_set_of_one_image_can_be_augmented(tmp_path: Path) -> None:
     dataset = pack(tmp_path / "one", [encode(picture(0))], identities=1, shards=1)
     images, _ = collect(dataset, 2, 3, augment=ALL)
     assert images.shape == (6, 3, *SIZE)
+
+
+def test_a_crop_keeps_the_proportions_of_an_image_of_another_shape(tmp_path: Path) -> None:
+    for name, shape in (("wide", (40, 80)), ("high", (80, 40))):
+        centre = np.zeros((*shape, 3), dtype=np.uint8)
+        top, left = (shape[0] - 40) // 2, (shape[1] - 40) // 2
+        centre[top : top + 40, left : left + 40] = 255
+        dataset = pack(tmp_path / name, [encode(centre)] * 10)
+        loader = TrainLoader(dataset, batch_size=10, image_size=(20, 20), augment=only("crop", area=[0.5, 1.0]))
+        assert next(loader).images[..., 1:-1, 1:-1].min() > 0.99, "only the centre is seen, as without the crop"
+        loader.close()

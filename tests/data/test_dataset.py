@@ -10,7 +10,7 @@ import pytest
 from pfc.data.dataset import RecordDataset
 from pfc.data.errors import DamagedRecord, UsageError
 from pfc.data.labels import decode_label, encode_label, encoding_for
-from pfc.data.recordio import RecordWriter, pack_image
+from pfc.data.recordio import RecordFile, RecordWriter, pack_image
 from pfc.data.shards import ShardedWriter
 from tests.data.written import image, write_im2rec, write_insightface, write_packed
 
@@ -88,6 +88,27 @@ def test_header_count_beyond_float32_finds_the_first_identity_record(tmp_path: P
             writer.write(key, pack_image([1.0, 2.0], b""))
     ds = RecordDataset.open(tmp_path)
     assert (len(ds), ds.shards[0].identity_records, ds.num_classes) == (5, 4, 4)
+
+
+def test_few_of_many_identity_records_are_read_to_find_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[int] = []
+    read = RecordFile.read
+    monkeypatch.setattr(RecordFile, "read", lambda file, at, **others: reads.append(at) or read(file, at, **others))
+    for images, identities in ((1, 700), (300, 1), (300, 255), (300, 256), (300, 257), (2, 0)):
+        stop = 2**24 + images  # float32 may round it
+        rec = tmp_path / f"{identities}.rec"
+        with RecordWriter(rec) as writer:
+            writer.write(0, pack_image([float(stop), float(stop + identities)], b""))
+            for key in range(stop - images, stop):
+                writer.write(key, pack_image(0.0, b"x"))
+            for key in range(stop, stop + identities):
+                writer.write(key, pack_image([1.0, 2.0], b""))
+        reads.clear()
+        ds = RecordDataset.open(rec)
+        assert (len(ds), ds.shards[0].identity_records) == (images, identities)
+        assert len(reads) < 80
 
 
 @pytest.mark.parametrize("label", [0, 1, 2**24 - 1, 2**24, 2**24 + 1, 2**25 + 1, 2**31 - 1, 2**31])

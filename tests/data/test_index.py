@@ -78,7 +78,7 @@ def mapped(array: np.ndarray) -> bool:
 def test_the_cache_gives_what_the_text_says(home: Path, tmp_path: Path, keys: list[int] | range) -> None:
     folder = write(tmp_path / "s", keys)
     check(folder, keys)
-    assert sorted(path.name for path in folder.iterdir()) == ["a.idx", "a.idx.cache", "a.rec", "labels.cache"]
+    assert sorted(path.name for path in folder.iterdir()) == ["a.idx", "a.idx.1.cache", "a.rec", "labels.2.cache"]
     (folder / "a.idx").chmod(0)  # nothing but the cache can tell now
     check(folder, keys)
     assert not home.exists()
@@ -87,7 +87,7 @@ def test_the_cache_gives_what_the_text_says(home: Path, tmp_path: Path, keys: li
 def test_a_record_costs_16_bytes_at_most_and_nothing_of_them_is_private(home: Path, tmp_path: Path) -> None:
     folder = write(tmp_path / "s", np.random.default_rng(0).permutation(5 * RECORDS)[:RECORDS].tolist())
     RecordDataset.open(folder).labels()
-    sizes = [(folder / name).stat().st_size for name in ("a.idx.cache", "labels.cache")]
+    sizes = [(folder / name).stat().st_size for name in ("a.idx.1.cache", "labels.2.cache")]
     assert sum(sizes) <= 16 * RECORDS + 2048
     ds = RecordDataset.open(folder)
     keys, offsets = ds.shards[0].keys, ds.shards[0].offsets
@@ -118,14 +118,14 @@ def test_opening_a_million_records_takes_no_memory_of_its_own(tmp_path: Path) ->
     count, peak = map(int, out.stdout.split())
     assert count == records
     assert peak < records / 4  # bytes: no array of one byte a record, not even for a moment
-    assert (tmp_path / "a.idx.cache").stat().st_size < 8 * records + 1024
+    assert (tmp_path / "a.idx.1.cache").stat().st_size < 8 * records + 1024
 
 
 @pytest.mark.parametrize("name", ["a.idx", "a.rec"])
 def test_a_changed_file_makes_the_cache_anew(home: Path, tmp_path: Path, name: str) -> None:
     folder = write(tmp_path / "s")
     check(folder)
-    before = (folder / "a.idx.cache").stat().st_ino
+    before = (folder / "a.idx.1.cache").stat().st_ino
     if name == "a.idx":
         lines = (folder / name).read_text().splitlines(keepends=True)
         lines[5], lines[6] = "5\t" + lines[6].split("\t")[1], "6\t" + lines[5].split("\t")[1]
@@ -136,7 +136,7 @@ def test_a_changed_file_makes_the_cache_anew(home: Path, tmp_path: Path, name: s
         (folder / name).write_bytes(stored)
     os.utime(folder / name, ns=(0, 10**18 + 1))
     ds = RecordDataset.open(folder)
-    assert (folder / "a.idx.cache").stat().st_ino != before
+    assert (folder / "a.idx.1.cache").stat().st_ino != before
     if name == "a.idx":
         with pytest.raises(DamagedRecord, match=r"key 5 .* says that it is key 6"):
             ds.read(5)
@@ -152,7 +152,7 @@ def test_a_file_that_has_just_been_written_is_not_cached(home: Path, tmp_path: P
     assert sorted(path.name for path in folder.iterdir()) == ["a.idx", "a.rec"]
 
 
-@pytest.mark.parametrize("name", ["a.idx.cache", "labels.cache"])
+@pytest.mark.parametrize("name", ["a.idx.1.cache", "labels.2.cache"])
 def test_a_damaged_cache_is_never_believed(home: Path, tmp_path: Path, name: str) -> None:
     folder = write(tmp_path / "s")
     check(folder)
@@ -163,8 +163,8 @@ def test_a_damaged_cache_is_never_believed(home: Path, tmp_path: Path, name: str
     damaged += [b"", good[:7], good[:40], good[: len(good) // 2], good[:-1], good + b"\0", b"x" * 1000]
     for stored in damaged:
         (folder / name).write_bytes(stored)
-        load = _index if name == "a.idx.cache" else _labels
-        assert load(folder) == ([5, 6, 7, 8] if name == "a.idx.cache" else [5, 6, 0, 1])
+        load = _index if name == "a.idx.1.cache" else _labels
+        assert load(folder) == ([5, 6, 7, 8] if name == "a.idx.1.cache" else [5, 6, 0, 1])
         assert (folder / name).read_bytes() == good
 
 
@@ -180,7 +180,7 @@ def test_a_folder_that_cannot_be_written_has_its_cache_with_the_user(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write(tmp_path / "s")
-    for name in ("a.idx.cache", "labels.cache"):
+    for name in ("a.idx.1.cache", "labels.2.cache"):
         (folder / name).mkdir()  # in the way, for root too
     check(folder)
     assert len(list(home.iterdir())) == 2

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pfc.data.dataset import RecordDataset
+from pfc.data.errors import UsageError
 from pfc.data.mixture import JointDataset, MixedOrder
 from pfc.data.order import BlockOrder, SampleOrder
 from pfc.data.pipeline import TrainLoader
@@ -68,3 +69,13 @@ def test_epochs_are_counted_in_joint_ones(folders: list[Path]) -> None:
     assert loader.epoch == pytest.approx(10 / 73)
     assert loader.batches_until(2) == 14
     loader.close()
+
+
+def test_the_turns_of_long_epochs_are_exact_and_too_long_ones_are_refused() -> None:
+    order = MixedOrder([SampleOrder(3_000_000_000, 0), SampleOrder(20, 0)], [1, 1])
+    last = order.epoch_size - 1
+    assert 0 <= order.at(np.array([last]))[0] < last + 1
+    assert order.visits(np.array([last, last + 1])).tolist() == [0, 1]
+    for weights in ([2, 1], [1, 1e10]):
+        with pytest.raises(UsageError, match="take smaller weights"):
+            MixedOrder([SampleOrder(3_000_000_000, 0), SampleOrder(20, 0)], weights)

@@ -90,6 +90,8 @@ def test_sets_pickled_by_python_2(tmp_path: Path) -> None:
     pairs = read_pairs(tmp_path / "old.bin")
     assert pairs.images == [b"\xff\xd8 one", b"\x07\xff"]
     assert pairs.same.tolist() == [True]
+    (tmp_path / "text.bin").write_bytes(b"((lp0\nS'\\xff\\xd8 one'\np1\naS'\\x07'\np2\na(lp3\nI01\nat.")
+    assert read_pairs(tmp_path / "text.bin").images == [b"\xff\xd8 one", b"\x07"]
 
 
 class Attack:
@@ -114,7 +116,21 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, protocol: int, 
 
 ARRAY = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n(I0\ntS'b'\n\x87R"
 OBJECTS = b"cnumpy\ndtype\n(S'O8'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI%d\ntb"
+
+
+def nested(levels: int) -> object:
+    """A few hundred bytes of pickle that stand for 10^levels entries."""
+    return [nested(levels - 1)] * 10 if levels else [b"x"]
+
+
 HOSTILE = {
+    "lists of the same lists": pickle.dumps((nested(30), [True] * 5)),
+    "objects that are lists of the same lists": ARRAY
+    + b"(I1\n(I10\nt%bI00\n%btb." % (OBJECTS % 63, pickle.dumps(nested(30), protocol=0)[:-1]),
+    "deep lists": b"\x80\x02" + b"]" * 5000 + b"a" * 4999 + b".",
+    "the same text as bytes again": b"\x80\x02c_codecs\nencode\nq\x01(X\xff\x00\x00\x00%bq\x00" % (b"x" * 255)
+    + b"h\x01h\x00\x85R" * 200
+    + b"l\x88\x85\x86.",
     "objects from bytes": ARRAY + b"(I1\n(I1\nt" + OBJECTS % 0 + b"I00\nS'AAAAAAAA'\ntb.",
     "more objects than there are": ARRAY + b"(I1\n(I1099511627776\nt" + OBJECTS % 63 + b"I00\n]tb.",
     "a huge array": ARRAY + b"(I1\n(I1099511627776\ntcnumpy\ndtype\n(S'u1'\nI0\nI1\ntRI00\nS''\ntb.",
@@ -138,6 +154,7 @@ def test_plain_names_are_no_way_around(tmp_path: Path, kind: str) -> None:
     assert "\n" not in str(caught.value)
     assert ("a table of 2147483647 entries" in str(caught.value)) == (kind == "a huge table")  # refused unread
     assert ("numpy arrays of |V8" in str(caught.value)) == (kind == "raw memory")
+    assert ("asks for more bytes than it holds" in str(caught.value)) == (kind == "the same text as bytes again")
     assert load_plain(pickle.dumps(b"", protocol=2)) == b""
     test_a_set_comes_back_as_it_was_written(_new(tmp_path))  # and what was tried leaves no trace
 
@@ -145,6 +162,15 @@ def test_plain_names_are_no_way_around(tmp_path: Path, kind: str) -> None:
 def _new(tmp_path: Path) -> Path:
     (tmp_path / "new").mkdir()
     return tmp_path / "new"
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_an_image_that_comes_often_is_in_memory_once(tmp_path: Path, protocol: int) -> None:
+    image = np.arange(100, dtype=np.uint8)
+    pairs = read_pairs(write_bin(tmp_path / "set.bin", ([image] * 600, [True] * 300), protocol))
+    assert len(pairs.images) == 600
+    assert {id(encoded) for encoded in pairs.images} == {id(pairs.images[0])}
+    assert pairs.images[0] == image.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -248,6 +274,20 @@ def test_a_list_of_paths(tmp_path: Path) -> None:
     assert pairs.images == [a, b, a, c]
     assert pairs.same.tolist() == [True, False]
     assert pairs.name == "mine"
+
+
+def test_names_in_a_list_may_be_any(tmp_path: Path) -> None:
+    names = [b"a.jpg", "zwei\u2028zeilen.jpg".encode(), "no\u00a0break.jpg".encode(), b"latin\xe9.jpg", "²".encode()]
+    images = [jpeg(tmp_path / "a" / f"{place}.png") for place in range(len(names))]
+    for name, image in zip(names, images, strict=True):
+        (image.parent / os.fsdecode(name)).write_bytes(image.read_bytes())
+    lines = [b"%b %b 1\r\n" % (names[0], name) for name in names]
+    listed = tmp_path / "mine.txt"
+    listed.write_bytes(b"\xef\xbb\xbf" + b"".join(lines))
+    assert len(pairs_from_list(listed, tmp_path / "a").same) == len(names)
+    listed.write_bytes(lines[0] + b"a.jpg \xe9.jpg 0\n")
+    with pytest.raises(UsageError, match=r"mine.txt:2: there is no image"):
+        pairs_from_list(listed, tmp_path / "a")
 
 
 def test_the_format_of_lfw(tmp_path: Path) -> None:
