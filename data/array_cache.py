@@ -73,7 +73,7 @@ def cached_arrays(
 
 @contextmanager
 def _turn(path: Path) -> Iterator[None]:
-    """Waits for a process that is making the cache of ``path`` already: while it touches the lock, and ``PATIENCE`` more.
+    """Waits for a process that is making the cache of ``path``, until it has not touched the lock for ``PATIENCE``.
 
     The first comes alone. Those that waited for it come together: where it could not keep its arrays, none would find
     another's. Where there are no locks, all come at once.

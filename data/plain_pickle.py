@@ -24,7 +24,7 @@ def load_plain(data: bytes) -> Any:
     """
     file = io.BytesIO(data)
     while (opcode := _OPCODES.get(file.read(1))) is not None and opcode.name != "STOP":
-        # Allocates nothing that the data do not hold. pickletools' own reader takes no string of Python 2 that is not ASCII.
+        # Nothing that the data do not hold is allocated. pickletools takes strings of Python 2 only in ASCII.
         argument = file.readline() if opcode.name == "STRING" else opcode.arg and opcode.arg.reader(file)
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(data):
             raise RefusedError(f"a table of {argument} entries")
