@@ -240,12 +240,20 @@ class TrainLoader:
         for slice in self._pending:
             bad = undecodable(slice.images, self._decoder)
             for place in bad:
-                self._reader.mark(int(slice.samples[place]), pillow_problem(slice.images[place]) or REFUSED)
+                self._mark(int(slice.samples[place]), slice.images[place])
             if bad:
+                # Else each one that is no better would cost a round of its own.
+                for sample, image in self._reader.substitutes(slice, bad[0]):
+                    if not undecodable([image], self._decoder):
+                        break
+                    self._mark(sample, image)
                 self._begin_again()
                 return
         self.close()
         raise RuntimeError(f"data set {self._dataset.name!r}: DALI could not make a batch: {error}") from error
+
+    def _mark(self, sample: int, image: NDArray[np.uint8]) -> None:
+        self._reader.mark(sample, pillow_problem(image) or REFUSED)
 
     def _begin_again(self) -> None:
         """A new pipeline, from the first batch on that has not come back from the old one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -92,6 +92,11 @@ class SliceReader:
         shard, position = self._dataset.locate(sample)
         self._undecodable[sample] = shard.error(position, f"its image cannot be decoded: {problem}")
 
+    def substitutes(self, slice: Slice, place: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """The samples, and their images, that may stand in this place of the slice if those before them are damaged."""
+        for _, sample, image in self._candidates(slice.start + self._rank * self._batch_size + place):
+            yield sample, image
+
     def read(self) -> Slice:
         """The next slice. UsageError where no good sample can be found."""
         while len(self._planned) <= self._ahead:
@@ -152,8 +157,13 @@ class SliceReader:
 
     def _substitute(self, position: int, damaged: DamagedRecord) -> Integers:
         """The position, int64 [1], whose sample takes the place of the damaged one of ``position``."""
+        for other, _, _ in self._candidates(position):
+            return other
+        raise too_many(self._dataset.name, f"{_ATTEMPTS:,} images in a row", damaged)
+
+    def _candidates(self, position: int) -> Iterator[tuple[Integers, int, NDArray[np.uint8]]]:
         for attempt in range(1, _ATTEMPTS + 1):
             other = np.asarray([self._order.substitute(position, attempt)])
-            if not isinstance(self._try(int(self._order.at(other)[0])), DamagedRecord):
-                return other
-        raise too_many(self._dataset.name, f"{_ATTEMPTS:,} images in a row", damaged)
+            sample = int(self._order.at(other)[0])
+            if not isinstance(found := self._try(sample), DamagedRecord):
+                yield other, sample, found[1]

@@ -1,11 +1,14 @@
 """Damaged records in training: replaced alike at any world size, counted, and too many end the run."""
 
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from pfc.data import pipeline, slices
 from pfc.data.balanced import BalancedOrder, group_by_identity
 from pfc.data.damage import WINDOW
 from pfc.data.dataset import RecordDataset
@@ -90,6 +93,28 @@ def test_damaged_samples_are_replaced_by_the_next_good_ones(damaged: tuple[Recor
         assert wrong[sample] in record.reason
         shard, position = dataset.locate(sample)
         assert (record.shard, record.key) == (shard.file.path, int(shard.keys[position]))
+
+
+def test_where_nothing_can_be_decoded_the_run_ends_and_each_image_is_tried_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slices, "_ATTEMPTS", 20)
+    tried: list[int] = []
+
+    def undecodable(images: Sequence[np.ndarray], device: torch.device) -> list[int]:
+        tried.append(len(images))
+        return pipeline_undecodable(images, device)
+
+    pipeline_undecodable = pipeline.undecodable
+    monkeypatch.setattr(pipeline, "undecodable", undecodable)
+    png = encode(picture(0))
+    pixels = png.index(b"IDAT") + 4
+    image = png[:pixels] + bytes(len(png) - pixels - 12) + png[-12:]
+    loader = TrainLoader(pack(tmp_path / "set", [image] * 40), batch_size=8, image_size=SIZE)
+    with pytest.raises(UsageError, match="20 images in a row are damaged"):
+        next(loader)
+    loader.close()
+    assert sum(tried) <= 8 + 20
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
