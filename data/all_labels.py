@@ -67,20 +67,27 @@ def _sweep(dataset: RecordDataset, shard: Shard, first: int, stop: int) -> np.nd
     places = slice(shard.first + first, shard.first + stop)
     labels = np.full(stop - first, -1, dtype=np.int64)
     known = np.zeros(stop - first, dtype=bool)
-    if dataset.label_encoding == "float32":
-        # A record in one piece (cflag 0) with one label (flag 0) keeps it in its fourth 32-bit word, its id behind.
-        offsets, keys = shard.offsets[places], np.asarray(shard.keys[places], dtype=np.int64)
-        words = shard.file.bytes[: shard.file.size // 4 * 4].view("<u4")
-        fits = np.flatnonzero((offsets % 4 == 0) & (offsets >= 0) & (offsets + 32 <= shard.file.size))
-        at = offsets[fits] // 4
-        stored = words[at + 3].view("<f4")
-        whole = (words[at] == MAGIC) & (words[at + 1] >> 29 == 0) & (words[at + 1] >= 24) & (words[at + 2] == 0)
-        if shard.ids_are_keys:
-            whole &= (words[at + 4] == keys[fits] & 0xFFFFFFFF) & (words[at + 5] == keys[fits] >> 32)
-        below = FLOAT32_EXACT if dataset.told_classes is None else min(dataset.told_classes, FLOAT32_EXACT)
-        plain = whole & (stored >= 0) & (stored == np.floor(stored)) & (stored < below)
-        labels[fits[plain]] = stored[plain]
-        known[fits[plain]] = True
+    # A record in one piece (cflag 0) with one label (flag 0) keeps it in its fourth 32-bit word, its id behind; two
+    # labels (flag 2) follow the id.
+    two = dataset.label_encoding == "float32x2"
+    least = 40 if two else 32  # bytes, with the frame
+    offsets, keys = shard.offsets[places], np.asarray(shard.keys[places], dtype=np.int64)
+    words = shard.file.bytes[: shard.file.size // 4 * 4].view("<u4")
+    fits = np.flatnonzero((offsets % 4 == 0) & (offsets >= 0) & (offsets + least <= shard.file.size))
+    at = offsets[fits] // 4
+    plain = (words[at] == MAGIC) & (words[at + 1] >> 29 == 0) & (words[at + 1] >= least - 8)
+    plain &= words[at + 2] == (2 if two else 0)
+    if shard.ids_are_keys:
+        plain &= (words[at + 4] == keys[fits] & 0xFFFFFFFF) & (words[at + 5] == keys[fits] >> 32)
+    parts = [words[at + word].view("<f4") for word in ((8, 9) if two else (3,))]
+    for part in parts:
+        plain &= (part >= 0) & (part == np.floor(part)) & (part < FLOAT32_EXACT)
+    stored = np.zeros(np.count_nonzero(plain), dtype=np.int64)
+    for part in parts:
+        stored = stored * FLOAT32_EXACT + part[plain].astype(np.int64)
+    inside = stored < (np.iinfo(np.int64).max if dataset.told_classes is None else dataset.told_classes)
+    labels[fits[plain][inside]] = stored[inside]
+    known[fits[plain][inside]] = True
     for image in np.flatnonzero(~known):
         position = shard.first + first + int(image)
         with suppress(DamagedRecord):

@@ -90,6 +90,30 @@ def test_header_count_beyond_float32_finds_the_first_identity_record(tmp_path: P
     assert (len(ds), ds.shards[0].identity_records, ds.num_classes) == (5, 4, 4)
 
 
+def test_labels_in_two_numbers_are_read_together_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = [0, 1, 2**24 - 1, 2**24, 2**24 + 1, 2**31 - 1, 2**31, 5]
+    with ShardedWriter(tmp_path / "big", identities=2**31 + 1, image_size=None, source="test", shards=2) as writer:
+        for label in labels:
+            writer.write(label, b"picture")
+    ds = RecordDataset.open(tmp_path / "big")
+    expected = [ds.label(i) for i in range(len(labels))]
+    assert sorted(expected) == sorted(labels)
+    rec = ds.shards[1].file.path
+    stored = bytearray(rec.read_bytes())
+    for place, value in ((0, 0.5), (1, float("nan")), (2, 2.0**24), (3, 300.0)):  # no labels of this data set
+        at = int(ds.shards[1].offsets[place]) + 32
+        stored[at : at + 4] = np.float32(value).tobytes()
+    rec.unlink()
+    rec.write_bytes(stored)
+    odd: list[int] = []
+    decode = RecordDataset.decode_label
+    monkeypatch.setattr(
+        RecordDataset, "decode_label", lambda self, record, *at: odd.append(record.id) or decode(self, record, *at)
+    )
+    assert RecordDataset.open(tmp_path / "big").labels(damaged=-1).tolist() == [*expected[:4], -1, -1, -1, -1]
+    assert len(odd) == 4, "the others are read without a look at each"
+
+
 def test_few_of_many_identity_records_are_read_to_find_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
