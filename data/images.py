@@ -58,7 +58,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def why_unreadable(error: Exception) -> str:
-    """One line that says what Pillow's ``error`` about an image means."""
+    """One line that says what Pillow's ``error`` about an image means; where it is not about the image, but the machine
+    lacks memory or may open no more files, it is raised again."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+        raise error
     if isinstance(error, UnidentifiedImageError):
         return "no image format starts like this"
     return " ".join(str(error).split()) or type(error).__name__
