@@ -95,7 +95,8 @@ def _write(
     start: int = resumed["done"]
     ahead, along = tee(_with_labels(order[start:], source.codes, chosen.labels))
     tasks = (source.task(image, label) for image, label in ahead)
-    results = parallel_map(source.reader(store, chosen.identities), tasks, workers=options.workers)
+    reader = source.reader(store, chosen.identities, shuffled=options.shuffle)
+    results = parallel_map(reader, tasks, workers=options.workers)
     with _SkipLog(writer.partial.skipped, resumed["skipped_bytes"]) as skipped:
         saved = time.monotonic()
         for done, ((image, label), result) in enumerate(zip(along, results, strict=True), start=start + 1):

@@ -102,7 +102,9 @@ class ShardedWriter:
 
     def write(self, label: int, image: bytes) -> None:
         """Append one encoded image (JPEG, PNG, ...)."""
-        if not 0 <= label < self.identities:
+        if not image:
+            raise UsageError(f"image {self.images} is empty: leave it out")
+        if not 0 <= label < self.identities or label != int(label):
             raise UsageError(f"label {label} is not in 0 … {self.identities - 1}, the labels of the data set")
         key = self.images
         payload = pack_image(encode_label(label, self._encoding), image, id=key)

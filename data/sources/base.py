@@ -54,8 +54,8 @@ class Source(ABC):
         """Called before reading, with a folder for temporary files that stays when packing is interrupted."""
 
     @abstractmethod
-    def reader(self, store: Storing, identities: int) -> Reader:
-        """What worker processes call with ``task``; must be picklable."""
+    def reader(self, store: Storing, identities: int, *, shuffled: bool) -> Reader:
+        """What worker processes call with ``task``; must be picklable. shuffled: not in the order of the source."""
 
     @abstractmethod
     def task(self, image: int, label: int) -> Any:
@@ -131,7 +131,7 @@ class FileSource(Source):
         self.root = root
         self.paths = paths
 
-    def reader(self, store: Storing, identities: int) -> Reader:
+    def reader(self, store: Storing, identities: int, *, shuffled: bool) -> Reader:
         return FileReader(self.root, store)
 
     def task(self, image: int, label: int) -> str:
