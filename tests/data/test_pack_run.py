@@ -185,8 +185,6 @@ def test_a_lost_old_set_is_not_removed_for_files_at_its_place(tmp_path: Path) ->
     root = make_source(tmp_path / "in", 8)
     pack_it(root, tmp_path / ".out.replaced")  # as a kill leaves it while it is replaced
     old = files_of(tmp_path / ".out.replaced")
-    with ShardedWriter(tmp_path / "other", identities=1, image_size=None, source="a test") as writer:
-        writer.write(0, jpeg(1))
     (tmp_path / "out").mkdir()
     restore_replaced(tmp_path / "out")
     assert files_of(tmp_path / "out") == old
