@@ -26,7 +26,7 @@ $(GLYPHS)/heldout.bin: | $(STAMP)-demo
 	$(VENV)/bin/pfc pack glyphs $(GLYPHS) --identities 2000 --images-per-identity 20 --size 40
 
 test: $(STAMP)-dev
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # With VENV= nothing is installed: on a machine that has torch, Triton and pytest alone the head's part runs.
 test-gpu: $(if $(VENV),$(STAMP)-dev)

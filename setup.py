@@ -74,6 +74,7 @@ setup(
         "parquet": ["pyarrow"],
         "dev": [
             "pytest",
+            "pytest-xdist",
             "hypothesis",
             "pyarrow",
             "ruff",

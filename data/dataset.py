@@ -65,7 +65,7 @@ class RecordDataset:
         """
         path = Path(path)
         if path.is_dir():
-            folder, recs = path, sorted(path.glob("*.rec"))
+            folder, recs = path, sorted(path.glob("[!.]*.rec"))  # not the ._NAME.rec that macOS leaves
         elif path.suffix == ".rec" and path.is_file():
             folder, recs = path.parent, [path]
         elif path.exists():

@@ -47,9 +47,17 @@ def encode_image(image: Image.Image, *, quality: int, encoding: Encoding) -> byt
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB: gray and palette widened, 16-bit gray brought to 8 bits, transparency laid on white."""
+    """RGB: gray and palette widened, 16-bit gray brought to 8 bits, transparency laid on white.
+
+    ValueError for gray of 32 bits or of floats, since nothing says which of its values is white.
+    """
+    if image.mode == "F":
+        raise ValueError("its gray is in floating-point numbers of no known range: convert it to 8 or 16 bits")
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() >= 1 << 16:  # 16-bit files may be of mode I, too, for 32 bits
+            raise ValueError("its gray has 32 bits and no known range: convert it to 8 or 16 bits")
+        return Image.fromarray((pixels.astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, _BACKGROUND)
@@ -58,7 +66,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def why_unreadable(error: Exception) -> str:
-    """One line that says what Pillow's ``error`` about an image means."""
+    """One line that says what Pillow's ``error`` about an image means; where it is not about the image, but the machine
+    lacks memory or may open no more files, it is raised again."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+        raise error
     if isinstance(error, UnidentifiedImageError):
         return "no image format starts like this"
     return " ".join(str(error).split()) or type(error).__name__

@@ -20,6 +20,7 @@ from .errors import UsageError
 from .manifest import printable
 from .pack_options import PackOptions
 from .partial import StoppedPacking
+from .recordio import TooLargeError, cut_back
 from .selection import Selection, select
 from .shards import ShardedWriter, check_output
 from .sources.base import Source
@@ -68,6 +69,9 @@ def pack(source: Source, out: Path, store: Storing, options: PackOptions) -> Pac
         with writer:
             resumed_at, skipped = _write(writer, source, store, chosen, options)
             _write_skipped(writer.folder, source, skipped)
+    except MemoryError:
+        what = f"packing into {out} stopped: not enough memory; with more of it, or fewer workers, the same command"
+        raise StoppedPacking(f"{what} goes on where it stopped") from None
     except OSError as error:
         why = (error.strerror or str(error)).lower()
         what = f"{out} cannot be written on: {why}; make room, then"
@@ -75,7 +79,7 @@ def pack(source: Source, out: Path, store: Storing, options: PackOptions) -> Pac
             at = f" at {error.filename}" if error.filename else ""
             what = printable(f"packing into {out} stopped{at}: {why}; when that is mended,")
         raise StoppedPacking(f"{what} the same command goes on where it stopped") from None
-    return _summary(writer, source, chosen, skipped, shards=shards, resumed_at=resumed_at)
+    return _summary(writer, source, chosen, skipped, resumed_at)
 
 
 def _write(
@@ -91,20 +95,23 @@ def _write(
     start: int = resumed["done"]
     ahead, along = tee(_with_labels(order[start:], source.codes, chosen.labels))
     tasks = (source.task(image, label) for image, label in ahead)
-    results = parallel_map(source.reader(store, chosen.identities), tasks, workers=options.workers)
+    reader = source.reader(store, chosen.identities, shuffled=options.shuffle)
+    results = parallel_map(reader, tasks, workers=options.workers)
     with _SkipLog(writer.partial.skipped, resumed["skipped_bytes"]) as skipped:
         saved = time.monotonic()
         for done, ((image, label), result) in enumerate(zip(along, results, strict=True), start=start + 1):
-            if isinstance(result, str):
-                skipped.append(image, result)
+            reason = result if isinstance(result, str) else None
+            try:
+                if isinstance(result, bytes):
+                    writer.write_record(result) if source.whole_records else writer.write(label, result)
+            except TooLargeError as error:
+                reason = str(error)
+            if reason is not None:
+                skipped.append(image, reason)
                 if options.strict:
-                    raise StoppedPacking(f"{printable(source.describe(image))}: {result} (packing is strict)")
+                    raise StoppedPacking(f"{printable(source.describe(image))}: {reason} (packing is strict)")
                 if not writer.images and done == _HOPELESS:
                     break
-            elif source.whole_records:
-                writer.write_record(result)
-            else:
-                writer.write(label, result)
             if options.progress is not None and (done % 64 == 0 or done == len(order)):
                 options.progress(done, len(order))
             if time.monotonic() - saved >= SAVE_EVERY:
@@ -141,8 +148,6 @@ def _summary(
     source: Source,
     chosen: Selection,
     skipped: list[tuple[int, str]],
-    *,
-    shards: int,
     resumed_at: int,
 ) -> PackSummary:
     left = np.bincount(source.codes[chosen.images], minlength=len(source.names))
@@ -152,7 +157,7 @@ def _summary(
         path=writer.out,
         images=writer.images,
         identities=writer.identities,
-        shards=shards,
+        shards=writer.shards,
         bytes=writer.bytes,
         skipped=_all_skipped(source, skipped),
         ignored_files=source.ignored_files,
@@ -190,7 +195,7 @@ def _unusual(options: PackOptions) -> dict[str, Any]:
 def _key(source: Source, store: Storing, chosen: Selection, creation: dict[str, Any]) -> str:
     """A digest of all that decides about the bytes of the result, but the content of the images."""
     digest = hashlib.sha256()
-    versions = [version("pfc"), PIL.__version__, store.check]
+    versions = [version("pfc"), PIL.__version__, np.__version__, store.check]  # numpy's shuffle may change
     digest.update(json.dumps([creation, versions]).encode())
     digest.update(chosen.labels.tobytes())
     for part in source.content():
@@ -204,7 +209,7 @@ class _SkipLog:
     def __init__(self, path: Path, size: int) -> None:
         self.entries: list[tuple[int, str]] = []
         self._file = path.open("a+b")
-        self._file.truncate(size)
+        cut_back(self._file, path, size)
         self._file.seek(0)
         for line in self._file.read().decode().split("\n")[:-1]:
             image, reason = line.split("\t", 1)

@@ -42,7 +42,7 @@ def rebuild_index(path: str | Path, *, force: bool = False, progress: Progress |
         UsageError: there is no ``.rec``; all have their index and ``force`` is not given; a file has no record.
     """
     path = Path(path)
-    recs = sorted(path.glob("*.rec")) if path.is_dir() else [path]
+    recs = sorted(path.glob("[!.]*.rec")) if path.is_dir() else [path]  # not the ._NAME.rec that macOS leaves
     if not recs or not recs[0].is_file():
         raise UsageError(f"{path}: no .rec file to make an index for; check the path")
     lost = [rec for rec in recs if force or not rec.with_suffix(".idx").exists()]

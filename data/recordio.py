@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import IO, NamedTuple, Self
 
 import numpy as np
 
@@ -36,6 +36,10 @@ _IMAGE = struct.Struct("<IfQQ")
 _WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
 _JPEG_END = b"\xff\xd9"
 _PNG_END = b"IEND\xaeB`\x82"
+
+
+class TooLargeError(UsageError):
+    """A payload that no record can hold."""
 
 
 class ImageRecord(NamedTuple):
@@ -81,7 +85,8 @@ def with_id(payload: bytes, id: int) -> bytes:
 def frame(payload: bytes) -> bytes:
     """The bytes that a ``.rec`` file stores for ``payload``: frame header(s), the payload, padding."""
     if len(payload) > MAX_PAYLOAD:
-        raise UsageError(f"a record holds at most {MAX_PAYLOAD} bytes, this one has {len(payload)}: store it smaller")
+        size = len(payload)
+        raise TooLargeError(f"a record holds at most {MAX_PAYLOAD} bytes, this one has {size}: store it smaller")
     cuts = _aligned_magics(payload)
     starts = [0, *(cut + 4 for cut in cuts)]
     ends = [*cuts, len(payload)]
@@ -222,23 +227,35 @@ def _is_finished(payload: np.ndarray) -> bool:
     return len(image) == 0 or image[-8:].tobytes().endswith((_JPEG_END, _PNG_END))
 
 
+def cut_back(file: IO[bytes], path: Path, size: int) -> None:
+    """Cut off what was written behind the first ``size`` bytes; UsageError where the file is shorter."""
+    there = os.fstat(file.fileno()).st_size
+    if there < size:
+        raise UsageError(
+            f"{path} has {there} bytes, the interrupted packing had written {size}: some were lost, so it cannot be "
+            f"continued: remove {path.parent} and pack anew"
+        )
+    file.truncate(size)
+
+
 class RecordWriter:
     """Writes one ``.rec`` file and the ``.idx`` beside it.
 
     Attributes: ``records`` and ``size`` (bytes) written so far; ``sha256``, the hexadecimal digest of the
     ``.rec``. Neither file may exist, except to go on with them: ``start`` is then what ``sync`` returned, and
-    what was written after that call is cut off.
+    what was written after that call is cut off. UsageError where something before it is lost.
     """
 
     def __init__(self, path: Path, start: tuple[int, int, int] | None = None) -> None:
         self.path = path
         self.records, self.size, index_size = start or (0, 0, 0)
         self._hash = hashlib.sha256()
-        self._rec = path.open("xb" if start is None else "r+b")
-        self._idx = path.with_suffix(".idx").open("xb" if start is None else "r+b")
+        mode = "xb" if start is None else "r+b" if self.records else "w+b"
+        index = path.with_suffix(".idx")
+        self._rec, self._idx = path.open(mode), index.open(mode)
         if start is not None:
-            for file, size in ((self._rec, self.size), (self._idx, index_size)):
-                file.truncate(size)
+            cut_back(self._rec, path, self.size)
+            cut_back(self._idx, index, index_size)
             while block := self._rec.read(1 << 20):
                 self._hash.update(block)
             self._idx.seek(index_size)
@@ -268,6 +285,12 @@ class RecordWriter:
     def close(self) -> None:
         self._rec.close()
         self._idx.close()
+
+    def remove(self) -> None:
+        """Close both files and remove them."""
+        self.close()
+        self.path.unlink()
+        self.path.with_suffix(".idx").unlink()
 
     def __enter__(self) -> Self:
         return self

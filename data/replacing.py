@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from uuid import uuid4
+
+from .manifest import MANIFEST_NAME
 
 
 @contextmanager
@@ -21,39 +23,35 @@ def replacing(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def replace_folder(new: Path, place: Path, *, at_last: Callable[[], None] = lambda: None) -> None:
-    """Rename ``new``, a complete folder beside ``place``, to ``place``; a folder that is there goes when it has.
+def replace_folder(new: Path, place: Path, *, overwrite: bool) -> None:
+    """Rename ``new``, a complete folder of the same disk, to ``place``, where nothing or an empty folder is.
 
-    The old one is renamed first: at every moment one of the two is whole, here or at ``replaced_of(place)``, and after
-    a kill in between ``restore_replaced`` brings it back. ``at_last`` is called when ``place`` is free. OSError where
-    that is impossible: then the old one is there as before.
+    With ``overwrite``, a folder that is there is renamed first: at every moment one of the two is whole, here or at
+    ``replaced_of(place)``, where the old one stays. After a kill in between ``restore_replaced`` brings it back.
+    OSError where all that is impossible: then what was there is there as before.
     """
-    _sync_all(new)
     old = replaced_of(place)
-    had_one = place.exists()
+    had_one = overwrite and place.exists()
     if had_one:
         os.rename(place, old)
     try:
-        at_last()
         os.replace(new, place)
     except OSError:
         if had_one:
             os.rename(old, place)
         raise
     _sync(place.parent)
-    if had_one:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def replaced_of(place: Path) -> Path:
-    """Where ``replace_folder`` keeps the old folder of ``place`` until the new one is there."""
+    """Where ``replace_folder`` leaves the old folder of ``place``."""
     return place.with_name(f".{place.name}.replaced")
 
 
 def restore_replaced(place: Path) -> None:
     """Bring the old folder of ``place`` back where ``replace_folder`` was interrupted before the new one was there.
 
-    Where something is at ``place``, that is the new one, and the old one goes.
+    Where a data set is at ``place``, that is the new one, and the old one goes.
     """
     old = replaced_of(place)
     if not old.exists():
@@ -63,10 +61,17 @@ def restore_replaced(place: Path) -> None:
     except OSError:
         if not place.exists():
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        if (place / MANIFEST_NAME).is_file():
+            remove_replaced(place)
 
 
-def _sync_all(folder: Path) -> None:
+def remove_replaced(place: Path) -> None:
+    """Remove the old folder of ``place``, when the new one is there."""
+    shutil.rmtree(replaced_of(place), ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring all files under ``folder`` to the disk."""
     for path in folder.rglob("*"):
         _sync(path)
     _sync(folder)

@@ -83,7 +83,7 @@ def select(source: Source, wanted: Filter) -> Selection:
 def _named(names: Sequence[str], path: Path) -> np.ndarray:
     """Which of ``names`` stand in the file; a line that is none of them is an error, since it is a slip."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     except OSError as error:
         raise UsageError(f"{path}: {(error.strerror or '').lower()}; give a text file with a name a line") from None
     listed = {line.rstrip("\r") for line in lines} - {""}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ from .labels import LabelEncoding, encode_label, encoding_for
 from .manifest import LABEL_NAMES_NAME, MANIFEST_NAME, Manifest, ShardEntry, printable
 from .partial import PartialFolder, StoppedPacking
 from .recordio import RecordWriter, pack_image, with_id
-from .replacing import replace_folder, restore_replaced
+from .replacing import remove_replaced, replace_folder, restore_replaced, sync_folder
 
 
 class ShardedWriter:
@@ -59,6 +60,7 @@ class ShardedWriter:
         self.overwrite = overwrite
         self.identities = identities if isinstance(identities, int) else len(identities)
         self.images = 0
+        self.shards = shards  # where there are fewer images, as many as these when the writer is closed
         self.bytes = 0  # of all .rec files; known when the writer is closed
         self._names = None if isinstance(identities, int) else identities
         self._image_size = image_size
@@ -68,7 +70,6 @@ class ShardedWriter:
             "creation": dict(creation or {}),
         }
         self._encoding: LabelEncoding = encoding_for(self.identities)
-        check_output(self.out, overwrite=overwrite)
         self._place = self.out.resolve()
         # One shard has the names that InsightFace's own tools look for.
         stems = ["train"] if shards == 1 else [f"train-{shard:05d}" for shard in range(shards)]
@@ -76,14 +77,16 @@ class ShardedWriter:
         self.partial: PartialFolder | None = None
         self.resumed: dict[str, Any] | None = None
         self._resumable = resume_key is not None
-        token = "" if resume_key is not None else f".{uuid4().hex[:8]}"
+        token = "" if self._resumable else f".{uuid4().hex[:8]}"
         self.folder = self._place.parent / f".{self._place.name}{token}.partial"
         starts: list[Any] = [None] * shards
         try:
+            check_output(self.out, overwrite=overwrite)
             if resume_key is None:
                 self.folder.mkdir(parents=True)
             else:
                 self.partial = PartialFolder(self.folder, resume_key)
+                self.folder = self.partial.dataset
             restore_replaced(self._place)
             check_output(self.out, overwrite=overwrite)
             if self.partial is not None and (kept := self.partial.state) is not None:
@@ -91,15 +94,17 @@ class ShardedWriter:
             for stem, start in zip(stems, starts, strict=True):
                 self._writers.append(RecordWriter(self.folder / f"{stem}.rec", start))
         except UsageError:
-            self._leave(keep=True)
+            self._leave(keep=self._resumable)
             raise
         except OSError as error:
-            self._leave(keep=True)
+            self._leave(keep=self._resumable)
             raise UsageError(f"{self.out} with {shards} shard(s) cannot be written: {error}") from None
 
     def write(self, label: int, image: bytes) -> None:
         """Append one encoded image (JPEG, PNG, ...)."""
-        if not 0 <= label < self.identities:
+        if not image:
+            raise UsageError(f"image {self.images} is empty: leave it out")
+        if not 0 <= label < self.identities or label != int(label):
             raise UsageError(f"label {label} is not in 0 … {self.identities - 1}, the labels of the data set")
         key = self.images
         payload = pack_image(encode_label(label, self._encoding), image, id=key)
@@ -127,42 +132,43 @@ class ShardedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        keep = True
+        failure = error
         try:
             if kind is None:
                 for writer in self._writers:
                     writer.close()
                 self._finish()
-            # What an earlier call had done stays in any case.
-            keep = not isinstance(error, UsageError) or isinstance(error, StoppedPacking) or self.resumed is not None
-        except UsageError:
-            keep = False
+        except BaseException as raised:
+            failure = raised
             raise
         finally:
-            self._leave(keep=keep)
+            going_on = self._resumable and (self.images > 0 or not isinstance(failure, UsageError))
+            self._leave(keep=failure is not None and (isinstance(failure, StoppedPacking) or going_on))
 
     def _leave(self, *, keep: bool) -> None:
+        """Let go of the folder, which goes unless ``keep``."""
         for writer in self._writers:
             with suppress(OSError):  # a full disk; what went wrong has been raised already
                 writer.close()
         if self.partial is not None:
             self.partial.close(keep=keep)
-        elif not self._resumable:
+        elif not keep:
             shutil.rmtree(self.folder, ignore_errors=True)  # after a good end it has moved away already
 
     def _finish(self) -> None:
-        shards = len(self._writers)
         if self.images == 0:
             raise UsageError(f"not one image to pack into {self.out}")
-        if self.images < shards:
-            raise UsageError(f"{shards} shards for {self.images} images: ask for {self.images} shards or fewer")
-        self.bytes = sum(writer.size for writer in self._writers)
+        for writer in self._writers[self.images :]:
+            writer.remove()
+        written = self._writers[: self.images]
+        self.shards = len(written)
+        self.bytes = sum(writer.size for writer in written)
         Manifest(
             images=self.images,
             identities=self.identities,
             image_size=self._image_size,
             label_encoding=self._encoding,
-            shards=tuple(map(entry_of, self._writers)),
+            shards=tuple(map(entry_of, written)),
             pfc=version("pfc"),
             **self._about,
         ).write(self.folder)
@@ -173,11 +179,14 @@ class ShardedWriter:
         if self._image_size is not None:
             height, width = self._image_size
             (self.folder / "property").write_text(f"{self.identities},{height},{width}\n", encoding="ascii")
-        if self.partial is None:
-            replace_folder(self.folder, self._place)
-        else:
-            self.partial.remove_temporary()  # before, since that may take long
-            replace_folder(self.folder, self._place, at_last=self.partial.finish)
+        sync_folder(self.folder)
+        try:
+            check_output(self.out, overwrite=self.overwrite)  # once more: since the first time hours may have gone by
+        except UsageError as error:
+            again = ", or free its place and give the same command again" if self._resumable else ""
+            raise StoppedPacking(f"{error}; what was packed is whole in {self.folder}: move it{again}") from None
+        replace_folder(self.folder, self._place, overwrite=self.overwrite)
+        remove_replaced(self._place)
 
 
 def entry_of(writer: RecordWriter) -> ShardEntry:
@@ -200,6 +209,8 @@ def check_output(out: Path, *, overwrite: bool | None) -> None:
         return
     if not out.is_dir():
         raise UsageError(f"{out} is a file; give a directory that does not exist yet")
+    if os.path.ismount(out.resolve()):  # what is packed becomes it by renaming, which ends at a file system's border
+        raise UsageError(f"{out} is where a disk is mounted: give a directory in it, such as {out / 'train'}")
     if next(out.iterdir(), None) is None:
         return
     if not overwrite:

@@ -68,7 +68,7 @@ def pack_synthetic(
             writer.write(int(sample) // images_per_identity, image)
             if progress is not None and (done % 64 == 0 or done == total):
                 progress(done, total)
-    return PackSummary(Path(out), total, identities, shards, writer.bytes)
+    return PackSummary(Path(out), total, identities, writer.shards, writer.bytes)
 
 
 def _render(sample: int, *, per_identity: int, height: int, width: int, quality: int, seed: int) -> bytes:

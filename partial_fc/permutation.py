@@ -16,29 +16,31 @@ def permute(places: Tensor, size: int, key: Tensor) -> Tensor:
     on until it comes back inside.
 
     Args:
-        places: int64, each in [0, size).
+        places: int64 [..., n], each in [0, size).
         size: ≥ 1.
-        key: int64, broadcast against ``places``; 32 bits of it count.
+        key: int64, one for all or [..., 1]; 32 bits of it count.
     """
     bits = max(FEWEST_BITS, (size - 1).bit_length())
-    places = _feistel(places, bits, key)
+    keys = mix(key + torch.arange(1, 2 * ROUNDS, 2, device=key.device).view(-1, *[1] * key.ndim)).unbind()
     if size == 1 << bits:
-        return places
+        return _feistel(places, bits, keys)
+    onward = _feistel(torch.arange(1 << bits, device=key.device), bits, keys)  # a look is cheaper than the network
+    places = onward.take_along_dim(places, dim=-1)
     while bool((outside := places >= size).any()):
-        places = torch.where(outside, _feistel(places, bits, key), places)
+        places = torch.where(outside, onward.take_along_dim(places, dim=-1), places)
     return places
 
 
-def _feistel(values: Tensor, bits: int, key: Tensor) -> Tensor:
+def _feistel(values: Tensor, bits: int, keys: tuple[Tensor, ...]) -> Tensor:
     low_bits = bits // 2
     high_bits = bits - low_bits
     high, low = values >> low_bits, values & ((1 << low_bits) - 1)
-    for index in range(ROUNDS):
+    for index, key in enumerate(keys):
         # The halves change sides by turns, so each is changed by the other; both stay as wide as they are.
         if index % 2 == 0:
-            high = high ^ (mix(low + mix(key + 2 * index + 1)) & ((1 << high_bits) - 1))
+            high = high ^ (mix(low + key) & ((1 << high_bits) - 1))
         else:
-            low = low ^ (mix(high + mix(key + 2 * index + 1)) & ((1 << low_bits) - 1))
+            low = low ^ (mix(high + key) & ((1 << low_bits) - 1))
     return (high << low_bits) | low
 
 

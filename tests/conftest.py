@@ -1,6 +1,11 @@
-"""What all tests share: the table at the end of ``make test-gpu``."""
+"""What all tests share: one thread a process, and the table at the end of ``make test-gpu``."""
+
+import os
 
 import pytest
+
+# Before anything imports torch: tests work on small tensors, which more threads make slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

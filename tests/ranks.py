@@ -4,10 +4,12 @@ import atexit
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 _pools: dict[int, "RankPool"] = {}
 
@@ -30,9 +32,14 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
 class RankPool:
     """``world_size`` processes with an initialised gloo group, fed through pipes."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, *, interpreted: bool = False) -> None:
+        """interpreted: Triton interprets its kernels there, which it decides when it is imported."""
         self.directory = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn")
+        if interpreted:
+            context = multiprocessing.get_context("spawn")
+        else:
+            context = multiprocessing.get_context("forkserver")  # torch is imported once for all ranks
+            context.set_forkserver_preload(["pfc.partial_fc", "torch.distributed"])
         pipes = [context.Pipe() for _ in range(world_size)]
         self.pipes = [parent for parent, _ in pipes]
         store = os.path.join(self.directory.name, "store")
@@ -40,13 +47,14 @@ class RankPool:
             context.Process(target=_serve, args=(rank, world_size, store, child), daemon=True)
             for rank, (_, child) in enumerate(pipes)
         ]
-        for process in self.processes:
-            process.start()
+        with patch.dict(os.environ, {"TRITON_INTERPRET": "1"} if interpreted else {}):
+            for process in self.processes:
+                process.start()
         atexit.register(self.close)
 
     def call(self, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
-        for pipe in self.pipes:
-            pipe.send((function, args))
+        for pipe in self.pipes:  # pickled here, since the pipe's own way shares a tensor's memory, which is slower
+            pipe.send_bytes(pickle.dumps((function, args)))
         results: list[Any] = [None] * len(self.pipes)
         waiting = dict(enumerate(self.pipes))
         while waiting:
@@ -54,7 +62,7 @@ class RankPool:
             if not ready:
                 raise TimeoutError(f"ranks {sorted(waiting)} did not answer within {timeout:.0f} s")
             for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
-                kind, value = waiting.pop(rank).recv()
+                kind, value = pickle.loads(waiting.pop(rank).recv_bytes())
                 if kind == "error":
                     raise RuntimeError(f"rank {rank}:\n{value}")
                 results[rank] = value
@@ -76,10 +84,11 @@ def _serve(rank: int, world_size: int, store: str, pipe: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     while True:
         try:
-            function, args = pipe.recv()
+            function, args = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
         try:
-            pipe.send(("result", function(*args)))
+            answer = pickle.dumps(("result", function(*args)))
         except BaseException:
-            pipe.send(("error", traceback.format_exc()))
+            answer = pickle.dumps(("error", traceback.format_exc()))
+        pipe.send_bytes(answer)

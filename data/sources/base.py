@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from abc import ABC, abstractmethod
@@ -53,8 +54,8 @@ class Source(ABC):
         """Called before reading, with a folder for temporary files that stays when packing is interrupted."""
 
     @abstractmethod
-    def reader(self, store: Storing, identities: int) -> Reader:
-        """What worker processes call with ``task``; must be picklable."""
+    def reader(self, store: Storing, identities: int, *, shuffled: bool) -> Reader:
+        """What worker processes call with ``task``; must be picklable. shuffled: not in the order of the source."""
 
     @abstractmethod
     def task(self, image: int, label: int) -> Any:
@@ -130,7 +131,7 @@ class FileSource(Source):
         self.root = root
         self.paths = paths
 
-    def reader(self, store: Storing, identities: int) -> Reader:
+    def reader(self, store: Storing, identities: int, *, shuffled: bool) -> Reader:
         return FileReader(self.root, store)
 
     def task(self, image: int, label: int) -> str:
@@ -144,23 +145,34 @@ class FileSource(Source):
         yield self.paths.digest()
 
 
+# Errors of one file, which is left out. All others are the disk's or the machine's: packing stops.
+_OF_THE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR)
+_OF_THE_FILE += (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
+
+
 class FileReader:
-    """Reads and stores one image file, ``root``/``path``."""
+    """Reads and stores one image file, ``root``/``path``. OSError where the disk or the machine fails."""
 
     def __init__(self, root: Path, store: Storing) -> None:
         self.root = root
         self.store = store
 
     def __call__(self, path: str) -> bytes | str:
+        whole = os.path.join(self.root, path)
         try:
             # Opened without waiting, so that a named pipe holds nobody up: it is read as empty.
-            with open(os.path.join(self.root, path), "rb", opener=_open_at_once) as file:
+            with open(whole, "rb", opener=_open_at_once) as file:
                 data = file.read()
+            return self.store(data)
         except OSError as error:
-            return (error.strerror or type(error).__name__).lower()
+            if error.errno in _OF_THE_FILE:
+                return (error.strerror or type(error).__name__).lower()
+            error.filename = whole
+            raise
+        except MemoryError:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), whole) from None
         except ValueError as error:  # a path with a zero byte
             return str(error)
-        return self.store(data)
 
 
 def _open_at_once(path: str, flags: int) -> int:

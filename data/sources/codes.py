@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from ..errors import UsageError
 from .base import Numbers
 
 MOST_LABELS = 1 << 48  # what two float32 numbers can hold exactly
@@ -14,6 +16,8 @@ MOST_LABELS = 1 << 48  # what two float32 numbers can hold exactly
 
 def whole_number(text: bytes | str) -> int | None:
     """A label from 0 to 2⁴⁸ − 1, written as 7, 7.0 or 7.000000 (as im2rec does); None for anything else."""
+    if (b"_" in text) if isinstance(text, bytes) else ("_" in text):  # Python's own 1_000
+        return None
     try:
         number = int(text)
     except ValueError:
@@ -50,6 +54,21 @@ def names_of(numbers: np.ndarray, known: list[str] | None) -> Sequence[str]:
     if known is None or (len(numbers) and len(known) <= numbers[-1]):
         return Numbers(numbers)
     return [known[number] for number in numbers.tolist()]
+
+
+def label_text(where: str, label: Any) -> str:
+    """The label of a table's row as text: a number as 7, whether it is an integer or a float.
+
+    UsageError where there is none (null, empty, NaN), or where a number is no whole one from 0 on.
+    """
+    if label is None or label == "" or label != label:
+        raise UsageError(f"{where} has no label")
+    if not isinstance(label, int | float):
+        return str(label)
+    if label < 0 or not float(label).is_integer():
+        what = "is not a whole number from 0 on: leave such rows out, or give all labels as text"
+        raise UsageError(f"{where}: label {label} {what}")
+    return str(int(label))
 
 
 class NameCodes:

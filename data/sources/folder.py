@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from array import array
 from collections.abc import Iterator
@@ -30,15 +31,15 @@ class FolderSource(FileSource):
         self.about = printable(f"folder {src.resolve()}")
         with os.scandir(src) as entries:
             visible = [entry for entry in entries if not entry.name.startswith(".")]
-        self.names = sorted(entry.name for entry in visible if entry.is_dir())
-        self.ignored_files = sum(entry.is_file() for entry in visible)
+        self.names = sorted(entry.name for entry in visible if _is_folder(entry))
+        self.ignored_files = len(visible) - len(self.names)
         if not self.names:
             raise UsageError(f"{src} has no sub-folders: put the images of each identity into a sub-folder of its own")
         codes = array("i")
         without: list[str] = []
         for code, name in enumerate(self.names):
             before = len(codes)
-            for path in _files(str(src), name, ()):
+            for path in _files(str(src), name, (_identity(str(src)),)):
                 if os.path.splitext(path)[1].lower() in SUFFIXES:
                     self.paths.append(os.fsencode(path))
                     codes.append(code)
@@ -61,13 +62,12 @@ def _files(root: str, folder: str, above: tuple[tuple[int, int], ...]) -> Iterat
     Links are followed, but not into a folder that they lie in: ``above`` are the (device, inode) of those.
     """
     place = os.path.join(root, folder)
-    status = os.stat(place)
-    here = (status.st_dev, status.st_ino)
+    here = _identity(place)
     if here in above:
         return
     with os.scandir(place) as entries:
         visible = sorted(
-            ((entry.is_dir(), entry.name) for entry in entries if not entry.name.startswith(".")),
+            ((_is_folder(entry), entry.name) for entry in entries if not entry.name.startswith(".")),
         )
     for is_folder, name in visible:  # the files first
         path = f"{folder}/{name}"
@@ -75,3 +75,18 @@ def _files(root: str, folder: str, above: tuple[tuple[int, int], ...]) -> Iterat
             yield from _files(root, path, (*above, here))
         else:
             yield path
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder, or a link to one; a link to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False

@@ -18,7 +18,7 @@ from ..errors import UsageError
 from ..manifest import printable
 from ..storing import Storing
 from .base import Reader, Source
-from .codes import NameCodes
+from .codes import NameCodes, label_text
 
 _ROWS = 256  # rows with images that are read at once
 _READ_AHEAD = 1 << 26  # bytes of them, about
@@ -49,6 +49,8 @@ def holds_images(kind: Any) -> bool:
     """Whether a column of this type holds the images' bytes, not their paths."""
     import pyarrow.types as types
 
+    if types.is_dictionary(kind):
+        kind = kind.value_type
     if types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0
     return types.is_binary(kind) or types.is_large_binary(kind)
@@ -93,9 +95,7 @@ class EmbeddedSource(Source):
         counts = [0] * len(files)
         for number, file in enumerate(files):
             for where, label in read_columns([file], label_column):
-                if label is None or label == "":
-                    raise UsageError(f"{where} has no label")
-                labels.append(str(label))
+                labels.append(label_text(where, label))
                 counts[number] += 1
         self._starts = [0, *accumulate(counts)]
         if not self._starts[-1]:
@@ -132,7 +132,7 @@ class EmbeddedSource(Source):
                         value = value.as_py()
                         yield value["bytes"] if isinstance(value, dict) else value
 
-    def reader(self, store: Storing, identities: int) -> Reader:
+    def reader(self, store: Storing, identities: int, *, shuffled: bool) -> Reader:
         return SpoolReader(self._spool, store)
 
     def task(self, image: int, label: int) -> tuple[int, int]:
@@ -159,6 +159,8 @@ class SpoolReader:
 
     def __call__(self, task: tuple[int, int]) -> bytes | str:
         start, length = task
+        if not length:  # null, or a struct with a path alone
+            return "the table does not hold its bytes"
         return self.store(os.pread(_open(self.spool, os.stat(self.spool).st_ino).fileno(), length, start))
 
 

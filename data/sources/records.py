@@ -40,6 +40,11 @@ class RecordSource(Source):
         self._starts = [0, *accumulate(len(dataset) for dataset in self.sets)]
         self.about = printable(", ".join(f"recordio {path.resolve()}" for path in paths))
         self._recs = list(dict.fromkeys(shard.file.path for dataset in self.sets for shard in dataset.shards))
+        self._in_file = {
+            shard.file.path: shard.offsets if np.all(shard.offsets[1:] > shard.offsets[:-1]) else np.sort(shard.offsets)
+            for dataset in self.sets
+            for shard in dataset.shards
+        }
         self._rec_number = {rec: number for number, rec in enumerate(self._recs)}
         if len(self._recs) < sum(len(dataset.shards) for dataset in self.sets):
             raise UsageError("one of the sources is given twice: name each data set once")
@@ -72,17 +77,20 @@ class RecordSource(Source):
             self.names = SetNames([dataset.name for dataset in self.sets], names)
         self.rejected = [(self.describe(i), self._why(i)) for i in np.flatnonzero(self.codes < 0).tolist()]
 
-    def reader(self, store: Storing, identities: int) -> RecordReader:
-        return RecordReader(self._recs, store, encoding_for(identities))
+    def reader(self, store: Storing, identities: int, *, shuffled: bool) -> RecordReader:
+        return RecordReader(self._recs, store, encoding_for(identities), shuffled)
 
     def task(self, image: int, label: int) -> RecordTask:
         at = bisect_right(self._starts, image) - 1
         dataset = self.sets[at]
         shard, position = dataset.locate(image - self._starts[at])
+        offset, offsets = int(shard.offsets[position]), self._in_file[shard.file.path]
+        following = int(np.searchsorted(offsets, offset, side="right"))
         return RecordTask(
             self._rec_number[shard.file.path],
             int(shard.keys[position]),
-            int(shard.offsets[position]),
+            offset,
+            int(offsets[following]) if following < len(offsets) else shard.file.size,
             dataset.label_encoding,
             label,
         )
@@ -107,11 +115,12 @@ class RecordSource(Source):
 
 
 class RecordTask(NamedTuple):
-    """Where a record lies, how its label is encoded, and the label that it gets."""
+    """Where a record lies, and the next one by the index; how its label is encoded, and the label that it gets."""
 
     rec: int
     key: int
     offset: int
+    following: int
     encoding: LabelEncoding
     label: int
 
@@ -119,15 +128,17 @@ class RecordTask(NamedTuple):
 class RecordReader:
     """Gives the record of a task with its new label; byte for byte the old one where that is the same."""
 
-    def __init__(self, recs: Sequence[Path], store: Storing, encoding: LabelEncoding) -> None:
+    def __init__(self, recs: Sequence[Path], store: Storing, encoding: LabelEncoding, shuffled: bool) -> None:
         self.run = uuid4().hex
         self.recs = recs
         self.store = store
         self.encoding: LabelEncoding = encoding
+        self.shuffled = shuffled
 
     def __call__(self, task: RecordTask) -> bytes | str:
+        file = _open(self.run, self.recs[task.rec], self.shuffled)
         try:
-            payload = _open(self.run, self.recs[task.rec]).read(task.offset, key=task.key).tobytes()
+            payload = file.read(task.offset, key=task.key, listed=task.following.__eq__).tobytes()
             record = unpack_image(np.frombuffer(payload, dtype=np.uint8))
             label = decode_label(record.labels, task.encoding)
         except DamagedRecord as error:
@@ -157,9 +168,11 @@ def relabelled(head: bytes, old: LabelEncoding, label: int, new: LabelEncoding) 
 
 
 @lru_cache(maxsize=1024)
-def _open(run: str, rec: Path) -> RecordFile:
+def _open(run: str, rec: Path, shuffled: bool) -> RecordFile:
     """Once in each process; ``run``, new each time, keeps a later call from seeing old files."""
-    return RecordFile(rec)
+    file = RecordFile(rec)
+    file.expect_random_reads(shuffled)
+    return file
 
 
 def _refuse_names_among_numbers(sets: Sequence[RecordDataset], names: Sequence[Sequence[str]]) -> None:

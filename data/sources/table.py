@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import os
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 from ..errors import UsageError
 from ..manifest import printable
 from .base import FileSource, Source, Texts
-from .codes import NameCodes
+from .codes import NameCodes, label_text
 from .listing import Inside, check_root
 from .parquet import EmbeddedSource, find_parquet, holds_images, label_names, open_parquet, read_columns
 
@@ -62,13 +63,12 @@ class TableSource(FileSource):
         for where, name, label in rows:
             if not name:
                 raise UsageError(f"{where} has no path")
-            if label is None or label == "":
-                raise UsageError(f"{where} has no label")
+            text = label_text(where, label)
             relative = inside(os.fsencode(name))
             if relative is None:
                 raise UsageError(f"{where}: {printable(name)} lies outside of the root {root} (--root)")
             self.paths.append(relative)
-            labels.append(str(label))
+            labels.append(text)
         if not len(self.paths):
             raise UsageError(f"{path} lists no image: it is empty")
         self.names, self.numbers, self.codes, _ = labels.finish(known)
@@ -93,6 +93,9 @@ def _open_csv(path: Path) -> Any:
 
 
 def _header(path: Path, delimiter: str) -> list[str]:
+    with path.open("rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise UsageError(f"{path} is UTF-16: save it as UTF-8")
     with _open_csv(path) as file:
         return next(csv.reader(file, delimiter=delimiter), [])
 

@@ -144,6 +144,26 @@ def test_every_kind_of_image_becomes_upright_rgb(tmp_path: Path) -> None:
     }
 
 
+def test_gray_of_no_known_range_is_left_out(tmp_path: Path) -> None:
+    src = tmp_path / "src" / "a"
+    src.mkdir(parents=True)
+    Image.new("L", (8, 8), 77).save(src / "fine.png")
+    Image.fromarray(np.full((8, 8), 77 * 257, dtype=np.int32)).save(src / "16.tif")
+    Image.fromarray(np.full((8, 8), 1 << 30, dtype=np.int32)).save(src / "32.tif")
+    Image.fromarray(np.full((8, 8), -5, dtype=np.int32)).save(src / "signed.tif")
+    Image.fromarray(np.full((8, 8), 0.3, dtype=np.float32)).save(src / "float.tif")
+    for path in src.glob("*.tif"):
+        path.rename(path.with_suffix(".bmp"))  # named like an image that is packed
+    summary = pack_folder(tmp_path / "src", tmp_path / "out", size=8, encoding="png", workers=1)
+    assert summary.skipped == [
+        ("a/32.bmp", "its gray has 32 bits and no known range: convert it to 8 or 16 bits"),
+        ("a/float.bmp", "its gray is in floating-point numbers of no known range: convert it to 8 or 16 bits"),
+        ("a/signed.bmp", "its gray has 32 bits and no known range: convert it to 8 or 16 bits"),
+    ]
+    ds = RecordDataset.open(tmp_path / "out")
+    assert [levels(decoded(ds, i)) for i in range(len(ds))] == [("gray", "gray")] * 2
+
+
 def levels(image: Image.Image) -> tuple[str, str]:
     """The colours near the top and near the bottom."""
     names = {(200, 0, 0): "red", (77, 77, 77): "gray", (255, 255, 255): "white", (0, 0, 200): "blue"}
@@ -272,6 +292,16 @@ def test_writer_leaves_nothing_behind_when_it_fails(tmp_path: Path) -> None:
         writer.write(2, b"x")
     assert files_of(tmp_path / "old") == before
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize(("label", "image", "message"), [(1.5, b"x", "label 1.5 is not in"), (0, b"", "is empty")])
+def test_writer_refuses_what_no_reader_takes(label: float, image: bytes, message: str, tmp_path: Path) -> None:
+    with (
+        pytest.raises(UsageError, match=message),
+        ShardedWriter(tmp_path / "out", identities=3, image_size=None, source="test") as writer,
+    ):
+        writer.write(label, image)  # pyright: ignore[reportArgumentType]
+    assert not list(tmp_path.iterdir())
 
 
 def test_writer_spreads_images_evenly_and_numbers_them(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """One step of the head on real ranks, compared with the oracle."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -121,9 +121,16 @@ def dense_row_gradient(head: PartialFC) -> Tensor:
     return total.detach()
 
 
-def check(case: Case, world_size: int, tolerance: float | None = None) -> None:
-    """The head on ``world_size`` ranks against the oracle: the loss and both gradients."""
-    compare(case, [step_on_rank(case)] if world_size == 1 else run_ranks(world_size, step_on_rank, case), tolerance)
+def check(cases: Iterable[Case], world_size: int, tolerance: float | None = None) -> None:
+    """The head on ``world_size`` ranks against the oracle, case by case: the loss and both gradients."""
+    cases = list(cases)
+    ranks = [steps_on_rank(cases)] if world_size == 1 else run_ranks(world_size, steps_on_rank, cases)
+    for case, *results in zip(cases, *ranks, strict=True):
+        compare(case, results, tolerance)
+
+
+def steps_on_rank(cases: list[Case]) -> list[StepResult]:
+    return [step_on_rank(case) for case in cases]
 
 
 def compare(case: Case, results: list[StepResult], tolerance: float | None = None) -> None:

@@ -33,7 +33,7 @@ def test_whether_products_round_is_measured_not_believed(monkeypatch: pytest.Mon
 def test_p2sgrad_keeps_its_digits_over_many_classes(gram: bool, dim: int, num_classes: int) -> None:
     """Its sum over the classes is √(K/D) times longer along the embedding than across, and only the latter stays: of
     float32's 6·10⁻⁸ that makes 2·10⁻⁶ (K/D ≈ 1,000); a sum in float32 throughout loses thirty times more."""
-    check(Case("p2sgrad", {"gram": gram}, num_classes=num_classes, dim=dim), 1, tolerance=5e-6)
+    check([Case("p2sgrad", {"gram": gram}, num_classes=num_classes, dim=dim)], 1, tolerance=5e-6)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -87,7 +87,7 @@ def test_cosines_at_exactly_plus_and_minus_one_are_finite(name: str, scale: floa
 def test_scale_256_is_exact_where_the_logits_are_largest() -> None:
     case = Case("cosface", {"scale": 256.0, "margin": 0.4}, num_classes=50, dim=3, dtype=torch.float64)
     for world_size in (1, 2, 3):
-        check(case, world_size)
+        check([case], world_size)
 
 
 def test_an_embedding_of_zeros_has_a_defined_loss_and_no_gradient() -> None:

@@ -43,6 +43,19 @@ def test_nested_folders_odd_names_and_links(tmp_path: Path) -> None:
     assert summary.skipped == [("anna/broken.jpg", "no such file or directory")]
 
 
+def test_a_link_that_leads_round_is_not_followed(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    write(src / "anna" / "1.jpg", 0)
+    (src / "itself").symlink_to("itself")
+    (src / "anna" / "itself").symlink_to("itself")
+    (src / "anna" / "above").symlink_to(src)
+    (src / "round").symlink_to(src)
+    assert "no image in the sub-folder(s) round" in refusal(pack_folder, src, tmp_path / "out")
+    (src / "round").unlink()
+    pack_folder(src, tmp_path / "out", size=8, workers=1)
+    assert contents(tmp_path / "out") == {("anna", jpeg(0)): 1}
+
+
 def test_a_file_named_like_an_image_that_is_a_pipe_does_not_hang(tmp_path: Path) -> None:
     write(tmp_path / "src" / "anna" / "1.jpg", 0)
     os.mkfifo(tmp_path / "src" / "anna" / "2.jpg")

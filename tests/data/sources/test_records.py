@@ -12,7 +12,7 @@ from PIL import Image
 from pfc.data import RecordDataset, ShardedWriter, inspect_dataset, pack_recordio
 from pfc.data.errors import UsageError
 from pfc.data.rebuild import rebuild_index
-from pfc.data.recordio import MAGIC_BYTES, RecordWriter, pack_image
+from pfc.data.recordio import MAGIC_BYTES, RecordFile, RecordWriter, pack_image
 from pfc.launch.cli import main
 from tests.data.packed import contents, files_of, jpeg, refusal
 
@@ -230,6 +230,40 @@ def test_damaged_records_are_left_out_and_named(tmp_path: Path) -> None:
     assert [name for name, _ in summary.skipped] == [f"{rec} key {key}" for key in (0, 2, 3, 4)]
     assert summary.empty_identities == ["0"]
     assert "key 0" in refusal(pack_recordio, tmp_path / "in", tmp_path / "strict", strict=True)
+
+
+@pytest.mark.parametrize("ascending", [True, False])
+def test_the_record_before_a_damaged_one_is_kept(ascending: bool, tmp_path: Path) -> None:
+    """The index says that it ended where it should."""
+    rec = tmp_path / "in" / "a.rec"
+    write_plain(rec, [(float(i), b"no picture %d" % i) for i in range(5)])
+    offsets = [int(line.split("\t")[1]) for line in rec.with_suffix(".idx").read_text().splitlines()]
+    if not ascending:
+        rec.with_suffix(".idx").write_text("".join(f"{i}\t{offset}\n" for i, offset in enumerate(offsets[::-1])))
+    damaged = bytearray(rec.read_bytes())
+    damaged[offsets[2]] ^= 255
+    rec.write_bytes(damaged)
+    summary = pack_recordio(rec, tmp_path / "out", workers=1)
+    assert [name for name, _ in summary.skipped] == [f"{rec} key 2"]
+    assert contents(tmp_path / "out") == {(str(i), b"no picture %d" % i): 1 for i in (0, 1, 3, 4)}
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_system_is_told_of_random_reads(shuffle: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_set(tmp_path / "in", [0, 1, 2])
+    told: list[tuple[Path, bool]] = []
+    monkeypatch.setattr(RecordFile, "expect_random_reads", lambda file, yes=True: told.append((file.path, yes)))
+    pack_recordio(tmp_path / "in", tmp_path / "out", shuffle=shuffle, workers=1)
+    assert told[-1] == (tmp_path / "in" / "train.rec", shuffle)
+
+
+def test_files_that_macos_leaves_are_no_shards(tmp_path: Path) -> None:
+    write_plain(tmp_path / "in" / "a.rec", [(0.0, jpeg(0)), (1.0, jpeg(1))])
+    (tmp_path / "in" / "._a.rec").write_bytes(b"\0\5\x16\7")
+    pack_recordio(tmp_path / "in", tmp_path / "out", workers=1)
+    assert len(RecordDataset.open(tmp_path / "out")) == 2
+    (tmp_path / "in" / "a.idx").unlink()
+    assert [made.idx.name for made in rebuild_index(tmp_path / "in")] == ["a.idx"]
 
 
 def test_images_are_converted_where_it_is_asked(tmp_path: Path) -> None:

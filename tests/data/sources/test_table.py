@@ -79,6 +79,29 @@ def test_wrong_csv(lines: str, options: dict[str, Any], message: str, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_a_utf16_table_is_told_apart(encoding: str, tmp_path: Path) -> None:
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    (tmp_path / "t.csv").write_text(f"{mark}path,label\na.jpg,1\n", encoding=encoding)
+    line = refusal(pack_table, tmp_path / "t.csv", tmp_path / "out")
+    assert line == f"{tmp_path / 't.csv'} is UTF-16: save it as UTF-8"
+
+
+def test_text_that_only_looks_like_a_number_is_a_name(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "t.csv").write_text("path,label\na.jpg,1_000\na.jpg,١\na.jpg,7\n", encoding="utf-8")
+    pack_table(tmp_path / "t.csv", tmp_path / "out", workers=1)
+    assert RecordDataset.open(tmp_path / "out").identity_names() == ["1_000", "7", "١"]
+
+
+def test_the_names_to_pack_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "t.csv").write_text("path,label\na.jpg,anna\na.jpg,bob\n")
+    (tmp_path / "only.txt").write_text("anna\n", encoding="utf-8-sig")
+    pack_table(tmp_path / "t.csv", tmp_path / "out", only=tmp_path / "only.txt", workers=1)
+    assert RecordDataset.open(tmp_path / "out").identity_names() == ["anna"]
+
+
 def test_other_files_are_no_tables(tmp_path: Path) -> None:
     (tmp_path / "t.xlsx").touch()
     assert "a table ends in .csv, .tsv or .parquet" in refusal(pack_table, tmp_path / "t.xlsx", tmp_path / "out")
@@ -135,7 +158,7 @@ def test_parquet_with_images_in_a_column(embedded: str, tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == {(names[label], image): 1 for label, image in expected}
     folder = tmp_path / "in" / "data"
     assert summary.skipped == [
-        (f"{folder / 'train-0.parquet'}: row 3", "it is empty"),
+        (f"{folder / 'train-0.parquet'}: row 3", "the table does not hold its bytes"),
         (f"{folder / 'train-1.parquet'}: row 3", "no image format starts like this"),
     ]
     assert set(files_of(tmp_path / "out")) == {
@@ -166,3 +189,56 @@ def test_large_images_in_parquet_are_read_a_few_at_a_time(tmp_path: Path, monkey
         arrow.set_memory_pool(before)
     assert contents(tmp_path / "out") == Counter(("0", image) for image in images)
     assert pool.max_memory() < 10_000_000  # of 21 million bytes
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (None, "has no label"),
+        (float("nan"), "has no label"),
+        (-1, "label -1 is not a whole number from 0 on"),
+        (-1.0, "label -1.0 is not a whole number from 0 on"),
+        (0.5, "label 0.5 is not a whole number from 0 on"),
+        (float("inf"), "label inf is not a whole number from 0 on"),
+    ],
+)
+def test_a_parquet_label_that_is_none_is_no_identity(
+    label: float | None, message: str, embedded: bool, tmp_path: Path
+) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    image = b"x" if embedded else "x.jpg"
+    parquet.write_table(arrow.table({"image": [image] * 3, "label": [2, 10, label]}), tmp_path / "t.parquet")
+    assert f"t.parquet: row 2{'' if 'has' in message else ':'} {message}" in refusal(
+        pack_table, tmp_path / "t.parquet", tmp_path / "out"
+    )
+
+
+def test_whole_labels_in_floats_are_numbers(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = arrow.table({"image": [jpeg(i) for i in range(3)], "label": [10.0, 2.0, 10.0]})
+    parquet.write_table(table, tmp_path / "t.parquet")
+    pack_table(tmp_path / "t.parquet", tmp_path / "out", size=8, workers=1)
+    assert contents(tmp_path / "out") == {("10", jpeg(0)): 1, ("2", jpeg(1)): 1, ("10", jpeg(2)): 1}
+    assert RecordDataset.open(tmp_path / "out").identity_names() == ["2", "10"]
+
+
+def test_images_in_a_dictionary_of_parquet(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    images = arrow.array([jpeg(0), jpeg(1), jpeg(0)]).dictionary_encode()
+    parquet.write_table(arrow.table({"image": images, "label": [0, 1, 1]}), tmp_path / "t.parquet")
+    pack_table(tmp_path / "t.parquet", tmp_path / "out", size=8, workers=1)
+    assert contents(tmp_path / "out") == {("0", jpeg(0)): 1, ("1", jpeg(1)): 1, ("1", jpeg(0)): 1}
+
+
+def test_images_of_parquet_that_are_only_paths_are_told_apart(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    images = [{"bytes": None, "path": "a.jpg"}, {"bytes": None, "path": "b.jpg"}]
+    parquet.write_table(arrow.table({"image": images, "label": [0, 1]}), tmp_path / "t.parquet")
+    line = refusal(pack_table, tmp_path / "t.parquet", tmp_path / "out")
+    assert "none of its 2 images can be read" in line
+    assert line.endswith("the table does not hold its bytes")
