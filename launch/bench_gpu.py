@@ -1,14 +1,14 @@
-"""Checks and times the head's GPU path on one card, with torch and Triton alone; pfc need not be installed.
+"""Times the head's GPU path on one card, with torch and Triton alone; pfc need not be installed.
 
 From the root of the repository:
 
     python launch/bench_gpu.py --out "$OUT" [--peer DIR] [--classes 1000000] [--seconds 480]
 
-In this order, each part skipped when the time is up: the fused kernels against the plain path; steps under torch's
-alarm for host synchronisations; the card's ceilings; tiles and block sizes of the fused kernels, of which the best are
-taken; whole steps of pfc, of pfc's plain path, of a dense head and, with ``--peer``, of the common implementation's
-head; the kernels that a step is made of. A table on the screen, everything in ``gpu.json``. Exit code 1 where a check
-failed. ``--device cpu`` runs all of it in small, the kernels interpreted.
+In this order, each part skipped when the time is up: the card's ceilings; tiles and block sizes of the fused kernels,
+of which the best are taken; whole steps of pfc, of pfc's plain path, of a dense head and, with ``--peer``, of the
+common implementation's head; the kernels that a step is made of. A table on the screen, everything in ``gpu.json``.
+Exit code 1 where a part failed. ``--device cpu`` runs all of it in small, the kernels interpreted. That the path is
+right, ``make test-gpu`` shows.
 """
 
 import argparse
@@ -32,11 +32,11 @@ def main() -> None:
     package.__path__ = [str(ROOT)]
     sys.modules["pfc"] = package
 
-    setting, right, speed, sizes = (
-        importlib.import_module(f"pfc.launch.bench.gpu_{name}") for name in ("run", "check", "speed", "sweep")
+    setting, speed, sizes = (
+        importlib.import_module(f"pfc.launch.bench.gpu_{name}") for name in ("run", "speed", "sweep")
     )
     run = setting.GpuRun(setting.Options(**vars(options)), BEGIN)
-    for part in (right.check, right.synchronisations, speed.ceilings, sizes.sweep, speed.steps, speed.profile):
+    for part in (speed.ceilings, sizes.sweep, speed.steps, speed.profile):
         if run.time_is_up:
             print(f"skipped, the time is up: {part.__name__}")
             continue

@@ -69,7 +69,7 @@ class GpuRun:
         self.results: dict[str, Any] = {
             "device": name, "torch": torch.__version__, "triton": triton.__version__,
             "options": {key: str(value) for key, value in vars(options).items()},
-            "failures": [], "checks": {}, "steps": [],
+            "failures": [], "steps": [],
         }  # fmt: skip
         print(name, torch.__version__, triton.__version__)
 

@@ -28,6 +28,9 @@ def damage(dataset: RecordDataset, sample: int, how: str) -> None:
         if how == "bad magic":
             file.seek(offset)
             file.write(b"\0")
+        elif how == "empty":
+            file.seek(offset + 4)
+            file.write(np.uint32(24).tobytes())  # of the header alone
         elif how == "label":
             file.seek(offset + 12)
             file.write(np.float32(77).tobytes())
@@ -43,12 +46,16 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[RecordDataset, di
     """A data set with one record of every kind of damage, and what is wrong with each."""
     folder = tmp_path_factory.mktemp("damage") / "set"
     images = [encode(picture(i)) for i in range(IMAGES)]
-    images[3] = b""
     images[10] = images[10][:300]  # cut off
     dataset = pack(folder, images, shards=2)
     of_key = {int(dataset.locate(i)[0].keys[dataset.locate(i)[1]]): i for i in range(IMAGES)}
-    wrong = {of_key[3]: "empty", of_key[10]: "cannot be decoded"}
-    for key, how, what in [(17, "bad magic", "no record starts"), (18, "label", "label 77"), (25, "image", "decoded")]:
+    wrong = {of_key[10]: "cannot be decoded"}
+    for key, how, what in [
+        (3, "empty", "empty"),
+        (17, "bad magic", "no record starts"),
+        (18, "label", "label 77"),
+        (25, "image", "decoded"),
+    ]:
         damage(dataset, of_key[key], how)
         wrong[of_key[key]] = what
     return RecordDataset.open(folder), wrong

@@ -43,14 +43,12 @@ def test_every_part_runs_with_torch_and_triton_alone(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     parts = [line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("-- ")]
-    assert parts == ["check", "synchronisations", "ceilings", "sweep", "steps", "profile"]
+    assert parts == ["ceilings", "sweep", "steps", "profile"]
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found.keys() == {
-        "device", "torch", "triton", "options", "failures", "checks", "steps", "bf16_tflops", "bandwidth_tbps", "sweep",
+        "device", "torch", "triton", "options", "failures", "steps", "bf16_tflops", "bandwidth_tbps", "sweep",
     }  # fmt: skip
     assert found["failures"] == []
-    compared = {name.rpartition(": ")[2] for name in found["checks"]}
-    assert compared >= {"loss 0", "embeddings 0", "loss 2", "embeddings 2", "centers", "momentum", "all centers"}
     assert found["sweep"].keys() == {"tiles", "best", "blocks"}
     heads = ["pfc", "pfc, p made again", "pfc, plain path", "peer", "peer, fp16"]
     lines = [(entry["head"], entry["rate"]) for entry in found["steps"]]
@@ -63,5 +61,5 @@ def test_parts_are_left_out_when_the_time_is_up(tmp_path: Path) -> None:
     command = [sys.executable, "launch/bench_gpu.py", "--device", "cpu", "--seconds", "0", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped, the time is up: check" in done.stdout
+    assert "skipped, the time is up: ceilings" in done.stdout
     assert json.loads((tmp_path / "gpu.json").read_text())["steps"] == []

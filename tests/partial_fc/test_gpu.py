@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 from pfc.partial_fc import PartialFC, RowAdagrad, RowAdamW, RowSGD, objectives
+from pfc.partial_fc.centers import ClassShard
+from pfc.partial_fc.sampling import sample_classes
 from tests.partial_fc.cases import OBJECTIVES, Case, compare, relative_error, step_on_rank
 from tests.ranks import run_ranks
 
@@ -45,6 +47,56 @@ def test_loss_and_gradients_are_the_oracles(name: str, path: str) -> None:
         larger = {"scale": scale} if scale and "scale" in OBJECTIVES[name] else {}
         case = Case(name, OBJECTIVES[name] | larger, device=DEVICE, num_classes=1003, dim=64, **shape)
         compare(case, [step_on_rank(case)], tolerance=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("classes", "dim", "batch", "rate", "products", "bound"),
+    [
+        (9001, 100, 33, 0.2, torch.float32, 1e-4),
+        (300_001, 512, 1024, 1.0, torch.bfloat16, 3e-2),
+        (4_300_000, 512, 64, 0.01, torch.bfloat16, 3e-2),  # offsets beyond 2³¹
+    ],
+)
+def test_three_steps_are_those_of_the_plain_path(
+    classes: int, dim: int, batch: int, rate: float, products: Any, bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both paths round their operands to bfloat16, but not the same ones: rows before or after normalising."""
+    if not GPU:
+        classes = min(classes, 9001)
+    elif torch.cuda.get_device_properties(0).total_memory < 8 * classes * dim * 4:
+        pytest.skip("takes too much memory for this card")
+    numbers = []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr("pfc.partial_fc.device.fits", lambda *_: False)
+        head = PartialFC(
+            classes, dim, objective=objectives.CosFace(), sample_rate=rate, compute_dtype=products, device=DEVICE
+        )
+        optimizer = OPTIMIZERS["sgd"](head)
+        some = torch.arange(0, classes, max(1, classes // 5000), device=DEVICE)
+        before = head.centers.to_local()[some].clone()
+        found = {}
+        for step, (embeddings, labels) in enumerate(batches(classes, dim, batch, 3)):
+            loss = head(embeddings, labels)
+            loss.backward()
+            found |= {f"loss {step}": loss.detach(), f"embeddings {step}": embeddings.grad}
+            optimizer.step()
+            optimizer.zero_grad()
+        momentum = optimizer.state_dict()["state"]["momentum"].to_local()[some]
+        numbers.append(found | {"centers": head.centers.to_local()[some] - before, "momentum": momentum})
+        del head, optimizer
+    for name, value in numbers[0].items():
+        assert relative_error(value, numbers[1][name].double()) <= bound, name
+
+
+@pytest.mark.parametrize(("classes", "ranks"), [(1_000_003, 3), (6145, 2)])
+def test_the_card_draws_the_cpus_sample(classes: int, ranks: int) -> None:
+    labels = torch.randint(0, classes, (500,), generator=torch.Generator().manual_seed(classes))
+    shard = ClassShard.of(classes, ranks - 1, ranks)
+    for step in range(3):
+        there = sample_classes(labels.to(DEVICE), shard, rate=0.13, seed=7, step=step, fixed=GPU)
+        here = sample_classes(labels, shard, rate=0.13, seed=7, step=step)
+        assert torch.equal(there.classes.cpu(), here.classes)
 
 
 @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
