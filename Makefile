@@ -14,7 +14,7 @@ PIP     = $(VENV)/bin/python -m pip --disable-pip-version-check -qq
 STAMP   = $(VENV)/.pfc-installed-with
 
 GLYPHS  = work/glyphs
-C_FILES = partial_fc/kernels/native.c data/plain.c
+C_FILES = partial_fc/kernels/native.c data/loading/plain.c
 
 .PHONY: demo test test-gpu lint bench image clean
 .DELETE_ON_ERROR:

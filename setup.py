@@ -1,11 +1,11 @@
-"""Build and installation of pfc: the four top-level folders become one namespace, ``pfc``."""
+"""Build and installation of pfc: the five top-level folders become one namespace, ``pfc``."""
 
 import platform
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
-ROOMS = ("partial_fc", "data", "engine", "launch")
+ROOMS = ("partial_fc", "data", "engine", "launch", "benchmarks")
 
 # data/ is installed as pfc.data, and so on: the tree stays flat, and nothing called "data" lands in site-packages.
 packages = [f"pfc.{name}" for room in ROOMS for name in (room, *(f"{room}.{sub}" for sub in find_packages(room)))]
@@ -25,7 +25,9 @@ compiled = [
     )
     for suffix, flags in KINDS.items()
 ]
-compiled.append(Extension("pfc.data._plain", ["data/plain.c"], extra_compile_args=["-O3"], optional=True))
+compiled.append(
+    Extension("pfc.data.loading._plain", ["data/loading/plain.c"], extra_compile_args=["-O3"], optional=True)
+)
 
 setup(
     name="pfc",

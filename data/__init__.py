@@ -1,6 +1,14 @@
-"""Data: RecordIO shards, packing, inspection, sample order, loading, verification pairs.
+"""Data: from a person's images to the batches of a training run.
 
-The names load on first use, so that a program pays only for what it touches.
+    records/    RecordIO shards, their index and labels; one data set, or several as one
+    packing/    images into shards: from a folder, a list, a table, other RecordIO
+    checking/   what a data set holds, what is wrong with it, and what can be saved of it
+    order/      in which order training sees the images
+    loading/    shards to batches of tensors: reading, decoding, augmenting
+    pairs/      verification sets
+    glyphs/     data sets that any machine can make: printed characters, coloured patterns
+
+The public names load on first use, so that a program pays only for what it touches.
 """
 
 from __future__ import annotations
@@ -9,47 +17,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .dataset import RecordDataset
-    from .decoding import decode_images
+    from .checking.inspect import InspectReport, inspect_dataset
+    from .checking.rebuild import rebuild_index
     from .errors import DamagedRecord, UsageError
-    from .glyphs import pack_glyphs
-    from .inspect import InspectReport, inspect_dataset
-    from .mixture import JointDataset
-    from .order import SampleOrder
-    from .packing import pack_folder, pack_list, pack_recordio, pack_table
-    from .pairs import Pairs, make_pairs, pairs_from_list, read_pairs, write_pairs
-    from .pipeline import Batch, TrainLoader
-    from .rebuild import rebuild_index
-    from .shards import ShardedWriter
-    from .summary import PackSummary
-    from .synthetic import pack_synthetic
+    from .glyphs.glyphs import pack_glyphs
+    from .glyphs.synthetic import pack_synthetic
+    from .loading.decoding import decode_images
+    from .loading.loader import Batch, TrainLoader
+    from .order.orders import SampleOrder
+    from .packing.pack import pack_folder, pack_list, pack_recordio, pack_table
+    from .packing.summary import PackSummary
+    from .packing.writer import ShardedWriter
+    from .pairs.pairs import Pairs, make_pairs, pairs_from_list, read_pairs, write_pairs
+    from .records.dataset import RecordDataset
+    from .records.joint import JointDataset
 
 _HOME = {
-    "RecordDataset": "dataset",
-    "DamagedRecord": "errors",
-    "UsageError": "errors",
-    "pack_glyphs": "glyphs",
-    "InspectReport": "inspect",
-    "JointDataset": "mixture",
-    "inspect_dataset": "inspect",
-    "SampleOrder": "order",
-    "PackSummary": "summary",
-    "pack_folder": "packing",
-    "pack_list": "packing",
-    "pack_recordio": "packing",
-    "pack_table": "packing",
-    "Pairs": "pairs",
-    "make_pairs": "pairs",
-    "pairs_from_list": "pairs",
-    "read_pairs": "pairs",
-    "write_pairs": "pairs",
-    "Batch": "pipeline",
-    "TrainLoader": "pipeline",
-    "decode_images": "decoding",
-    "rebuild_index": "rebuild",
-    "ShardedWriter": "shards",
-    "pack_synthetic": "synthetic",
+    "checking.inspect": ("InspectReport", "inspect_dataset"),
+    "checking.rebuild": ("rebuild_index",),
+    "errors": ("DamagedRecord", "UsageError"),
+    "glyphs.glyphs": ("pack_glyphs",),
+    "glyphs.synthetic": ("pack_synthetic",),
+    "loading.decoding": ("decode_images",),
+    "loading.loader": ("Batch", "TrainLoader"),
+    "order.orders": ("SampleOrder",),
+    "packing.pack": ("pack_folder", "pack_list", "pack_recordio", "pack_table"),
+    "packing.summary": ("PackSummary",),
+    "packing.writer": ("ShardedWriter",),
+    "pairs.pairs": ("Pairs", "make_pairs", "pairs_from_list", "read_pairs", "write_pairs"),
+    "records.dataset": ("RecordDataset",),
+    "records.joint": ("JointDataset",),
 }
+"""Module → the public names that it holds."""
 
 __all__ = [
     "Batch",
@@ -80,6 +79,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
-from pfc.engine.report_figures import GREY, SET_COLOURS, STYLE
+from pfc.engine.report.figures import GREY, SET_COLOURS, STYLE
 from pfc.partial_fc import objectives
 from pfc.partial_fc.objectives import Objective, SquaresObjective
 

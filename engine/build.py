@@ -12,7 +12,7 @@ from ..partial_fc.kernels.products import ComputeDtype
 from . import device as devices
 from .backbones import build_backbone
 from .config import Adagrad, AdamW, Config
-from .distributed import World
+from .ranks.distributed import World
 
 
 def completed(config: Config, dataset: RecordDataset | JointDataset) -> Config:

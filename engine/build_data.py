@@ -3,13 +3,13 @@
 import os
 
 from ..data import JointDataset, RecordDataset, TrainLoader
-from ..data.balanced import BalancedOrder, groups_of
 from ..data.errors import UsageError
-from ..data.mixture import MixedOrder, seed_of_set
-from ..data.order import BlockOrder, Order, SampleOrder
+from ..data.order.balanced import BalancedOrder, groups_of
+from ..data.order.orders import BlockOrder, Order, SampleOrder
+from ..data.records.joint import MixedOrder, seed_of_set
 from ..data.workers import default_workers
 from .config import BalancedSampling, BlockSampling, Config
-from .distributed import World
+from .ranks.distributed import World
 
 _MOST_THREADS = 8  # by default: tens of thousands of images of 112×112 a second
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..data import JointDataset, RecordDataset
-from ..data.pipeline import Batch
+from ..data.loading.loader import Batch
 from .training_step import TrainingStep
 
 _SHOWN = 16  # samples of a rank that are named

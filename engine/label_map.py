@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..data import JointDataset, RecordDataset
 from ..data.errors import UsageError
-from ..data.manifest import LABEL_NAMES_NAME
+from ..data.records.manifest import LABEL_NAMES_NAME
 
 
 def read_label_map(dataset: RecordDataset | JointDataset) -> bytes | None:

@@ -14,7 +14,7 @@ from ..data.errors import UsageError
 from . import checkpoint
 from .checkpoint import Found
 from .config import Config
-from .distributed import World
+from .ranks.distributed import World
 
 _PATIENCE = 60.0
 """Seconds; NFS keeps "no such file" for 30 unless it is mounted otherwise."""

@@ -6,22 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.pipeline import Batch
-from . import build, build_data, distributed, initial, label_map, lines, run_state
+from ..data.loading.loader import Batch
+from . import build, build_data, initial, label_map
+from .checkpoint import state as run_state
+from .checkpoint.manager import Saving
 from .config import Config
-from .damage import DamageTally
 from .device import consult_every
 from .diagnosis import NotFinite, diagnose
-from .distributed import World
-from .evaluating import evaluate_sets, read_pair_sets
-from .report import write_report
+from .evaluation.sets import evaluate_sets, read_pair_sets
+from .log import lines
+from .log.damage import DamageTally
+from .log.telemetry import Telemetry, Throughput
+from .ranks import distributed
+from .ranks.distributed import World
+from .ranks.stopping import EXIT_CODES, signal_of, stop_requests
+from .report.write import write_report
 from .rollback import Rollback
-from .saving import Saving
 from .schedule import set_rates
 from .spikes import SpikeWatch
 from .start import agree
-from .stopping import EXIT_CODES, signal_of, stop_requests
-from .telemetry import Telemetry, Throughput
 from .training_step import TrainingStep
 
 REQUEUE = "requeue"

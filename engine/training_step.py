@@ -13,7 +13,7 @@ from ..data.errors import UsageError
 from . import device as devices
 from .build import Parts
 from .config import Config
-from .distributed import World
+from .ranks.distributed import World
 
 # Each rank keeps the BatchNorm statistics of its own batches; evaluation and checkpoints take rank 0's. Newer torch
 # warns about the old name of the switch, older torch does not know the new one.

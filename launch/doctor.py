@@ -164,7 +164,7 @@ def _seconds(function: Callable[[], object], times: int = 4) -> float:
 
 
 def _compiled_passes() -> Check:
-    from ..data import plain
+    from ..data.loading import plain
     from ..partial_fc.kernels import native
 
     name = "compiled passes"

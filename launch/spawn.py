@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from ..engine.stopping import EXIT_CODES
+from ..engine.ranks.stopping import EXIT_CODES
 from .train import PARENT
 
 STOP_GRACE = 300.0

@@ -32,7 +32,7 @@ def main() -> int:
     # torch is imported here, not above: a rank whose parent is gone should not get that far.
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from ..engine.failures import PeerFailed
+    from ..engine.ranks.failures import PeerFailed
 
     try:
         # record() leaves the exception in the file that the starting process reads.
@@ -53,7 +53,7 @@ def main() -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     from ..engine.config import load_config
-    from ..engine.failures import PeerFailed
+    from ..engine.ranks.failures import PeerFailed
     from ..engine.trainer import train
 
     try:

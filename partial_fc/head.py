@@ -373,7 +373,7 @@ class _HeadLoss(torch.autograd.Function):
         # ⑦ ∂loss/∂rows, when the row optimizer asks for them
         slopes = own_slope * unit
         if ctx.kernel_is_fused:
-            from .fused_gradient import FusedGradient
+            from .kernels.fused.gradient import FusedGradient
 
             gradient = FusedGradient(unit_rows_grad, ctx.own.columns, slopes, ctx.draw)
         else:

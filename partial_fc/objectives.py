@@ -33,7 +33,7 @@ from .kernels.products import ComputeDtype, stored_dtype
 from .kernels.unshifted import MAX_SCALE
 
 if TYPE_CHECKING:
-    from .kernels.fused import LogSumExpFused
+    from .kernels.fused.logsumexp import LogSumExpFused
 
 _LARGEST_SCALE = 256.0  # exp(±2·scale) stays inside float64, in which the ranks add their sums
 
@@ -98,7 +98,7 @@ class LogSumExpObjective(Objective):
     def fused_kernel(self, weight: Tensor, compute_dtype: ComputeDtype, budget: KeepBudget) -> "LogSumExpFused | None":
         if self.scale > MAX_SCALE or not device.fits(weight, stored_dtype(compute_dtype)):
             return None
-        from .kernels.fused import LogSumExpFused  # which needs Triton
+        from .kernels.fused.logsumexp import LogSumExpFused  # which needs Triton
 
         return LogSumExpFused(compute_dtype, self.scale, self.filter, budget)
 

@@ -87,7 +87,7 @@ def sample_batch(
     count = _share(rate, size)
     key = hash64(hash64(seed, 1), step) & _MASK32
     if fixed:
-        from .kernels.draw import permuted
+        from .kernels.fused.draw import permuted
 
         return permuted(count, size, key, device).sort().values
     return _permuted(count, size, torch.tensor(key), device).sort().values
@@ -173,7 +173,7 @@ def _fixed_sample(labels: Tensor, mine: Tensor, shard: ClassShard, draw: Draw) -
     First stand the ids that the shard's blocks give, −1 for those of another shard's part of a block; then one place
     for each of the batch, −1 where its class is another rank's, or stands before.
     """
-    from .kernels.draw import draw as draw_classes
+    from .kernels.fused.draw import draw as draw_classes
 
     size = len(labels)
     rows = labels.new_empty(draw.total + size)

@@ -109,7 +109,7 @@ class Without:
     """Finds what ``finder`` finds, except the other rooms of pfc and the libraries that only those need."""
 
     others = ("pydantic", "yaml", "typer", "rich", "nvidia.dali", "matplotlib", "sklearn", "PIL", "tensorboard")
-    rooms = ("pfc.data", "pfc.engine", "pfc.launch")
+    rooms = ("pfc.data", "pfc.engine", "pfc.launch", "pfc.benchmarks")
 
     def __init__(self, finder):
         self.finder = finder

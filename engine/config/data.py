@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from ...data.augment import Augment
+from ...data.loading.augment import Augment
 from .section import Count, Positive, Section, Side
 
 

@@ -64,8 +64,8 @@ def head(
     _check_outputs(json_file, picture)
     if picture is not None and picture.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise UsageError(f"--plot {picture}: must end in .png, .pdf or .svg")
-    from ..bench.grid import HeadGrid, measure_grid
-    from ..bench.table import report
+    from ...benchmarks.head.grid import HeadGrid, measure_grid
+    from ...benchmarks.head.table import report
     from ..spawn import default_ranks
 
     grid = HeadGrid(
@@ -91,7 +91,7 @@ def head(
     print("\n".join(report(results)))
     _write_json(json_file, results.to_dict())
     if picture is not None and any(line.rounds for line in results.lines if line.case.head == "pfc"):
-        from ..bench.plot import plot
+        from ...benchmarks.head.plot import plot
 
         plot(results, picture)
     for line in results.lines:
@@ -122,10 +122,10 @@ def step(
     number. Beside it, in the same run and with the same backbone, the plain dense head.
     """
     _check_outputs(json_file)
+    from ...benchmarks.head.table import step_report
+    from ...benchmarks.ranks import RankDied
+    from ...benchmarks.step import completed, measure_step
     from ...engine.config import load_config
-    from ..bench.ranks import RankDied
-    from ..bench.step import completed, measure_step
-    from ..bench.table import step_report
     from ..spawn import default_ranks, usable_cores
 
     ranks = nproc or default_ranks()

@@ -25,9 +25,9 @@ def data(
     Beside it, in the same run and taking turns, DALI's own reader of such files (shuffled within a window, and in the
     order of the files) and a plain torch DataLoader that decodes with Pillow.
     """
+    from ...benchmarks.data import measure_loaders
     from ...data import RecordDataset
     from ...engine.device import local_device
-    from ..bench_data import measure_loaders
 
     opened = RecordDataset.open(dataset)
     if opened.image_size is None:

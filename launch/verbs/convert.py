@@ -39,6 +39,6 @@ def convert(
     sides = parse_size(size) if size is not None else None
     if size is not None and sides is None:
         raise UsageError("--size keep: a network has one size; write pixels as 112, or height and width as 112x96")
-    from ...engine.convert import convert
+    from ...engine.convert.convert import convert
 
     print(convert(source, out, backbone=backbone, image_size=sides))

@@ -28,7 +28,7 @@ def embed(
     import numpy as np
     from torch.nn.functional import normalize
 
-    from ...engine.evaluation import embed_images
+    from ...engine.evaluation.evaluate import embed_images
     from ..spawn import usable_cores
 
     where = find_device(device)

@@ -31,8 +31,8 @@ def evaluate(
     run's own evaluations do. `pfc pack pairs` makes a verification set.
     """
     from ...data import read_pairs
-    from ...engine import distributed
-    from ...engine.evaluation import evaluate_pairs
+    from ...engine.evaluation.evaluate import evaluate_pairs
+    from ...engine.ranks import distributed
     from ..spawn import run_ranks, usable_cores
 
     # All sets are read before the first is measured: a wrong name should not cost the time of the right ones.

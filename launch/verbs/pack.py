@@ -123,7 +123,7 @@ def pairs(
 ) -> None:
     """Make a verification set: pairs of images and whether they show the same identity."""
     from ...data import RecordDataset, make_pairs, pairs_from_list, write_pairs
-    from ...data.pairs import DEFAULT_PAIRS
+    from ...data.pairs.pairs import DEFAULT_PAIRS
 
     made: Any
     if list_file is not None:

@@ -28,7 +28,7 @@ from .pack_arguments import (
 )
 
 if TYPE_CHECKING:
-    from ...data.pack_options import PackArguments
+    from ...data.packing.options import PackArguments
 
 
 def folder(

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pfc.data.dataset import RecordDataset
-from pfc.data.pipeline import TrainLoader
-from pfc.data.shards import ShardedWriter
+from pfc.data.loading.loader import TrainLoader
+from pfc.data.packing.writer import ShardedWriter
+from pfc.data.records.dataset import RecordDataset
 
 SIZE = (24, 20)
 

@@ -11,8 +11,8 @@ Image = pytest.importorskip("PIL.Image", reason="the pictures are made with Pill
 pytest.importorskip("pydantic", reason="augmentations are described with pydantic")
 pytest.importorskip("nvidia.dali", reason="pictures are decoded by NVIDIA DALI")
 
+from tests.data.loading.test_augment import ALL
 from tests.data.pictures import SIZE, collect, encode, pack, picture
-from tests.data.test_augment import ALL
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
 GPU = torch.device("cuda")

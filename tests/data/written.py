@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from pfc.data.recordio import MAGIC_BYTES, RecordWriter, pack_image
-from pfc.data.shards import ShardedWriter
+from pfc.data.packing.writer import ShardedWriter
+from pfc.data.records.recordio import MAGIC_BYTES, RecordWriter, pack_image
 
 
 def image(i: int) -> bytes:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pfc.data import RecordDataset, make_pairs, pack_synthetic, write_pairs
 from pfc.engine.config import Config, parse_config
-from pfc.engine.distributed import World
-from pfc.engine.telemetry import read_json_lines
+from pfc.engine.log.telemetry import read_json_lines
+from pfc.engine.ranks.distributed import World
 from pfc.engine.trainer import Trainer
 from tests.ranks import run_ranks
 

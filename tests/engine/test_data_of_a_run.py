@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from pfc.data import RecordDataset, pack_synthetic
-from pfc.data.mixture import MixedOrder
-from pfc.data.order import Order
+from pfc.data.order.orders import Order
+from pfc.data.records.joint import MixedOrder
 from pfc.engine import build_data
 from pfc.engine.checkpoint import find_all
-from pfc.engine.telemetry import read_json_lines
+from pfc.engine.log.telemetry import read_json_lines
 from tests.engine.runs import IDENTITIES, configuration, new_trainer, pack, train
 from tests.launch.conftest import PFC
 from tests.ranks import run_ranks

@@ -22,7 +22,7 @@ pytest.importorskip("nvidia.dali", reason="training reads its images through NVI
 
 from pfc.engine.checkpoint import find_all, find_latest
 from pfc.engine.config import Config
-from pfc.engine.telemetry import read_json_lines
+from pfc.engine.log.telemetry import read_json_lines
 from pfc.launch.cli import main
 from tests.engine.runs import configuration, pack
 
@@ -61,8 +61,8 @@ def train(configs: Sequence[Config], *, stop_at: int = 0, poison: bool = False) 
 
 def _on_rank(stop_at: int, poison: bool, paths: Sequence[str]) -> None:
     """The process of ``train``."""
-    from pfc.engine import distributed
     from pfc.engine.config import load_config
+    from pfc.engine.ranks import distributed
     from pfc.engine.trainer import Trainer
 
     left = []

@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from pfc.engine import start
 from pfc.engine.checkpoint import find, find_all, write
+from tests.engine.checkpoint.test_checkpoint import content
 from tests.engine.runs import configuration, new_trainer, pack, train
-from tests.engine.test_checkpoint import content
 from tests.ranks import run_ranks
 
 

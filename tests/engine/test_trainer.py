@@ -8,7 +8,7 @@ import torch
 from pfc.data.errors import UsageError
 from pfc.engine.checkpoint import find, find_all, load_backbone
 from pfc.engine.config import Config, load_config
-from pfc.engine.telemetry import read_json_lines
+from pfc.engine.log.telemetry import read_json_lines
 from tests.engine.runs import IDENTITIES, PER_IDENTITY, configuration, final_tensors, new_trainer, pack, train
 from tests.ranks import run_ranks
 

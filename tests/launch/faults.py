@@ -23,8 +23,7 @@ import torch
 
 from pfc.data import pack_synthetic
 from pfc.engine import checkpoint
-
-from .conftest import PFC
+from tests.launch.conftest import PFC
 
 FAULTY = Path(__file__).parent / "faulty"
 STEPS, SAVE_EVERY = 12, 3

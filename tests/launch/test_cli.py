@@ -174,7 +174,7 @@ def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("pfc.data.inspect.inspect_dataset", fail)
+    monkeypatch.setattr("pfc.data.checking.inspect.inspect_dataset", fail)
     with pytest.raises(ZeroDivisionError):
         main(["inspect", str(tmp_path)])
 
@@ -183,7 +183,7 @@ def test_an_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pfc.data.inspect.inspect_dataset", interrupt)
+    monkeypatch.setattr("pfc.data.checking.inspect.inspect_dataset", interrupt)
     assert main(["inspect", str(tmp_path)]) == 130
     assert capsys.readouterr().err == ""
 

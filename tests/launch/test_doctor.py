@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pfc.benchmarks.head import memory
 from pfc.launch import doctor
-from pfc.launch.bench import memory
 from pfc.launch.cli import main
 from pfc.launch.doctor import Check
 from pfc.partial_fc.kernels import native, products

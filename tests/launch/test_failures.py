@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from pfc.engine.checkpoint import find
-
-from . import faults
+from tests.launch import faults
 
 HANG_SECONDS = "run.timeout_seconds=4"
 

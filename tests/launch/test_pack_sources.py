@@ -7,7 +7,7 @@ import pytest
 
 from pfc.data import RecordDataset
 from pfc.launch.cli import main
-from tests.data.packed import contents, jpeg
+from tests.data.packing.packed import contents, jpeg
 from tests.launch.test_cli import assert_wrong_use
 
 FAST = ["--workers", "1"]

@@ -13,8 +13,7 @@ import pytest
 
 from pfc.data import pack_synthetic
 from pfc.launch.cli import main
-
-from .conftest import CONFIG, PFC
+from tests.launch.conftest import CONFIG, PFC
 
 
 def write_config(folder: Path, tmp_path: Path, steps: int) -> Path:

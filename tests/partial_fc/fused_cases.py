@@ -103,7 +103,7 @@ class KernelCase:
 
 def operands(compute_dtype: ComputeDtype) -> tuple[Tensor, Tensor]:
     """Normalised rows [50, 24], and what the products take of them."""
-    from pfc.partial_fc.kernels.fused_rows import normalized_rows
+    from pfc.partial_fc.kernels.fused.rows import normalized_rows
 
     weight = torch.randn(50, 24, generator=torch.Generator().manual_seed(0))
     rows = SampledRows(weight, None)
@@ -112,8 +112,8 @@ def operands(compute_dtype: ComputeDtype) -> tuple[Tensor, Tensor]:
 
 def fused_beside_plain(case: KernelCase) -> dict[str, tuple[Tensor, Tensor]]:
     """Each number of a step by both kernels; with an index the fused one gets padding too."""
-    from pfc.partial_fc.fused_gradient import FusedGradient
-    from pfc.partial_fc.kernels.fused import LogSumExpFused
+    from pfc.partial_fc.kernels.fused.gradient import FusedGradient
+    from pfc.partial_fc.kernels.fused.logsumexp import LogSumExpFused
 
     generator = torch.Generator().manual_seed(case.rows)
     unit = torch.nn.functional.normalize(torch.randn(case.batch, case.dim, generator=generator))
@@ -200,8 +200,8 @@ def broken_step(name: str, rate: float) -> bool:
 
 def far_rows(folder: str) -> None:
     """A step on rows whose offsets go beyond 2³¹, in a file of holes: it reads and writes them, and no others."""
-    from pfc.partial_fc.fused_gradient import FusedGradient
-    from pfc.partial_fc.kernels.fused import LogSumExpFused
+    from pfc.partial_fc.kernels.fused.gradient import FusedGradient
+    from pfc.partial_fc.kernels.fused.logsumexp import LogSumExpFused
 
     dim, stored = 512, (1 << 22) + 100
     weight, momentum = (
@@ -233,7 +233,7 @@ def far_rows(folder: str) -> None:
 
 def accumulated(name: str, fused: bool, rate: float, keep_bytes: int, sum_numbers: int = 1) -> dict[str, Tensor]:
     """Centers and state after two steps of three passes each, whose rows are added in several parts."""
-    from pfc.partial_fc import fused_gradient
+    from pfc.partial_fc.kernels.fused import gradient as fused_gradient
 
     classes = 9001 if rate < 1 else 901  # interpreting takes its time
     head = PartialFC(classes, 8, objective=objectives.CosFace(scale=16.0), sample_rate=rate, keep_bytes=keep_bytes)

@@ -139,29 +139,29 @@ DRAW = (
     "last_block:i32 last_size:i32 last_bits:i32 count:i32 size:i32 bits:i32"
 )
 COMPILED: list[tuple[str, str, str, dict[str, Any]]] = [
-    ("fused_powers", "powers_kernel", POWERS + "rows:*bf16 unit:*bf16 power:*bf16", FLAGS | {"tiles": torch.bfloat16}),
-    ("fused_powers", "powers_kernel", POWERS + "rows:*fp32 unit:*fp32 power:*fp32", FLAGS | {"tiles": torch.float32}),
-    ("fused_powers", "powers_kernel", POWERS + "rows:*fp32 unit:*fp32 power:*fp32", FLAGS | TF32),
-    ("fused_rows", "normalize_kernel", UPDATE + "unit:*bf16 padded:i32", ROWS | {"TF32": False}),
-    ("fused_rows", "normalize_kernel", UPDATE + "unit:*fp32 padded:i32", ROWS | {"TF32": True}),
-    ("fused_update", "project_kernel", UPDATE, ROWS),
+    ("powers", "powers_kernel", POWERS + "rows:*bf16 unit:*bf16 power:*bf16", FLAGS | {"tiles": torch.bfloat16}),
+    ("powers", "powers_kernel", POWERS + "rows:*fp32 unit:*fp32 power:*fp32", FLAGS | {"tiles": torch.float32}),
+    ("powers", "powers_kernel", POWERS + "rows:*fp32 unit:*fp32 power:*fp32", FLAGS | TF32),
+    ("rows", "normalize_kernel", UPDATE + "unit:*bf16 padded:i32", ROWS | {"TF32": False}),
+    ("rows", "normalize_kernel", UPDATE + "unit:*fp32 padded:i32", ROWS | {"TF32": True}),
+    ("update", "project_kernel", UPDATE, ROWS),
     (
-        "fused_update",
+        "update",
         "sgd_kernel",
         UPDATE + "velocity:*fp32 lr:fp32 momentum:fp32 decay:fp32",
         ROWS | {"HAS_MOMENTUM": True, "NESTEROV": True},
     ),
     (
-        "fused_update",
+        "update",
         "adamw_kernel",
         UPDATE + "first:*fp32 second:*fp32 steps:*fp32 lr:fp32 beta2:fp32 rest1:fp32 rest2:fp32 log1:fp32 log2:fp32 "
         "eps:fp32 decay:fp32",
         ROWS,
     ),
-    ("fused_update", "adagrad_kernel", UPDATE + "total:*fp32 lr:fp32 eps:fp32 decay:fp32", ROWS),
-    ("fused_update", "write_kernel", UPDATE + "values:*fp32 target:*fp32", ROWS),
+    ("update", "adagrad_kernel", UPDATE + "total:*fp32 lr:fp32 eps:fp32 decay:fp32", ROWS),
+    ("update", "write_kernel", UPDATE + "values:*fp32 target:*fp32", ROWS),
     (
-        "fused_update",
+        "update",
         "own_kernel",
         UPDATE + "places:*i64 begin:*i64 end:*i64 own:*fp32 start:i32",
         {"WIDTH": 512},
@@ -183,7 +183,7 @@ def test_every_kernel_compiles_for_cards_that_are_not_here(tmp_path: Path, monke
     """The interpreter takes what the compiler refuses. To machine code, whose registers suffice: nothing is spilled."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for capability, (module, name, types, constants) in itertools.product(CAPABILITIES, COMPILED):
-        kernel = getattr(importlib.import_module(f"pfc.partial_fc.kernels.{module}"), name)
+        kernel = getattr(importlib.import_module(f"pfc.partial_fc.kernels.fused.{module}"), name)
         code = _compiled(kernel, types, dict(constants), capability)
         registers, spilled = _resources(code["cubin"], tmp_path)
         print(f"sm_{capability} {name} {constants.get('tiles', '')}: {registers} registers, {spilled} bytes spilled")
@@ -225,7 +225,7 @@ def _compiled(kernel: Any, types: str, constants: dict[str, Any], capability: in
 
     options = {}
     if "tiles" in constants:
-        from pfc.partial_fc.kernels.fused_powers import TILES
+        from pfc.partial_fc.kernels.fused.powers import TILES
 
         tiles = TILES[constants.pop("tiles")]
         constants |= {"ROWS": tiles.rows, "BATCH": tiles.batch, "DIM": tiles.dim}

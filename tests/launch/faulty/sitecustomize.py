@@ -43,7 +43,7 @@ def act(fault: dict[str, Any]) -> None:
 
 def install(fault: dict[str, Any]) -> None:
     """Puts the fault into the place ``fault["place"]``, at step ``fault["step"]`` counted from 1."""
-    from pfc.data.pipeline import TrainLoader
+    from pfc.data.loading.loader import TrainLoader
     from pfc.engine import training_step
     from pfc.engine.backbones.small import SmallNet
     from pfc.engine.checkpoint import saver

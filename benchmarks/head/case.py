@@ -1,0 +1,148 @@
+"""What one line of the head's benchmark measures, and what came of it."""
+
+import statistics
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..ceilings import Ceilings
+from .count import Work, floor, work
+
+
+@dataclass(frozen=True)
+class HeadCase:
+    """One line of the benchmark.
+
+    Attributes:
+        head: "pfc", "dense" or "peer".
+        classes, dim, batch: C, D and the global batch.
+        rate: share of the classes used each step; the dense head always uses all.
+        ranks: processes; gloo on a CPU, nccl on GPUs.
+        precision: of the products, "float32" or "bf16"; "fp16" is the peer's own mixed precision.
+        objective: name of an objective; the baselines have CosFace alone.
+        peer: folder that holds ``partial_fc_v2.py`` and ``losses.py`` of the common implementation, for "peer".
+    """
+
+    head: str
+    classes: int
+    dim: int = 512
+    batch: int = 128
+    rate: float = 1.0
+    ranks: int = 2
+    precision: str = "float32"
+    objective: str = "cosface"
+    peer: str = ""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.head} C={self.classes:,} rate={self.rate:.4g} B={self.batch} D={self.dim} ranks={self.ranks} "
+            f"{self.precision} {self.objective}"
+        )
+
+    @property
+    def work(self) -> Work:
+        """What a step must do on the rank with most rows, whoever does it."""
+        return work(self)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One round of a case.
+
+    Attributes:
+        seconds: of each timed step, on the slowest rank.
+        peak_bytes: of the hungriest rank.
+        phases: part of the step → kind of work → seconds, from steps profiled apart (``phases.py``).
+    """
+
+    seconds: list[float]
+    peak_bytes: int
+    phases: dict[str, dict[str, float]]
+
+
+@dataclass
+class Line:
+    """A case and its rounds.
+
+    Attributes:
+        error: why it was not measured, in one line; empty when it was.
+        died: whether that is because a rank died, not because the case does not fit.
+        dense: the dense head's line at the same classes, batch, dimension, ranks and precision, where there is one.
+        peer: the same of the peer, at the same rate.
+    """
+
+    case: HeadCase
+    rounds: list[Measurement] = field(default_factory=list)
+    ceilings: Ceilings | None = None
+    error: str = ""
+    died: bool = False
+    dense: "Line | None" = None
+    peer: "Line | None" = None
+
+    @property
+    def seconds(self) -> list[float]:
+        return [seconds for one in self.rounds for seconds in one.seconds]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(one.peak_bytes for one in self.rounds)
+
+    @property
+    def floor(self) -> float:
+        """Seconds below which this machine cannot do the step."""
+        assert self.ceilings is not None
+        return floor(self.case.work, self.ceilings, self.case.precision)
+
+    @property
+    def phases(self) -> dict[str, dict[str, float]]:
+        """Shares of the step, the mean over the rounds; together 1."""
+        total = sum(seconds for one in self.rounds for kinds in one.phases.values() for seconds in kinds.values())
+        shares: dict[str, dict[str, float]] = {}
+        for one in self.rounds:
+            for part, kinds in one.phases.items():
+                for kind, seconds in kinds.items():
+                    of_part = shares.setdefault(part, {})
+                    of_part[kind] = of_part.get(kind, 0.0) + seconds / total
+        return shares
+
+    def times(self, other: "Line | None") -> float | None:
+        """How many times as fast as the other line; None where one of them has no figures."""
+        return other.median / self.median if other is not None and other.rounds and self.rounds else None
+
+    def memory_of(self, other: "Line | None") -> float | None:
+        """Peak memory as a share of the other line's; None where one of them has no figures."""
+        return (
+            self.peak_bytes / max(other.peak_bytes, 1) if other is not None and other.rounds and self.rounds else None
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        case = {key: value for key, value in asdict(self.case).items() if key != "peer"}
+        if not self.rounds:
+            return {**case, "error": self.error}
+        work = self.case.work
+        return {
+            **case,
+            "rows": work.rows,
+            "operations": work.ways[0].operations,
+            "bytes": work.ways[0].bytes,
+            "median_s": self.median,
+            "min_s": min(self.seconds),
+            "max_s": max(self.seconds),
+            "peak_bytes": self.peak_bytes,
+            "floor_s": self.floor,
+            "times_floor": self.median / self.floor,
+            "product_share_of_ceiling": self._product_share(),
+            "times_dense": self.times(self.dense),
+            "times_peer": self.times(self.peer),
+            "memory_of_dense": self.memory_of(self.dense),
+            "memory_of_peer": self.memory_of(self.peer),
+            "phases": self.phases,
+        }
+
+    def _product_share(self) -> float:
+        """The three products over the whole step, as a share of the measured rate of products."""
+        assert self.ceilings is not None
+        return self.case.work.ways[0].operations / self.median / self.ceilings.products[self.case.precision]

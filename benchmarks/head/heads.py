@@ -1,0 +1,67 @@
+"""The heads that are measured, each with the optimizer that steps its centers."""
+
+import importlib
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...partial_fc import PartialFC, RowSGD, objectives
+from ..ceilings import DTYPES
+from .case import HeadCase
+from .dense import MARGIN, SCALE, DenseHead
+
+LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
+
+
+@dataclass(frozen=True)
+class Head:
+    """A module that gives the loss of embeddings [b, D] and labels int64 [b], and what steps its centers."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def step(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Forward, backward, row update."""
+        self.module(embeddings, labels).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def build(case: HeadCase, device: torch.device) -> Head:
+    """The head of a case, on one of its ranks."""
+    return with_sgd({"pfc": _pfc, "dense": _dense, "peer": _peer}[case.head](case, device))
+
+
+def with_sgd(module: nn.Module) -> Head:
+    """Centers are stepped by the same SGD whoever's they are: pfc's by ``RowSGD``, others by torch's."""
+    if isinstance(module, PartialFC):
+        return Head(module, RowSGD(module, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY))
+    centers = [parameter for name, parameter in module.named_parameters() if name == "weight"]
+    return Head(module, torch.optim.SGD(centers, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY))
+
+
+def _pfc(case: HeadCase, device: torch.device) -> nn.Module:
+    return PartialFC(
+        case.classes,
+        case.dim,
+        objective=objectives.build(case.objective),
+        sample_rate=case.rate,
+        device=device,
+        compute_dtype=DTYPES[case.precision],
+    )
+
+
+def _dense(case: HeadCase, device: torch.device) -> nn.Module:
+    return DenseHead(case.classes, case.dim, DTYPES[case.precision], device)
+
+
+def _peer(case: HeadCase, device: torch.device) -> nn.Module:
+    """The common implementation's head, imported from the folder that the user names."""
+    if device.type == "cpu":
+        torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]  # it knows GPUs only
+    sys.path.insert(0, case.peer)
+    losses, module = importlib.import_module("losses"), importlib.import_module("partial_fc_v2")
+    margin = losses.CombinedMarginLoss(SCALE, 1.0, 0.0, MARGIN)
+    return module.PartialFC_V2(margin, case.dim, case.classes, case.rate, case.precision == "fp16").to(device).train()

@@ -1,0 +1,6 @@
+"""Images into RecordIO shards.
+
+``pack`` has the functions, one for each kind of source; ``options`` their options. ``run`` is the packing itself: it
+asks a source (``sources/``) for images, chooses by ``selection``, stores them as ``storing`` says, and gives them to
+``writer``. ``resume`` keeps what an interrupted packing needs to go on; ``summary`` tells what was done.
+"""

@@ -1,0 +1,95 @@
+"""The choices that every kind of source has in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict, get_args
+
+from ..errors import UsageError
+from ..images import Encoding
+from ..workers import Progress
+from .selection import Filter
+from .storing import Storing
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """How to pack.
+
+    size: height and width of the stored images in pixels; a number for squares, None for each image's own. An image is
+    scaled until it covers the size, and the rest is cut off on both sides alike.
+    quality, encoding: of images that have to be encoded; those that are what they shall be keep their bytes.
+    keep_bytes: all images keep their bytes, whatever they are. check: decode them nevertheless, to find those that
+    cannot be read.
+    min_images: leave out identities with fewer images. only, without: text files with an identity's name a line: pack
+    these alone, or all others. keep_labels: labels stay the numbers that the source gives; otherwise they are 0, 1, ...
+    shards: how many ``.rec`` files; or images_per_shard, how many images each of them has at most.
+    shuffle: all images over all shards, by ``seed``; otherwise they stay in the order of the source.
+    workers: processes, None for one a core. The result does not depend on it.
+    name: of the data set, None for its folder's. overwrite: replace a packed data set at OUT, nothing else.
+    strict: stop at the first image that cannot be read; otherwise it is left out, counted and named.
+    progress: called as progress(done, total).
+    """
+
+    size: int | tuple[int, int] | None = None
+    quality: int = 95
+    encoding: Encoding = "jpeg"
+    keep_bytes: bool = False
+    check: bool = True
+    min_images: int = 1
+    only: str | Path | None = None
+    without: str | Path | None = None
+    keep_labels: bool = False
+    shards: int = 1
+    images_per_shard: int | None = None
+    shuffle: bool = True
+    seed: int = 0
+    workers: int | None = None
+    name: str | None = None
+    overwrite: bool = False
+    strict: bool = False
+    progress: Progress | None = None
+
+    def storing(self) -> Storing:
+        """The choices about the images' bytes; UsageError where they are impossible."""
+        if not 1 <= self.quality <= 100:
+            raise UsageError(f"quality {self.quality}: JPEG qualities go from 1 to 100")
+        if self.encoding not in get_args(Encoding):
+            raise UsageError(f"encoding {self.encoding!r}: it is one of {', '.join(get_args(Encoding))}")
+        size = self.size
+        if size is not None:
+            height, width = size = (size, size) if isinstance(size, int) else size
+            if height < 1 or width < 1:
+                raise UsageError(f"size {height}×{width}: height and width are at least 1 pixel")
+            if self.keep_bytes:
+                raise UsageError(f"images cannot keep their bytes and become {height}×{width} too: choose one of both")
+        return Storing(size, self.quality, self.encoding, self.keep_bytes, self.check)
+
+    def filter(self) -> Filter:
+        """The choices about identities."""
+        only, without = (None if path is None else Path(path) for path in (self.only, self.without))
+        return Filter(self.min_images, only, without, self.keep_labels)
+
+
+class PackArguments(TypedDict, total=False):
+    """The same as keyword arguments of the pack functions."""
+
+    size: int | tuple[int, int] | None
+    quality: int
+    encoding: Encoding
+    keep_bytes: bool
+    check: bool
+    min_images: int
+    only: str | Path | None
+    without: str | Path | None
+    keep_labels: bool
+    shards: int
+    images_per_shard: int | None
+    shuffle: bool
+    seed: int
+    workers: int | None
+    name: str | None
+    overwrite: bool
+    strict: bool
+    progress: Progress | None

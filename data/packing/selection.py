@@ -1,0 +1,108 @@
+"""Which images and identities of a source are packed, and under which labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UsageError
+from .sources.base import LazyTexts, Numbers, Source, some
+
+
+@dataclass(frozen=True)
+class Filter:
+    """What to pack of a source.
+
+    min_images: leave out identities that have fewer images. only, without: text files with an identity's name a
+    line: pack these alone, or all others. keep_labels: the labels stay the source's numbers; otherwise they are
+    0, 1, ... in the order of the identities that are left.
+    """
+
+    min_images: int = 1
+    only: Path | None = None
+    without: Path | None = None
+    keep_labels: bool = False
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The choice: ``images`` int32 [n], places in the source; ``labels`` int64 [K], −1 for identities left out."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    identities: int
+    names: Sequence[str] | None  # of all labels; None where labels are the source's numbers
+    dropped_identities: int
+    dropped_images: int
+
+
+def select(source: Source, wanted: Filter) -> Selection:
+    """Apply ``wanted`` to ``source``; UsageError where that is impossible or leaves nothing."""
+    if wanted.min_images < 1:
+        raise UsageError(f"min_images {wanted.min_images}: an identity has at least 1")
+    counts = np.bincount(source.codes[source.codes >= 0], minlength=len(source.names))
+    kept = counts >= wanted.min_images
+    if wanted.only is not None:
+        kept &= _named(source.names, wanted.only)
+    if wanted.without is not None:
+        kept &= ~_named(source.names, wanted.without)
+    if not kept.any():
+        left = f"with {wanted.min_images} image(s) or more, and not filtered out by name" if len(counts) else "at all"
+        raise UsageError(f"{source.about}: no identity {left}: there is nothing to pack")
+
+    labels = np.full(len(counts), -1, dtype=np.int64)
+    if not wanted.keep_labels:
+        identities = int(kept.sum())
+        labels[kept] = np.arange(identities)
+        names: Sequence[str] | None = source.names if identities == len(counts) else _Picked(source.names, kept)
+    elif source.numbers is None:
+        raise UsageError(f"{source.about}: its labels cannot be kept, since they are no numbers in one label space")
+    else:
+        labels[kept] = source.numbers[kept]
+        identities = max(int(labels.max()) + 1, source.told or 0)
+        names = None
+        if not isinstance(source.names, Numbers):
+            names = [""] * identities
+            for code in np.flatnonzero(kept).tolist():
+                names[labels[code]] = source.names[code]
+    images = np.flatnonzero((source.codes >= 0) & kept[source.codes]).astype(np.int32)
+    had_images = counts > 0
+    return Selection(
+        images=images,
+        labels=labels,
+        identities=identities,
+        names=names,
+        dropped_identities=int((had_images & ~kept).sum()),
+        dropped_images=int(counts.sum()) - len(images),
+    )
+
+
+def _named(names: Sequence[str], path: Path) -> np.ndarray:
+    """Which of ``names`` stand in the file; a line that is none of them is an error, since it is a slip."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
+    except OSError as error:
+        raise UsageError(f"{path}: {(error.strerror or '').lower()}; give a text file with a name a line") from None
+    listed = {line.rstrip("\r") for line in lines} - {""}
+    found = np.fromiter((name in listed for name in names), dtype=bool, count=len(names))
+    if found.sum() < len(listed):
+        unknown = sorted(listed.difference(names))
+        raise UsageError(f"{path} names {len(unknown)} identities that the source does not have: {some(unknown)}")
+    return found
+
+
+class _Picked(LazyTexts):
+    """Some of many names, without a copy."""
+
+    def __init__(self, names: Sequence[str], kept: np.ndarray) -> None:
+        self._names = names
+        self._places = np.flatnonzero(kept)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def text(self, place: int) -> str:
+        return self._names[int(self._places[place])]

@@ -1,0 +1,170 @@
+"""Parquet: its columns row by row, and images that lie in a column."""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import UsageError
+from ...records.manifest import printable
+from ..storing import Storing
+from .base import Reader, Source
+from .codes import NameCodes, label_text
+
+_ROWS = 256  # rows with images that are read at once
+_READ_AHEAD = 1 << 26  # bytes of them, about
+_BUFFER = 1 << 20  # bytes of a file that are read at once; without, whole columns of its row groups are
+
+
+def find_parquet(path: Path) -> list[Path]:
+    """The file, or all .parquet files under the folder by their names."""
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise UsageError(f"{path} holds no .parquet file; give a table, or a folder of .parquet files")
+    return files
+
+
+def open_parquet(path: Path) -> Any:
+    """pyarrow's ParquetFile; UsageError where pyarrow is missing or the file is none."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise UsageError(f"{path}: Parquet needs one more package: pip install 'pfc[parquet]'") from None
+    try:
+        return parquet.ParquetFile(path, buffer_size=_BUFFER)
+    except (ArrowException, OSError) as error:
+        raise UsageError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}") from None
+
+
+def holds_images(kind: Any) -> bool:
+    """Whether a column of this type holds the images' bytes, not their paths."""
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def label_names(schema: Any, column: str) -> list[str] | None:
+    """The names of label numbers, which Hugging Face's data sets keep beside the columns."""
+    try:
+        about = json.loads((schema.metadata or {})[b"huggingface"])
+        names = about["info"]["features"][column]["names"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+def read_columns(files: list[Path], *columns: str) -> Iterator[tuple[Any, ...]]:
+    """(where, a value of each column) of every row."""
+    for file in files:
+        table = open_parquet(file)
+        missing = [column for column in columns if column not in table.schema_arrow.names]
+        if missing:
+            raise UsageError(f"{file} has no column {missing[0]}, unlike {files[0].name}")
+        row = 0
+        for batch in table.iter_batches(columns=list(columns)):
+            for values in zip(*(batch.column(column).to_pylist() for column in columns), strict=True):
+                yield f"{file}: row {row}", *values
+                row += 1
+
+
+class EmbeddedSource(Source):
+    """Images that lie in the column ``images`` of Parquet files.
+
+    Rows of Parquet cannot be read one by one, so ``prepare`` copies the images into one temporary file, from which
+    they are then read in any order. ``known``: names of label numbers.
+    """
+
+    def __init__(self, path: Path, files: list[Path], images: str, label_column: str, known: list[str] | None) -> None:
+        self.about = printable(f"table {path.resolve()}")
+        self._files = files
+        self._column = images
+        labels = NameCodes()
+        counts = [0] * len(files)
+        for number, file in enumerate(files):
+            for where, label in read_columns([file], label_column):
+                labels.append(label_text(where, label))
+                counts[number] += 1
+        self._starts = [0, *accumulate(counts)]
+        if not self._starts[-1]:
+            raise UsageError(f"{path} lists no image: it is empty")
+        self.names, self.numbers, self.codes, _ = labels.finish(known)
+        self._spool = Path()
+        self._ends = np.zeros(0, dtype=np.int64)
+
+    def prepare(self, folder: Path) -> None:
+        self._spool, ends = folder / "images", folder / "ends.npy"
+        if not ends.exists():
+            place, places = 0, array("q")
+            with self._spool.open("wb") as spool:
+                for data in self._images():
+                    place += spool.write(data or b"")
+                    places.append(place)
+                spool.flush()
+                os.fsync(spool.fileno())
+            with (folder / "ends.new").open("wb") as file:
+                np.save(file, np.frombuffer(places, dtype=np.int64))
+                file.flush()
+                os.fsync(file.fileno())
+            (folder / "ends.new").replace(ends)
+        self._ends = np.load(ends)
+
+    def _images(self) -> Iterator[bytes | None]:
+        for file in self._files:
+            table = open_parquet(file)
+            for number in range(table.num_row_groups):
+                group = table.metadata.row_group(number)
+                rows = min(_ROWS, max(1, _READ_AHEAD * group.num_rows // max(1, group.total_byte_size)))
+                for batch in table.iter_batches(rows, row_groups=[number], columns=[self._column]):
+                    for value in batch.column(0):
+                        value = value.as_py()
+                        yield value["bytes"] if isinstance(value, dict) else value
+
+    def reader(self, store: Storing, identities: int, *, shuffled: bool) -> Reader:
+        return SpoolReader(self._spool, store)
+
+    def task(self, image: int, label: int) -> tuple[int, int]:
+        start = int(self._ends[image - 1]) if image else 0
+        return start, int(self._ends[image]) - start
+
+    def describe(self, image: int) -> str:
+        at = bisect_right(self._starts, image) - 1
+        return f"{self._files[at]}: row {image - self._starts[at]}"
+
+    def content(self) -> Iterator[bytes]:
+        yield from super().content()
+        yield self._column.encode()
+        for file in self._files:
+            yield f"{file.resolve()} {file.stat().st_size}\0".encode("utf-8", "surrogateescape")
+
+
+class SpoolReader:
+    """Stores the image at (start, length) of a file."""
+
+    def __init__(self, spool: Path, store: Storing) -> None:
+        self.spool = spool
+        self.store = store
+
+    def __call__(self, task: tuple[int, int]) -> bytes | str:
+        start, length = task
+        if not length:  # null, or a struct with a path alone
+            return "the table does not hold its bytes"
+        return self.store(os.pread(_open(self.spool, os.stat(self.spool).st_ino).fileno(), length, start))
+
+
+@lru_cache(maxsize=1)
+def _open(path: Path, inode: int) -> Any:
+    """Once in each process; the inode keeps a later packing from reading an earlier one's file."""
+    return path.open("rb")

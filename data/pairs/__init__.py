@@ -1,0 +1,2 @@
+"""Verification sets: ``pairs`` makes, reads and writes them; ``plain_pickle`` reads the field's files without running
+code."""

@@ -1,0 +1,96 @@
+"""Files mapped into memory, read-only. No descriptor stays open, so a data set may have any number of shards.
+
+Python's own ``mmap`` keeps one for each map, and Python's ``madvise`` keeps every other thread waiting meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import resource
+import weakref
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+
+from ..errors import UsageError
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_FAILED = ctypes.c_void_p(-1).value
+
+
+class MappedFile:
+    """The bytes of a file, for as long as anything refers to them.
+
+    OSError where it cannot be opened or mapped, ValueError where it is empty.
+
+    Attributes: ``view``, the bytes; ``bytes``, the same as uint8 [size].
+    """
+
+    def __init__(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size == 0:
+                raise ValueError(f"{path} is empty")
+            start = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+            if start == _FAILED:
+                number = ctypes.get_errno()
+                raise OSError(number, os.strerror(number), str(path))
+        finally:
+            os.close(descriptor)
+        buffer = (ctypes.c_ubyte * size).from_address(start)
+        # Not at the interpreter's end: DALI's threads may still be reading.
+        weakref.finalize(buffer, _libc.munmap, start, size).atexit = False
+        self._start = start
+        self.view = memoryview(buffer).cast("B").toreadonly()
+        self.bytes: np.ndarray = np.frombuffer(self.view, dtype=np.uint8)
+
+    def expect_random_reads(self, yes: bool = True) -> None:
+        """From now on the system reads the pages that are asked for and not their neighbours too; or, not, again."""
+        _libc.madvise(self._start, len(self.view), mmap.MADV_RANDOM if yes else mmap.MADV_NORMAL)
+
+    def will_need(self, first: int, stop: int) -> None:
+        """Asks the system to read the bytes [first, stop) soon; it may leave it."""
+        first = first // mmap.PAGESIZE * mmap.PAGESIZE
+        _libc.madvise(self._start + first, min(stop, len(self.view)) - first, mmap.MADV_WILLNEED)
+
+
+def with_descriptors(work: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Of a function that opens files: where this process may open no more, it may open as many as the system lets it.
+
+    UsageError where that is not enough.
+    """
+
+    @wraps(work)
+    def retried(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        try:
+            return work(*args, **kwargs)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        try:
+            return work(*args, **kwargs)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            raise UsageError(
+                f"{error.filename} cannot be opened: all {hard} files that this process may have open are in use: "
+                f"raise the limit (ulimit -n {2 * hard}, and the system's own)"
+            ) from None
+
+    return retried

@@ -1,0 +1,152 @@
+"""What of a run is saved, and how it comes back: on the same number of ranks or on another."""
+
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ...data.errors import UsageError
+from .. import checkpoint, device, label_map
+from ..build import Parts
+from ..config import Config, load_config
+from ..initial import check_labels
+from ..ranks.distributed import World
+from . import Content, Piece
+from . import rules as resume_rules
+
+_OPTIMIZER = "backbone_optimizer/"
+
+
+def capture(
+    parts: Parts, world: World, config: Config, step: int, labels: bytes | None, counters: dict[str, Any]
+) -> Content:
+    """This rank's part of a checkpoint: the tensors themselves, not copies.
+
+    Args:
+        parts: what is trained.
+        world: this rank's place.
+        config: of the run, completed.
+        step: optimizer steps done.
+        labels: the label map of the data set.
+        counters: of the trainer, as JSON can hold them.
+    """
+    tensors = {f"rng/{world.rank}/{kind}": value for kind, value in device.rng_states(world.device).items()}
+    if world.is_main:
+        tensors |= _backbone_tensors(parts)
+    shard = parts.head.shard
+    pieces = {
+        name: Piece(value.to_local().detach(), shard.start, shard.num_classes, value.dtype)
+        for name, value in _sharded(parts).items()
+    }
+    state = {
+        "head_steps": parts.head.steps,
+        "num_classes": parts.head.num_classes,
+        "label_map": label_map.hash_of(labels),
+        "scaler": parts.scaler.state_dict(),
+        "world_size": world.size,
+        "versions": versions(),
+        **counters,
+    }
+    return Content(step, tensors, pieces, state, config.to_yaml(), labels)
+
+
+def versions() -> dict[str, str]:
+    """Of what writes a checkpoint."""
+    return {"pfc": importlib.metadata.version("pfc"), "torch": torch.__version__}
+
+
+def size_of(parts: Parts, world: World) -> int:
+    """Bytes of a checkpoint of all ranks."""
+    sharded = sum(value.numel() * value.dtype.itemsize for value in _sharded(parts).values())
+    whole = _backbone_tensors(parts)
+    rng = world.size * sum(value.nbytes for value in device.rng_states(world.device).values())
+    return sharded + sum(value.nbytes for value in whole.values()) + rng
+
+
+def restore(
+    parts: Parts, found: checkpoint.Found, world: World, config: Config, labels: bytes | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Reads a checkpoint into the parts; returns its counters, and what changed since, one line each.
+
+    Raises:
+        UsageError: it was written by a run that does not fit this one.
+    """
+    state, classes = found.state(), parts.head.num_classes
+    if state["num_classes"] is None:
+        raise UsageError(
+            f"{found.path} holds a backbone without centers, so training cannot go on from it: convert the folder "
+            "with the checkpoint_gpu_*.pt of all ranks, or begin a run with init.path"
+        )
+    if state["num_classes"] != classes:
+        raise UsageError(
+            f"{found.path} has {state['num_classes']} classes, this run's data set has {classes}: train it on the data "
+            "set that it was trained on, or begin a run of another run.name with init.path, and init.centers: by_name"
+        )
+    check_labels(config, found, labels)
+    changed: list[str] = []
+    if "converted" not in state:  # whose configuration is mostly defaults
+        before = load_config(found.path / checkpoint.CONFIG)
+        changed = resume_rules.changes(before, config, found.path, begun=state["position"] > 0)
+    saved, tensors = found.shapes(), _backbone_tensors(parts) | _sharded(parts)
+    states = [name for name in tensors if name.startswith(_OPTIMIZER)]
+    if states and not any(name in saved for name in states):  # a converted one, or trained without momentum
+        for name in states:
+            tensors.pop(name).zero_()
+        changed.append("begins     with a new state of the backbone's optimizer: the checkpoint has none")
+    _check(found, tensors)
+    seed_generators(config.run.seed, world.rank, state["step"])
+    for name, value in checkpoint.load(found, tensors, (f"rng/{world.rank}/",)).items():
+        device.set_rng_state(name.rpartition("/")[2], value, world.device)
+    parts.head.steps = state["head_steps"]
+    if parts.scaler.is_enabled() and state["scaler"]:  # a run in another precision had none
+        parts.scaler.load_state_dict(state["scaler"])
+    if state["world_size"] != world.size:
+        changed.append(f"changed    ranks: {state['world_size']} → {world.size}")
+    return state, changed
+
+
+def seed_generators(seed: int, rank: int, step: int = 0) -> None:
+    """This rank's random generators, of dropout and the like: another stream on every rank.
+
+    Args:
+        seed: of the run.
+        rank: this one.
+        step: where the run goes on; of ranks that it had before, the checkpoint has the state.
+    """
+    (state,) = np.random.SeedSequence((seed, rank, step)).generate_state(1, np.uint64)
+    torch.manual_seed(int(state))
+
+
+def _sharded(parts: Parts) -> dict[str, DTensor]:
+    tensors: dict[str, DTensor] = {"head/centers": parts.head.centers}
+    states = parts.head_optimizer.state_dict()["state"]
+    return tensors | {f"head_optimizer/{name}": value for name, value in states.items()}
+
+
+def _backbone_tensors(parts: Parts) -> dict[str, Tensor]:
+    """Weights and buffers of the network, and its optimizer's state by parameter name."""
+    return checkpoint.network_tensors(parts.network) | {
+        f"{_OPTIMIZER}{name}/{key}": value
+        for name, parameter in parts.network.named_parameters()
+        for key, value in parts.backbone_optimizer.state[parameter].items()
+    }
+
+
+def _check(found: checkpoint.Found, tensors: Mapping[str, Tensor]) -> None:
+    saved = found.shapes()
+    advice = "give run.name another name, or go back to the backbone and optimizers that it was trained with"
+    for name, tensor in tensors.items():
+        if name not in saved or saved[name].size != tensor.shape:
+            there, here = list(saved[name].size) if name in saved else "nothing", list(tensor.shape)
+            raise UsageError(
+                f"{found.path} has another configuration: {name} is {there} there and {here} here; {advice}"
+            )
+    for name in saved:
+        if name.startswith(_OPTIMIZER) and name not in tensors:
+            raise UsageError(
+                f"{found.path} has another configuration: {name} does not belong to this backbone optimizer; {advice}"
+            )

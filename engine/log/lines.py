@@ -1,0 +1,120 @@
+"""The lines that a run prints besides its progress: at its beginning, after an evaluation, at its end."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ...data import JointDataset, RecordDataset
+from ...partial_fc.kernels.keeping import default_keep_bytes, probability_bytes
+from ...partial_fc.kernels.products import operand_dtype, rounds_to_bfloat16
+from ...partial_fc.kernels.unshifted import MAX_SCALE
+from ...partial_fc.objectives import LogSumExpObjective
+from ..build import products_of
+from ..build_data import decoding_threads
+from ..checkpoint import Found
+from ..config import Config, Objective
+from ..evaluation.evaluate import VerificationResult
+from ..ranks.distributed import World
+from .damage import NAME as DAMAGED
+from .damage import DamageTally
+from .telemetry import read_json_lines
+
+
+def opening(
+    config: Config,
+    dataset: RecordDataset | JointDataset,
+    epoch_size: int,
+    network: nn.Module,
+    world: World,
+    total_steps: int,
+    start: Found | None,
+) -> list[str]:
+    """What the run is made of, and the numbers that follow from its configuration."""
+    head, size = config.head, config.data.image_size or [0, 0]
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    images_per_step = config.images_per_step(world.size)
+    epochs = total_steps * images_per_step / epoch_size
+    rates = f"sample_rate {head.sample_rate:g}, batch_rate {head.batch_rate:g}"
+    lines = [
+        f"data       {dataset.name}: {len(dataset):,} images of {dataset.num_classes:,} identities, decoded on the "
+        f"{config.data.decode.upper()} by {decoding_threads(config)} thread(s) a rank",
+        f"backbone   {config.backbone.name}, {parameters / 1e6:.2f} M parameters, input {size[0]}×{size[1]}, "
+        f"{config.precision}",
+        f"head       {_shown(head.objective)}, {dataset.num_classes:,} × {config.backbone.embedding_dim} centers over "
+        f"{world.size} rank(s), {rates}",
+        *_probabilities(config, dataset.num_classes, world),
+        *_precision(config, world),
+        f"schedule   {total_steps:,} steps of {images_per_step:,} images ({epochs:.1f} epochs) on {world.size} × "
+        f"{world.device.type}",
+    ]
+    return lines if start is None else [*lines, f"resumed    {start.path}"]
+
+
+def evaluated(result: VerificationResult, step: int) -> str:
+    """One evaluation."""
+    metrics = result.metrics
+    parts = [f"evaluated  {result.set} at step {step:,}: accuracy {metrics.accuracy:.4f} ± {metrics.accuracy_std:.4f}"]
+    parts += [f"EER {metrics.eer:.4f}"]
+    parts += [f"TAR@FAR {level:g} {rate:.4f}" for level, rate in list(metrics.tar_at_far.items())[-1:]]
+    return "   ".join(parts)
+
+
+def closing(run_dir: Path, report: Path, sets: list[str], damage: DamageTally) -> list[str]:
+    """The accuracy on every set beside the untrained network's, what was damaged, and where to look."""
+    told = []
+    evaluations = read_json_lines(run_dir / "evaluation.jsonl")
+    for name in sets:
+        of_set = [line for line in evaluations if line["set"] == name]
+        untrained = f"   (untrained network: {of_set[0]['accuracy']:.4f})" if of_set[0]["step"] == 0 else ""
+        told.append(f"accuracy   {of_set[-1]['accuracy']:.4f} ± {of_set[-1]['accuracy_std']:.4f} on {name}{untrained}")
+    if damage.records:
+        told.append(
+            f"damaged    {damage.records:,} record(s), replaced {damage.replaced:,} times: see {run_dir / DAMAGED}"
+        )
+    return [*told, f"run        {run_dir}", f"report     {report}"]
+
+
+def _probabilities(config: Config, num_classes: int, world: World) -> list[str]:
+    """Whether a step keeps its probabilities or makes them again, at each of the run's sample rates.
+
+    The micro-batches of a step share what may be kept: the first ones keep theirs.
+
+    Nothing for objectives that have no such choice.
+    """
+    head, objective = config.head, config.head.objective.build()
+    if not isinstance(objective, LogSumExpObjective) or objective.scale > MAX_SCALE:
+        return []
+    batch = math.ceil(head.batch_rate * config.data.batch_size * world.size)
+    dtype = operand_dtype(products_of(config), world.device)
+    allowed = default_keep_bytes(world.device) if head.keep_mib is None else head.keep_mib << 20
+    told = []
+    for rate in dict.fromkeys([head.sample_rate, *(later for _, later in head.sample_rate_schedule)]):
+        rows = math.ceil(rate * -(-num_classes // world.size))
+        size, passes = probability_bytes(batch, rows, dtype), config.optimizer.accumulate
+        kept = sum(size * number <= allowed for number in range(1, passes + 1))
+        done, each = "kept" if kept else "computed again", f" for each of {passes} micro-batches" * (passes > 1)
+        if 0 < kept < passes:
+            done, each = f"kept of {kept} micro-batches, computed again of {passes - kept}", " for each"
+        told.append(
+            f"sampling   {round(rate * num_classes):,} of {num_classes:,} classes on {world.size} rank(s); "
+            f"probabilities {done} ({size / 2**20:,.1f} MiB a rank{each}, {allowed >> 20:,} allowed)"
+        )
+    return told
+
+
+def _precision(config: Config, world: World) -> list[str]:
+    """Where bf16 is asked for and this processor does not multiply the head's operands in it."""
+    products = products_of(config)
+    if products == torch.float32 or (products == torch.bfloat16 and rounds_to_bfloat16(world.device)):
+        return []
+    if products == "tf32" and world.device.type != "cpu":
+        return []
+    return ["precision  this processor makes the head's products in float32, not as asked for (see pfc doctor)"]
+
+
+def _shown(objective: Objective) -> str:
+    """``d_softmax (scale 16.0, stop 0.5)``"""
+    told = [f"{name} {value}" for name, value in (objective.model_extra or {}).items() if value is not None]
+    return f"{objective.name} ({', '.join(told)})" if told else objective.name

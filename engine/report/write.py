@@ -1,0 +1,222 @@
+"""report.html: a run on one page that needs no other file and no network."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...data.errors import UsageError
+from ...data.pairs.pairs import Pairs, read_pairs
+from ...data.records.joint import JointDataset
+from ..log.telemetry import clock_time
+from . import figures
+from .page import PAGE
+from .pictures import PairGroup, picture_groups
+from .record import RunRecord, read_run
+
+
+@dataclass(frozen=True)
+class Tile:
+    value: str
+    label: str
+
+
+@dataclass(frozen=True)
+class TitledFigure:
+    title: str
+    uri: str
+
+
+@dataclass
+class SetSection:
+    """One verification set at its latest evaluated step."""
+
+    name: str
+    step: int
+    figures: list[TitledFigure]
+    groups: list[PairGroup] = field(default_factory=list)
+    note: str = ""
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes ``run_dir/report.html`` from what the run has written so far, and returns its path.
+
+    An earlier report is replaced. Pieces that do not exist (yet) are left out: a run that is going on, or was killed,
+    has a report too.
+
+    Raises:
+        UsageError: ``run_dir`` is not a run directory.
+    """
+    from jinja2 import Environment
+
+    run = read_run(Path(run_dir))
+    page = (
+        Environment(autoescape=True)
+        .from_string(PAGE)
+        .render(
+            title=run.setting("run", "name") or run.directory.name,
+            subtitle=_subtitle(run),
+            tiles=_tiles(run),
+            curves=_curves(run),
+            table=_table(run),
+            sets=_set_sections(run),
+            config=run.config_text,
+        )
+    )
+    path = run.directory / "report.html"
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    unfinished.write_text(page, encoding="utf-8")
+    unfinished.replace(path)
+    return path
+
+
+def _subtitle(run: RunRecord) -> str:
+    parts = [
+        f"backbone {run.setting('backbone', 'name')}, {run.setting('backbone', 'embedding_dim')}-d",
+        f"objective {run.setting('head', 'objective', 'name')}, sample rate {run.setting('head', 'sample_rate')}",
+        f"precision {run.setting('precision')}",
+    ]
+    return " · ".join(part for part in parts if "None" not in part)
+
+
+def _tiles(run: RunRecord) -> list[Tile]:
+    tiles = []
+    for name, lines in run.evaluations.items():
+        last, untrained = lines[-1], _untrained(lines)
+        before = "" if untrained is None or untrained is last else f"; untrained {_percent(untrained['accuracy'])}"
+        tiles.append(Tile(_percent(last["accuracy"]), f"accuracy on {name}{before}"))
+    steps, losses = run.series("loss")
+    total = run.setting("schedule", "steps")
+    if len(steps):
+        done = f"{int(steps[-1]):,}"
+        tiles.append(Tile(done, f"steps of {total:,}" if total else "steps"))
+        tiles.append(Tile(f"{losses[-1]:.4g}" if np.isfinite(losses[-1]) else "not finite", "loss, last logged"))
+    identities, images = _trained_on(run)
+    if identities is not None:
+        tiles.append(Tile(f"{identities:,}", "training identities"))
+    if images is not None:
+        tiles.append(Tile(f"{images:,}", "training images"))
+    _, elapsed = run.series("elapsed_seconds")
+    if len(elapsed):
+        tiles.append(Tile(clock_time(float(elapsed[-1])), "time, evaluation included"))
+    _, speeds = run.series("images_per_second")
+    if np.isfinite(speeds).any():
+        tiles.append(Tile(f"{np.nanmedian(speeds):,.0f}", "images/s, median"))
+    return tiles
+
+
+def _trained_on(run: RunRecord) -> tuple[int | None, int | None]:
+    """(identities, images) of the training set, as far as they can be told without reading all of it."""
+    identities: int | None = run.setting("head", "num_classes")
+    train = run.setting("data", "train")
+    paths = [source["path"] for source in train] if isinstance(train, list) else [train] if train else []
+    try:
+        dataset = JointDataset.open(paths) if paths else None
+    except UsageError:  # moved or deleted since, which takes nothing from the run
+        dataset = None
+    if dataset is None:
+        return identities, None
+    return identities or dataset.told_classes, len(dataset)
+
+
+def _curves(run: RunRecord) -> list[TitledFigure]:
+    curves = []
+    loss, rate, speed = run.series("loss"), run.series("lr"), run.series("images_per_second")
+    if np.isfinite(loss[1]).any():
+        curves.append(TitledFigure("Loss", figures.loss_curve(loss)))
+    if len(rate[0]):
+        curves.append(TitledFigure("Learning rate", figures.rate_curve(rate)))
+    accuracies = {
+        name: (
+            np.array([line["step"] for line in lines], dtype=float),
+            np.array([line["accuracy"] for line in lines], dtype=float),
+        )
+        for name, lines in run.evaluations.items()
+    }
+    if accuracies:
+        curves.append(TitledFigure("Verification accuracy", figures.accuracy_curve(accuracies)))
+    if len(speed[0]):
+        curves.append(TitledFigure("Speed", figures.speed_curve(speed)))
+    return curves
+
+
+def _table(run: RunRecord) -> dict[str, Any] | None:
+    """The last evaluation of every set, and the untrained network's below it."""
+    if not run.evaluations:
+        return None
+    every = [line for lines in run.evaluations.values() for line in lines]
+    rates = [key for key in dict.fromkeys(key for line in every for key in line) if key.startswith("tar_at_far_")]
+    heads = ["set", "step", "accuracy", "with flip", "no flip", "AUC", "EER", "threshold"]
+    heads += ["TAR at FAR " + key.removeprefix("tar_at_far_") for key in rates]
+    rows = []
+    for name, lines in run.evaluations.items():
+        shown = [lines[-1]]
+        untrained = _untrained(lines)
+        if untrained is not None and untrained is not lines[-1]:
+            shown.append(untrained)
+        for line in shown:
+            cells = [
+                f"{name}, untrained" if line is untrained else name,
+                f"{line['step']:,}",
+                f"{_percent(line['accuracy'])} ± {100 * line.get('accuracy_std', 0):.2f}",
+                _percent(line.get("accuracy_flip")),
+                _percent(line.get("accuracy_noflip")),
+                _number(line.get("auc")),
+                _percent(line.get("eer")),
+                _number(line.get("threshold")),
+                *(_percent(line.get(key)) for key in rates),
+            ]
+            rows.append({"cells": cells, "untrained": line is untrained})
+    return {"heads": heads, "rows": rows}
+
+
+def _set_sections(run: RunRecord) -> list[SetSection]:
+    sections = []
+    available = _available_pairs(run)
+    for name, lines in run.evaluations.items():
+        last, untrained = lines[-1], _untrained(lines)
+        scores = run.scores(name, last["step"])
+        if scores is None:
+            continue
+        before = None if untrained is None or untrained is last else run.scores(name, untrained["step"])
+        threshold = last.get("threshold")
+        section = SetSection(
+            name,
+            last["step"],
+            [
+                TitledFigure("Cosines", figures.histogram(scores, threshold)),
+                TitledFigure("ROC", figures.roc(scores, before)),
+            ],
+        )
+        pairs = available.get(name)
+        if pairs is None or len(pairs.same) != len(scores.same):
+            section.note = "Pictures are left out: the pairs file of the configuration is gone or has changed."
+        elif threshold is not None:
+            section.groups = picture_groups(pairs, scores, threshold)
+        sections.append(section)
+    return sections
+
+
+def _available_pairs(run: RunRecord) -> dict[str, Pairs]:
+    pairs = {}
+    for path in run.setting("evaluation", "pairs") or []:
+        try:
+            read = read_pairs(path)
+        except UsageError:  # moved or deleted since: the section says so
+            continue
+        pairs[read.name] = read
+    return pairs
+
+
+def _untrained(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return lines[0] if lines[0]["step"] == 0 else None
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.2f}\N{NO-BREAK SPACE}%"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

@@ -1,0 +1,213 @@
+"""Glyphs: held-out characters and fonts stay out of training, and the same arguments give the same files."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from PIL import Image
+
+from pfc.data.errors import UsageError
+from pfc.data.glyphs import fonts as fonts_module
+from pfc.data.glyphs.fonts import find_fonts, split_fonts
+from pfc.data.glyphs.glyphs import choose_characters, pack_glyphs
+from pfc.data.pairs.pairs import read_pairs
+from pfc.data.records.dataset import RecordDataset
+
+HAN = list(range(0x4E00, 0x4E00 + 60))
+HANGUL = list(range(0xAC00, 0xAC00 + 20))
+OPEN_LICENCE = "This Font Software is licensed under the SIL Open Font License, Version 1.1."
+
+
+def make_font(path: Path, name: str, characters: list[int], weight: int = 60, licence: str = OPEN_LICENCE) -> Path:
+    """A font whose characters are three bars each, at places that depend on the character alone."""
+    builder = FontBuilder(1000, isTTF=True)
+    glyphs = {".notdef": TTGlyphPen(None).glyph()}
+    for code in characters:
+        pen = TTGlyphPen(None)
+        for x, y, wide in np.random.default_rng(code).integers((0, 0, 0), (700, 700, 2), (3, 3)).tolist():
+            width, height = (300, weight) if wide else (weight, 300)
+            pen.moveTo((x, y))
+            for corner in ((x, y + height), (x + width, y + height), (x + width, y)):
+                pen.lineTo(corner)
+            pen.closePath()
+        glyphs[f"u{code:04X}"] = pen.glyph()
+    builder.setupGlyphOrder(list(glyphs))
+    builder.setupCharacterMap({code: f"u{code:04X}" for code in characters})
+    builder.setupGlyf(glyphs)
+    builder.setupHorizontalMetrics(dict.fromkeys(glyphs, (1000, 0)))
+    builder.setupHorizontalHeader(ascent=880, descent=-120)
+    builder.setupNameTable(
+        {"familyName": name, "styleName": "Regular", "fullName": name, "licenseDescription": licence}
+    )
+    builder.setupOS2()
+    builder.setupPost()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    builder.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def fonts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with three fonts to train on and one, IPAexGothic by name, to hold out."""
+    folder = tmp_path_factory.mktemp("fonts")
+    make_font(folder / "a.ttf", "Thin Sans", HAN + HANGUL, weight=40)
+    make_font(folder / "b.ttf", "Bold Sans", HAN + HANGUL, weight=120)
+    make_font(folder / "c.ttf", "Plain Serif", HAN[:50] + HANGUL, weight=80)
+    make_font(folder / "d.ttf", "IPAexGothic", HAN[:30], weight=60)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pack(fonts: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable:
+    def pack(**changes):
+        options = {
+            "identities": 20,
+            "images_per_identity": 6,
+            "size": 24,
+            "heldout_identities": 8,
+            "heldout_pairs": 40,
+            "workers": 1,
+            "fonts": [fonts],
+        }
+        out = changes.pop("out", None) or tmp_path_factory.mktemp("glyphs") / "out"
+        return pack_glyphs(out, **(options | changes))
+
+    return pack
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_parts_are_packed_and_readable(pack: Callable) -> None:
+    calls: list[tuple[int, int]] = []
+    summary = pack(shards=2, progress=lambda done, total: calls.append((done, total)))
+    train = RecordDataset.open(summary.out / "train")
+    heldout = RecordDataset.open(summary.out / "heldout")
+    assert (len(train), train.num_classes, train.image_size) == (120, 20, (24, 24))
+    assert (len(heldout), heldout.num_classes) == (48, 8)
+    assert np.bincount(train.labels()).tolist() == [6] * 20
+    assert (np.diff(train.labels()) != 0).mean() > 0.7  # shuffled
+    assert len({bytes(train.read(i)[1]) for i in range(120)}) == 120  # no photograph twice
+    with Image.open(io.BytesIO(bytes(train.read(0)[1]))) as image:
+        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (24, 24))
+    pairs = read_pairs(summary.out / "heldout.bin")
+    assert len(pairs.same) == 40
+    assert pairs.same.sum() == 20
+    assert calls[-1] == (168, 168)
+    assert (summary.identities, summary.images, summary.heldout_images, summary.heldout_pairs) == (20, 120, 48, 40)
+
+
+def test_held_out_characters_and_fonts_are_not_trained_on(pack: Callable) -> None:
+    summary = pack(identities=40)
+    names = [json.loads((summary.out / part / "labels.json").read_text()) for part in ("train", "heldout")]
+    assert not set(names[0]) & set(names[1])
+    fonts = [
+        json.loads((summary.out / part / "dataset.json").read_text())["creation"]["fonts"]
+        for part in ("train", "heldout")
+    ]
+    assert tuple(fonts[0]) == summary.training_fonts == ("Bold Sans", "Plain Serif", "Thin Sans")
+    assert tuple(fonts[1]) == summary.heldout_fonts == ("IPAexGothic",)
+
+
+def test_the_same_seed_gives_the_same_files_with_any_number_of_workers(pack: Callable) -> None:
+    one = pack(seed=5)
+    assert files(one.out) == files(pack(seed=5, workers=2).out)
+    assert files(one.out)["heldout.bin"] != files(pack(seed=6).out)["heldout.bin"]
+
+
+def test_an_image_shows_its_own_character(pack: Callable) -> None:
+    """Images of a character are more alike than images of two, in spite of fonts and distortion."""
+    summary = pack(size=32, images_per_identity=12)
+    dataset = RecordDataset.open(summary.out / "train")
+    pictures = []
+    for i in range(len(dataset)):
+        with Image.open(io.BytesIO(bytes(dataset.read(i)[1]))) as image:
+            gray = np.asarray(image.convert("L").resize((12, 12)), dtype=np.float64).ravel()
+        pictures.append((gray - gray.mean()) / gray.std())
+    labels = dataset.labels()
+    means = np.array([np.mean([p for p, y in zip(pictures, labels, strict=True) if y == k], axis=0) for k in range(20)])
+    nearest = (np.array(pictures) @ means.T).argmax(axis=1)
+    assert (nearest == labels).mean() > 0.8  # by chance 0.05
+
+
+def test_characters_that_all_fonts_share_come_first_and_hangul_last(fonts: Path) -> None:
+    training, heldout = split_fonts(find_fonts([fonts]))
+
+    def choose(identities: int) -> tuple[list[str], list[str]]:
+        return choose_characters(training, heldout, identities=identities, heldout_identities=10, seed=0)
+
+    shared = choose(40)[0]
+    assert {ord(character) for character in shared} <= set(HAN[:50])
+    everything = [ord(character) for character in choose(60)[0]]
+    assert everything[:40] == [ord(character) for character in shared]
+    assert set(everything[40:]) == set(HANGUL)
+    with pytest.raises(UsageError, match=r"61 identities .* give 60: .*pfc\[demo\]"):
+        choose(61)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"identities": 0}, "identities is 0"),
+        ({"images_per_identity": 1}, "images_per_identity is 1"),
+        ({"size": 8}, "size is 8"),
+        ({"identities": 1000}, "1000 identities asked for"),
+        ({"heldout_identities": 31}, "share 30 Han"),
+        ({"heldout_pairs": 5000}, "5000 pairs asked for"),
+        ({"heldout_fonts": ["nowhere"]}, "one held out"),
+        ({"heldout_fonts": ["sans", "serif"]}, "two fonts to train on"),
+        ({"fonts": ["nowhere.ttf"]}, "nowhere.ttf does not exist"),
+    ],
+)
+def test_wrong_use_is_one_clear_line_and_leaves_nothing(
+    pack: Callable, tmp_path: Path, options: dict, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        pack(out=tmp_path / "out", **options)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_is_not_empty_stays(pack: Callable, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("data")
+    with pytest.raises(UsageError, match="not empty"):
+        pack(out=tmp_path)
+    assert files(tmp_path) == {"precious": b"data"}
+
+
+def test_fonts_are_held_out_by_name(fonts: Path) -> None:
+    everything = find_fonts([fonts])
+    training, heldout = split_fonts(everything, ["serif"])
+    assert [font.name for font in heldout] == ["Plain Serif"]
+    assert len(training) == 3
+    others = [font for font in everything if font.name != "IPAexGothic"]
+    assert len(split_fonts(others)[1]) == 1  # without the usual ones another is chosen
+    with pytest.raises(UsageError, match=r"pfc\[demo\]"):
+        split_fonts(others[:2])
+
+
+def test_fonts_found_on_the_machine_need_a_free_licence_and_many_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "some_free_fonts"
+    many = list(range(0x4E00, 0x4E00 + 2000))
+    make_font(package / "deep" / "free.ttf", "Free", many)
+    make_font(package / "twin.ttf", "Free", many)
+    make_font(package / "sold.ttf", "Sold", many, licence="All rights reserved.")
+    make_font(package / "latin.ttf", "Few", HAN)
+    (package / "broken.ttf").write_bytes(b"no font")
+    monkeypatch.setattr(fonts_module, "FONT_PACKAGES", ("some_free_fonts", "a_package_that_is_not_there"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = [font.name for font in find_fonts()]
+    assert names.count("Free") == 1
+    assert not {"Sold", "Few"} & set(names)
+    named = [font.name for font in find_fonts([package / "sold.ttf", package / "latin.ttf"])]
+    assert named == ["Few", "Sold"]
+    with pytest.raises(UsageError, match="not a font"):
+        find_fonts([package])
