@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..data.loading.loader import Batch
-from . import build, build_data, initial, label_map
+from . import build, initial, label_map
 from .checkpoint import state as run_state
 from .checkpoint.manager import Saving
 from .config import Config
@@ -21,9 +21,8 @@ from .ranks import distributed
 from .ranks.distributed import World
 from .ranks.stopping import EXIT_CODES, signal_of, stop_requests
 from .report.write import write_report
-from .rollback import Rollback
 from .schedule import set_rates
-from .spikes import SpikeWatch
+from .spikes import Rollback, SpikeWatch
 from .start import agree
 from .training_step import TrainingStep
 
@@ -75,7 +74,7 @@ class Trainer:
         self.world, self.heartbeat = world, world.heartbeat
         self.heartbeat.enter("opening the data", on_files=True)
         self.run_dir = config.run.path
-        self.dataset = build_data.open_dataset(config)
+        self.dataset = build.open_dataset(config)
         self.pairs = read_pair_sets(config.evaluation.pairs)
         self.start = agree(config, world, resume)
         self.config = config = build.completed(config, self.dataset)
@@ -98,7 +97,7 @@ class Trainer:
         self.skipped_steps = self.training_step.skipped_steps  # the tensor itself, counted there
         self.batches: list[Batch] = []  # of the last step, for the diagnosis
         self.first_head_step = 0
-        self.loader = build_data.build_loader(
+        self.loader = build.build_loader(
             config, self.dataset, world, image_size=build.input_size(config), position=state.get("position", 0)
         )
         self.total_steps = self._steps_of_run()

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 
-from .case import HeadCase
-from .count import expected_rows
+from .case import HeadCase, expected_rows
 
 _BASE = 256 << 20
 """What a rank takes besides, on a CPU: libraries' buffers, blocks."""

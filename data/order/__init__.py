@@ -1,1 +1,5 @@
-"""In which order training sees the samples: ``orders`` (global, or by blocks of a cold disk), ``balanced`` by class."""
+"""In which order training sees the samples.
+
+``orders`` has the global order and that of blocks for cold disks, ``balanced`` the one of P identities with K images,
+``mixed`` the order of joint data sets.
+"""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UsageError
-from ..records.all_labels import WORTH_CACHING, cache_place, labels_origin
+from ..records.all_labels import WORTH_CACHING, cache_place
 from ..records.cache import cached_arrays
 from ..records.dataset import RecordDataset
 from ..records.joint import JointDataset
@@ -46,7 +46,7 @@ def groups_of(dataset: RecordDataset | JointDataset) -> Groups:
     if len(dataset) < WORTH_CACHING:
         return group_by_identity(dataset.labels(damaged=-1))
     sets = dataset.sets if isinstance(dataset, JointDataset) else [dataset]
-    origins = [labels_origin(part) for part in sets]
+    origins = [part.shard_labels.origin() for part in sets]
     about = {"sets": [about for about, _ in origins]}
     name = f"identities.{_VERSION}"
     if len(sets) > 1:  # with the first set, for each list of sets that it begins

@@ -14,12 +14,11 @@ import numpy as np
 from ..atomic import replaced_of
 from ..errors import UsageError
 from ..workers import Progress
-from .all_labels import load_labels
+from .all_labels import ShardLabels
 from .index import Shard, open_shard
-from .labels import FLOAT32_EXACT, LabelEncoding, decode_label
+from .labels import FLOAT32_EXACT, LabelEncoding
 from .manifest import LABEL_NAMES_NAME, Manifest, read_manifest
 from .mapped import with_descriptors
-from .recordio import ImageRecord
 
 
 class RecordDataset:
@@ -30,7 +29,8 @@ class RecordDataset:
 
     Attributes: ``path``; ``name``; ``image_size`` (height, width), None where the data set does not say;
     ``manifest``, what ``dataset.json`` says, None where there is none; ``told_classes``, how many identities
-    the data set says it has, None where only the labels can tell; ``label_encoding``; ``shards``.
+    the data set says it has, None where only the labels can tell; ``label_encoding``; ``shards``, and
+    ``shard_labels``, which decodes their labels.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class RecordDataset:
         self.label_encoding: LabelEncoding = label_encoding
         self.manifest = manifest
         self.told_classes = num_classes
+        self.shard_labels = ShardLabels(path, shards, label_encoding, num_classes)
         self._starts = [0, *accumulate(shard.images for shard in shards)]
 
     @staticmethod
@@ -145,7 +146,7 @@ class RecordDataset:
         """
         shard, position = self.locate(index)
         record = shard.read_image(position)
-        return self.decode_label(record, shard, position), record.image
+        return self.shard_labels.decode(record, shard, position), record.image
 
     def label(self, index: int) -> int:
         """The label of image ``index``; errors as ``read``."""
@@ -158,7 +159,7 @@ class RecordDataset:
         are then kept beside it and mapped from there as long as its files do not change. DamagedRecord at the first
         record whose label cannot be read; or, with ``damaged=-1``, that number in its place.
         """
-        labels = load_labels(self, progress)
+        labels = self.shard_labels.all(progress)
         if damaged is None and labels.min(initial=0) < 0:
             self.read(int(np.argmin(labels)))  # raises what is wrong with it
         return labels
@@ -180,19 +181,6 @@ class RecordDataset:
             return json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UsageError(f"{path} is damaged: {error}; bring the one that was written with the shards") from None
-
-    def decode_label(self, record: ImageRecord, shard: Shard, position: int) -> int:
-        """The label in an image's record; DamagedRecord where it is none of 0 … num_classes − 1."""
-        try:
-            label = decode_label(record.labels, self.label_encoding)
-        except ValueError as error:
-            raise shard.error(position, str(error)) from None
-        if self.told_classes is not None and label >= self.told_classes:
-            raise shard.error(
-                position,
-                f"label {label} is not in 0 … {self.told_classes - 1}, the labels of the data set",
-            )
-        return label
 
 
 def _header_identities(shard: Shard) -> int:

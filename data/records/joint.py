@@ -1,7 +1,6 @@
-"""Several data sets as one: a joint label space, and an order that gives each set its share."""
+"""Several data sets as one, in a joint label space."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -9,12 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from ..errors import UsageError
-from ..order.orders import Integers, Order, Window, counter_hash
 from .dataset import RecordDataset
 from .index import Shard
-
-_SET_STREAM = 34  # of the hashes; the orders have those below
 
 
 class JointDataset:
@@ -85,81 +80,3 @@ class JointDataset:
             raise IndexError(f"image {index} of {len(self)}")
         which = int(np.searchsorted(self._starts, index, side="right")) - 1
         return which, index - int(self._starts[which])
-
-
-def seed_of_set(seed: int, place: int) -> int:
-    """The seed of the order of the set in this place: without one of its own, sets of one size would come in one order.
-
-    That of the first set is ``seed``: a set comes in the same order alone.
-    """
-    return seed if place == 0 else int(counter_hash(seed, _SET_STREAM, place)[0])
-
-
-class MixedOrder(Order):
-    """Several orders as one: each set's own order goes on at its own pace, and the sets take turns evenly.
-
-    In an epoch, set i gives round(weightᵢ · Nᵢ) positions: with weight 1 each of its samples once, with weight 2 twice,
-    with 0.5 half of them in one epoch and the others in the next. The turns are spread as evenly as whole numbers allow
-    (Bresenham's line), so every stretch of positions has each set's share to within a few samples.
-
-    Args:
-        orders: one for each set, in the order of ``JointDataset.sets``.
-        weights: how many times an epoch goes through each set.
-
-    Attributes: ``orders``; ``starts``, the first sample of each set, as the joint data set counts them.
-
-    Raises:
-        UsageError: an epoch would be too long, some 10⁹ positions.
-    """
-
-    def __init__(self, orders: Sequence[Order], weights: Sequence[float]) -> None:
-        super().__init__(sum(order.num_samples for order in orders), orders[0].seed)
-        self.orders = list(orders)
-        self._shares = [
-            max(1, round(weight * order.num_samples)) for order, weight in zip(orders, weights, strict=True)
-        ]
-        self.starts = np.cumsum([0] + [order.num_samples for order in orders])
-        self.epoch_size = sum(self._shares)
-        if self.epoch_size * max(self._shares) > np.iinfo(np.int64).max:  # a product that ``_turns`` computes
-            raise UsageError(
-                f"data.train: by its weights an epoch would have {self.epoch_size:,} images: take smaller weights"
-            )
-
-    def at(self, positions: Integers) -> Integers:
-        positions = np.asarray(positions, dtype=np.int64)
-        samples = np.empty_like(positions)
-        for which, places, own in self._turns(positions):
-            samples[places] = self.orders[which].at(own) + self.starts[which]
-        return samples
-
-    def visits(self, positions: Integers) -> Integers:
-        positions = np.asarray(positions, dtype=np.int64)
-        visits = np.empty_like(positions)
-        for which, places, own in self._turns(positions):
-            visits[places] = self.orders[which].visits(own)
-        return visits
-
-    def upcoming(self, position: int) -> list[Window]:
-        epoch, offset = divmod(position, self.epoch_size)
-        windows: list[Window] = []
-        rest = self.epoch_size
-        for order, share, start in zip(self.orders, self._shares, self.starts.tolist(), strict=False):
-            before = offset * share // rest  # turns that the set has had in this epoch
-            windows += [
-                replace(window, first=window.first + start) for window in order.upcoming(epoch * share + before)
-            ]
-            offset, rest = offset - before, rest - share
-        return windows
-
-    def _turns(self, positions: Integers) -> list[tuple[int, Integers, Integers]]:
-        """For each set: its number, which of ``positions`` are its turns, and the positions of its own order."""
-        epochs, offsets = np.divmod(positions, self.epoch_size)
-        left, rest = np.arange(len(positions)), self.epoch_size
-        turns = []
-        for which, share in enumerate(self._shares):
-            # Of the first x positions that the sets before left over, this set has ⌊x · share / rest⌋.
-            before = offsets * share // rest
-            mine = (offsets + 1) * share // rest > before
-            turns.append((which, left[mine], epochs[mine] * share + before[mine]))
-            epochs, offsets, left, rest = epochs[~mine], (offsets - before)[~mine], left[~mine], rest - share
-        return turns

@@ -5,10 +5,9 @@ in pieces that open on any number of ranks), ``state.json`` (the counters), ``co
 written under a temporary name and renamed when it is complete, so whatever has the name ``step-…`` can be loaded.
 """
 
-from .found import CONFIG, LABELS, Found, find, find_all, find_latest
+from .found import CONFIG, LABELS, Best, Found, find, find_all, find_latest
 from .pieces import Piece, save_alone
 from .reading import load, load_backbone, network_tensors, read_pieces
-from .retention import Best
 from .saver import Saver
 from .writing import Content, agreed, from_first_rank, go_back, write
 

@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import device as devices
-from .found import find_latest, name_of
-from .retention import Best
+from .found import Best, find_latest, name_of
 from .writing import Content, write
 
 _CPU = torch.device("cpu")

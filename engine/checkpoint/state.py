@@ -1,7 +1,8 @@
-"""What of a run is saved, and how it comes back: on the same number of ranks or on another."""
+"""What of a run is saved, and how it comes back: on the same number of ranks or on another, and what may change."""
 
 import importlib.metadata
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,10 @@ from ...data.errors import UsageError
 from .. import checkpoint, device, label_map
 from ..build import Parts
 from ..config import Config, load_config
+from ..config.loading import shown
 from ..initial import check_labels
 from ..ranks.distributed import World
 from . import Content, Piece
-from . import rules as resume_rules
 
 _OPTIMIZER = "backbone_optimizer/"
 
@@ -90,7 +91,7 @@ def restore(
     changed: list[str] = []
     if "converted" not in state:  # whose configuration is mostly defaults
         before = load_config(found.path / checkpoint.CONFIG)
-        changed = resume_rules.changes(before, config, found.path, begun=state["position"] > 0)
+        changed = changes(before, config, found.path, begun=state["position"] > 0)
     saved, tensors = found.shapes(), _backbone_tensors(parts) | _sharded(parts)
     states = [name for name in tensors if name.startswith(_OPTIMIZER)]
     if states and not any(name in saved for name in states):  # a converted one, or trained without momentum
@@ -150,3 +151,56 @@ def _check(found: checkpoint.Found, tensors: Mapping[str, Tensor]) -> None:
             raise UsageError(
                 f"{found.path} has another configuration: {name} does not belong to this backbone optimizer; {advice}"
             )
+
+
+FIXED = {
+    "backbone.name": "its weights belong to that network",
+    "backbone.embedding_dim": "weights and centers have that length",
+    "backbone.options": "its weights belong to that network",
+    "optimizer.backbone.name": "its state belongs to that optimizer",
+    "optimizer.head.name": "its state belongs to that optimizer",
+    "run.seed": "the position in the order of samples, and the samples of classes, belong to that seed",
+}
+"""Keys that must be as they were, with the reason. Everything else may change, and is told where it does."""
+
+_WITHOUT_MEANING = ("run.name", "run.dir", "init", "checkpoint.check_labels")
+_WHOLE = ("backbone.options", "data.order", "head.objective")
+
+
+def changes(before: Config, now: Config, checkpoint: Path, *, begun: bool) -> list[str]:
+    """The keys that changed, one line each.
+
+    Args:
+        before: the checkpoint's configuration, complete.
+        now: this run's.
+        checkpoint: for the message.
+        begun: whether samples were drawn already; a converted checkpoint begins its order anew.
+
+    Raises:
+        UsageError: a key of ``FIXED`` changed.
+    """
+    old, new = _flat(before.model_dump()), _flat(now.model_dump())
+    told = []
+    for key in dict.fromkeys([*old, *new]):
+        was, is_now = old.get(key), new.get(key)
+        if was == is_now or key in _WITHOUT_MEANING or key.startswith("init."):
+            continue
+        if key in FIXED and (key != "run.seed" or begun):
+            raise UsageError(
+                f"{checkpoint} cannot go on with {key} {shown(is_now)}: it was {shown(was)} ({FIXED[key]}); put it "
+                "back, or begin another run, with init.path if it shall start from these weights"
+            )
+        told.append(f"changed    {key}: {shown(was)} → {shown(is_now)}")
+    return told
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys to values; what only means something as a whole stays one."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key not in _WHOLE:
+            flat |= _flat(value, f"{key}.")
+        else:
+            flat[key] = value
+    return flat

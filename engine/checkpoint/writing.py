@@ -25,9 +25,22 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata
 
-from .found import BEST, CONFIG, FOLDER, LABELS, LATEST, STATE, Found, find_all, find_latest, name_of, point
+from .found import (
+    BEST,
+    CONFIG,
+    FOLDER,
+    LABELS,
+    LATEST,
+    STATE,
+    Best,
+    Found,
+    find_all,
+    find_latest,
+    name_of,
+    outdated,
+    point,
+)
 from .pieces import Piece, PiecesPlanner
-from .retention import Best, outdated
 
 _T = TypeVar("_T")
 HIDDEN = ".step-"

@@ -4,11 +4,8 @@ Every section of the file is one small class, with a line under every field. Unk
 values are refused with the path of the key, what was found and what is allowed.
 """
 
-from .data import BalancedSampling, BlockSampling
 from .loading import load_config, parse_config
-from .model import Objective
-from .run import Config
-from .training import Adagrad, AdamW, Spike
+from .sections import Adagrad, AdamW, BalancedSampling, BlockSampling, Config, Objective, Spike
 
 __all__ = [
     "Adagrad",

@@ -9,8 +9,7 @@ from torch import nn
 
 from ...data import Pairs, read_pairs
 from ...data.errors import UsageError
-from ..build import input_size
-from ..build_data import decoding_threads
+from ..build import decoding_threads, input_size
 from ..config import Config
 from ..ranks.distributed import World
 from ..report.record import SCORES

@@ -11,8 +11,7 @@ from ...partial_fc.kernels.keeping import default_keep_bytes, probability_bytes
 from ...partial_fc.kernels.products import operand_dtype, rounds_to_bfloat16
 from ...partial_fc.kernels.unshifted import MAX_SCALE
 from ...partial_fc.objectives import LogSumExpObjective
-from ..build import products_of
-from ..build_data import decoding_threads
+from ..build import decoding_threads, products_of
 from ..checkpoint import Found
 from ..config import Config, Objective
 from ..evaluation.evaluate import VerificationResult

@@ -1,55 +1,22 @@
 """The pack verbs for what a person brings: a folder, a list file, RecordIO, a table."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..console import parse_size, progress_bar
-from .pack_arguments import (
-    Encoding,
-    ImagesPerShard,
-    KeepBytes,
-    KeepLabels,
-    MinImages,
-    Name,
-    Only,
-    Out,
-    Overwrite,
-    Quality,
-    Root,
-    Shards,
-    Shuffle,
-    ShuffleSeed,
-    StoredSize,
-    Strict,
-    Without,
-    Workers,
-)
+from .pack_arguments import Out, Root, pack_verb
 
 if TYPE_CHECKING:
-    from ...data.packing.options import PackArguments
+    from ...data import PackSummary
 
 
+@pack_verb(numbered=False)
 def folder(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder with one sub-folder for each identity.")],
     out: Out,
-    size: StoredSize = None,
-    encoding: Encoding = "jpeg",
-    quality: Quality = 95,
-    keep_bytes: KeepBytes = False,
-    min_images: MinImages = None,
-    only: Only = None,
-    without: Without = None,
-    shards: Shards = 1,
-    images_per_shard: ImagesPerShard = None,
-    shuffle: Shuffle = True,
-    seed: ShuffleSeed = 0,
-    workers: Workers = None,
-    name: Name = None,
-    strict: Strict = False,
-    overwrite: Overwrite = False,
-) -> None:
+    **options: Any,
+) -> "PackSummary":
     """Pack your own images: one sub-folder an identity, jpg, png, bmp, webp or pgm.
 
     Images are scaled to cover the size and cropped at the centre; a JPEG that has the size already is stored as it is.
@@ -57,49 +24,28 @@ def folder(
     """
     from ...data import pack_folder
 
-    options = _for_files(size, encoding, quality, keep_bytes)
-    options |= _common(min_images, only, without, shards, images_per_shard, shuffle, seed, workers, name)
-    options |= {"strict": strict, "overwrite": overwrite}
-    with progress_bar("packing") as options["progress"]:
-        print(pack_folder(source, out, **options))
+    return pack_folder(source, out, **options)
 
 
+@pack_verb()
 def list_file(
     source: Annotated[
         Path, typer.Argument(metavar="SRC.lst", help="Lines 'index TAB label TAB path', as im2rec takes them.")
     ],
     out: Out,
     root: Root = None,
-    size: StoredSize = None,
-    encoding: Encoding = "jpeg",
-    quality: Quality = 95,
-    keep_bytes: KeepBytes = False,
-    min_images: MinImages = None,
-    only: Only = None,
-    without: Without = None,
-    keep_labels: KeepLabels = False,
-    shards: Shards = 1,
-    images_per_shard: ImagesPerShard = None,
-    shuffle: Shuffle = True,
-    seed: ShuffleSeed = 0,
-    workers: Workers = None,
-    name: Name = None,
-    strict: Strict = False,
-    overwrite: Overwrite = False,
-) -> None:
+    **options: Any,
+) -> "PackSummary":
     """Pack the images of a list file, MXNet's im2rec's format.
 
     Of several labels in a line the first is the class. Images are treated as by 'pfc pack folder'.
     """
     from ...data import pack_list
 
-    options = _for_files(size, encoding, quality, keep_bytes)
-    options |= _common(min_images, only, without, shards, images_per_shard, shuffle, seed, workers, name)
-    options |= {"keep_labels": keep_labels, "strict": strict, "overwrite": overwrite}
-    with progress_bar("packing") as options["progress"]:
-        print(pack_list(source, out, root=root, **options))
+    return pack_list(source, out, root=root, **options)
 
 
+@pack_verb(files=False)
 def recordio(
     sources: Annotated[
         list[Path], typer.Argument(metavar="SRC...", help="Data sets: folders of .rec and .idx files, or single .rec.")
@@ -122,19 +68,8 @@ def recordio(
             min=1, max=100, help="Of images that are encoded anew. [dim]\\[default: 95][/dim]", show_default=False
         ),
     ] = None,
-    min_images: MinImages = None,
-    only: Only = None,
-    without: Without = None,
-    keep_labels: KeepLabels = False,
-    shards: Shards = 1,
-    images_per_shard: ImagesPerShard = None,
-    shuffle: Shuffle = True,
-    seed: ShuffleSeed = 0,
-    workers: Workers = None,
-    name: Name = None,
-    strict: Strict = False,
-    overwrite: Overwrite = False,
-) -> None:
+    **options: Any,
+) -> "PackSummary":
     """Pack RecordIO anew: other shards, another order, fewer identities, several sets in one.
 
     Reads pfc's own sets, im2rec's and InsightFace's. Images keep their bytes; with --size or --encoding, those that
@@ -142,18 +77,12 @@ def recordio(
     """
     from ...data import pack_recordio
 
-    options = _common(min_images, only, without, shards, images_per_shard, shuffle, seed, workers, name)
-    options |= {"keep_labels": keep_labels, "strict": strict, "overwrite": overwrite, "check": check}
-    if size is not None:
-        options["size"] = parse_size(size)
-    if encoding is not None:
-        options["encoding"] = encoding
-    if quality is not None:
-        options["quality"] = quality
-    with progress_bar("packing") as options["progress"]:
-        print(pack_recordio(sources, out, joining=labels, **options))
+    converting = {"size": size, "encoding": encoding, "quality": quality}
+    options |= {name: value for name, value in converting.items() if value is not None}
+    return pack_recordio(sources, out, joining=labels, check=check, **options)
 
 
+@pack_verb()
 def table(
     source: Annotated[
         Path, typer.Argument(metavar="SRC", help="A .csv, .tsv or .parquet file, or a folder of .parquet files.")
@@ -172,23 +101,8 @@ def table(
     label_column: Annotated[
         str, typer.Option(metavar="NAME", help="Column of the identities: numbers or names.")
     ] = "label",
-    size: StoredSize = None,
-    encoding: Encoding = "jpeg",
-    quality: Quality = 95,
-    keep_bytes: KeepBytes = False,
-    min_images: MinImages = None,
-    only: Only = None,
-    without: Without = None,
-    keep_labels: KeepLabels = False,
-    shards: Shards = 1,
-    images_per_shard: ImagesPerShard = None,
-    shuffle: Shuffle = True,
-    seed: ShuffleSeed = 0,
-    workers: Workers = None,
-    name: Name = None,
-    strict: Strict = False,
-    overwrite: Overwrite = False,
-) -> None:
+    **options: Any,
+) -> "PackSummary":
     """Pack the images of a table: CSV or TSV with a header line, or Parquet.
 
     Parquet may hold the images themselves, as Hugging Face's data sets do; it needs pip install 'pfc\\[parquet]'.
@@ -196,42 +110,4 @@ def table(
     """
     from ...data import pack_table
 
-    options = _for_files(size, encoding, quality, keep_bytes)
-    options |= _common(min_images, only, without, shards, images_per_shard, shuffle, seed, workers, name)
-    options |= {"keep_labels": keep_labels, "strict": strict, "overwrite": overwrite}
-    columns = {"path_column": path_column, "label_column": label_column}
-    with progress_bar("packing") as options["progress"]:
-        print(pack_table(source, out, root=root, **columns, **options))
-
-
-def _for_files(size: str | None, encoding: Literal["jpeg", "png"], quality: int, keep_bytes: bool) -> "PackArguments":
-    options: PackArguments = {"encoding": encoding, "quality": quality, "keep_bytes": keep_bytes}
-    if size is not None:
-        options["size"] = parse_size(size)
-    return options
-
-
-def _common(
-    min_images: int | None,
-    only: Path | None,
-    without: Path | None,
-    shards: int,
-    images_per_shard: int | None,
-    shuffle: bool,
-    seed: int,
-    workers: int | None,
-    name: str | None,
-) -> "PackArguments":
-    options: PackArguments = {
-        "only": only,
-        "without": without,
-        "shards": shards,
-        "images_per_shard": images_per_shard,
-        "shuffle": shuffle,
-        "seed": seed,
-        "workers": workers,
-        "name": name,
-    }
-    if min_images is not None:
-        options["min_images"] = min_images
-    return options
+    return pack_table(source, out, root=root, path_column=path_column, label_column=label_column, **options)

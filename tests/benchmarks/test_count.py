@@ -5,8 +5,7 @@ import torch
 
 from pfc.benchmarks import ceilings
 from pfc.benchmarks.ceilings import Ceilings
-from pfc.benchmarks.head.case import HeadCase
-from pfc.benchmarks.head.count import expected_rows, floor, work
+from pfc.benchmarks.head.case import HeadCase, expected_rows, floor, work
 from pfc.benchmarks.head.phases import kind_of
 from pfc.benchmarks.ranks import Rank
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from pfc.data import RecordDataset, pack_synthetic
+from pfc.data.order.mixed import MixedOrder
 from pfc.data.order.orders import Order
-from pfc.data.records.joint import MixedOrder
-from pfc.engine import build_data
+from pfc.engine import build
 from pfc.engine.checkpoint import find_all
 from pfc.engine.log.telemetry import read_json_lines
 from tests.engine.runs import IDENTITIES, configuration, new_trainer, pack, train
@@ -182,7 +182,7 @@ def test_decoding_threads_share_the_cores_among_the_local_ranks(
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if local_ranks is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
-    assert build_data.decoding_threads(configuration(folder, tmp_path, data={"threads": given})) == threads
+    assert build.decoding_threads(configuration(folder, tmp_path, data={"threads": given})) == threads
 
 
 @pytest.mark.parametrize("name", ["global", "blocks"])
@@ -194,7 +194,7 @@ def test_sets_of_one_size_come_in_orders_of_their_own(name: str, folder: Path, t
         config = configuration(
             folder, tmp_path, run={"seed": seed}, data={"train": [str(folder / "train")] * sets, "order": order}
         )
-        return build_data.build_order(config, build_data.open_dataset(config), 6)
+        return build.build_order(config, build.open_dataset(config), 6)
 
     alone, joint = built(1, 5), built(3, 5)
     assert isinstance(joint, MixedOrder)

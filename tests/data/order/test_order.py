@@ -5,8 +5,8 @@ import pytest
 
 from pfc.data.errors import UsageError
 from pfc.data.order.balanced import BalancedOrder, group_by_identity
+from pfc.data.order.mixed import MixedOrder
 from pfc.data.order.orders import BlockOrder, Order, SampleOrder, counter_hash
-from pfc.data.records.joint import MixedOrder
 
 SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 129, 255, 257, 1000, 4097, 99_991]
 

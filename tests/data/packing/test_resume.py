@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from pfc.data.order.balanced import BalancedOrder, group_by_identity
+from pfc.data.order.mixed import MixedOrder
 from pfc.data.order.orders import BlockOrder, Order, SampleOrder
 from pfc.data.records.dataset import RecordDataset
-from pfc.data.records.joint import MixedOrder
 from tests.data.pictures import collect, encode, pack, picture
 
 IMAGES = 62

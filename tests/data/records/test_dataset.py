@@ -9,6 +9,7 @@ import pytest
 
 from pfc.data.errors import DamagedRecord, UsageError
 from pfc.data.packing.writer import ShardedWriter
+from pfc.data.records.all_labels import ShardLabels
 from pfc.data.records.dataset import RecordDataset
 from pfc.data.records.labels import decode_label, encode_label, encoding_for
 from pfc.data.records.recordio import RecordFile, RecordWriter, pack_image
@@ -106,9 +107,9 @@ def test_labels_in_two_numbers_are_read_together_too(tmp_path: Path, monkeypatch
     rec.unlink()
     rec.write_bytes(stored)
     odd: list[int] = []
-    decode = RecordDataset.decode_label
+    decode = ShardLabels.decode
     monkeypatch.setattr(
-        RecordDataset, "decode_label", lambda self, record, *at: odd.append(record.id) or decode(self, record, *at)
+        ShardLabels, "decode", lambda self, record, *at: odd.append(record.id) or decode(self, record, *at)
     )
     assert RecordDataset.open(tmp_path / "big").labels(damaged=-1).tolist() == [*expected[:4], -1, -1, -1, -1]
     assert len(odd) == 4, "the others are read without a look at each"

@@ -7,9 +7,10 @@ import pytest
 
 from pfc.data.errors import UsageError
 from pfc.data.loading.loader import TrainLoader
+from pfc.data.order.mixed import MixedOrder
 from pfc.data.order.orders import BlockOrder, SampleOrder
 from pfc.data.records.dataset import RecordDataset
-from pfc.data.records.joint import JointDataset, MixedOrder
+from pfc.data.records.joint import JointDataset
 from tests.data.pictures import SIZE, collect, encode, pack, picture, stored
 
 

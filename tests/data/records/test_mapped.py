@@ -15,9 +15,10 @@ from pfc.data.loading import reader as slices
 from pfc.data.loading.plain import compiled
 from pfc.data.loading.readahead import ReadAhead
 from pfc.data.loading.reader import SliceReader
+from pfc.data.order.mixed import MixedOrder
 from pfc.data.order.orders import BlockOrder, Order, SampleOrder
 from pfc.data.records.dataset import RecordDataset
-from pfc.data.records.joint import JointDataset, MixedOrder
+from pfc.data.records.joint import JointDataset
 from pfc.data.records.recordio import RecordFile
 from tests.data.pictures import encode, pack, picture
 

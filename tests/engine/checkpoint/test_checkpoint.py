@@ -25,9 +25,9 @@ from pfc.engine.checkpoint import (
     find_latest,
     go_back,
     load,
-    space,
     write,
 )
+from pfc.engine.checkpoint.manager import check_space
 from pfc.engine.trainer import Trainer
 from tests.engine.runs import configuration, new_trainer, pack, train
 from tests.ranks import run_ranks
@@ -165,15 +165,15 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_first_step(folder: 
 
 def test_room_is_asked_for_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(space.shutil, "disk_usage", lambda _: usage._replace(free=5000))
-    assert space.check(tmp_path, 1000, keep=4, best=False) is None
-    warning = space.check(tmp_path, 1000, keep=4, best=True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=5000))
+    assert check_space(tmp_path, 1000, keep=4, best=False) is None
+    warning = check_space(tmp_path, 1000, keep=4, best=True)
     assert warning is not None
     assert "6 checkpoints of 1.0 kB" in warning
     with pytest.raises(UsageError, match=r"takes 2.6 kB and the next one .* only 5.0 kB are free"):
-        space.check(tmp_path, 2600, keep=1, best=False)
+        check_space(tmp_path, 2600, keep=1, best=False)
     (tmp_path / "checkpoints" / "old").write_bytes(bytes(200))
-    assert space.check(tmp_path, 2600, keep=1, best=False) is None, "the run's own checkpoints give way"
+    assert check_space(tmp_path, 2600, keep=1, best=False) is None, "the run's own checkpoints give way"
 
 
 def test_the_last_and_the_best_stay(tmp_path: Path) -> None:

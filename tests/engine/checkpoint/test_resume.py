@@ -11,7 +11,7 @@ from torch import Tensor
 from pfc.data import pack_synthetic
 from pfc.data.errors import UsageError
 from pfc.engine.checkpoint import find, load_backbone
-from pfc.engine.checkpoint import rules as resume_rules
+from pfc.engine.checkpoint.state import changes
 from pfc.engine.config import Config, parse_config
 from tests.engine.runs import configuration, final_tensors, new_trainer, pack, train
 from tests.ranks import run_ranks
@@ -100,7 +100,7 @@ def test_what_changed_is_told_and_what_must_not_is_refused() -> None:
         optimizer={"backbone": {"lr": 0.5}},
         head={"sample_rate": 0.5, "objective": {"name": "cosface"}},
     )
-    told = resume_rules.changes(before, now, Path("step-1"), begun=True)
+    told = changes(before, now, Path("step-1"), begun=True)
     assert len(told) == 6
     assert "changed    optimizer.backbone.lr: 0.1 → 0.5" in told
     assert "changed    head.sample_rate: 1.0 → 0.5" in told
@@ -113,9 +113,9 @@ def test_what_changed_is_told_and_what_must_not_is_refused() -> None:
     ]
     for sections, message in wrong:
         with pytest.raises(UsageError, match=message) as caught:
-            resume_rules.changes(before, config(**sections), Path("step-1"), begun=True)
+            changes(before, config(**sections), Path("step-1"), begun=True)
         assert "\n" not in str(caught.value)
-    assert resume_rules.changes(before, config(run={"seed": 3}), Path("step-1"), begun=False) != []
+    assert changes(before, config(run={"seed": 3}), Path("step-1"), begun=False) != []
 
 
 def test_other_identities_are_refused(folder: Path, tmp_path: Path) -> None:

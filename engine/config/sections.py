@@ -1,0 +1,404 @@
+"""All that a person can write into a configuration: one class a section, a line under every field."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from ...data.loading.augment import Augment
+from ...partial_fc import objectives
+
+Rate = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Side = Annotated[int, Field(ge=8)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Source(Section):
+    """One of several training sets."""
+
+    path: str
+    """A packed data set (folder or .rec)."""
+    weight: Positive = 1.0
+    """How many times an epoch goes through it."""
+
+
+class GlobalSampling(Section):
+    """A random permutation of all images for every epoch."""
+
+    name: Literal["global"] = "global"
+
+
+class BlockSampling(Section):
+    """For slow disks: blocks of neighbouring images in random order, shuffled within a window."""
+
+    name: Literal["blocks"]
+    block_size: Count = 1024
+    """Images of a block."""
+    window: Count = 32768
+    """Images that are shuffled among themselves."""
+
+    @model_validator(mode="after")
+    def _window_of_blocks(self) -> "BlockSampling":
+        if self.window < self.block_size:
+            raise ValueError(f"window ({self.window}) is less than block_size ({self.block_size})")
+        return self
+
+
+class BalancedSampling(Section):
+    """Batches of P identities with K images each."""
+
+    name: Literal["balanced"]
+    identities: Count
+    """P; P · K is the global batch."""
+    images: Annotated[int, Field(ge=2)]
+    """K."""
+
+
+def _one_or_many(value: Any) -> str:
+    return "many" if isinstance(value, list) else "one"
+
+
+Sources = Annotated[
+    list[Annotated[Source, BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v)]], Field(min_length=1)
+]
+
+
+class Data(Section):
+    train: Annotated[Annotated[str, Tag("one")] | Annotated[Sources, Tag("many")], Discriminator(_one_or_many)]
+    """A packed data set (folder or .rec), or a list of them: paths, or {path, weight}. Labels are offset set by set."""
+    order: Annotated[GlobalSampling | BlockSampling | BalancedSampling, Field(discriminator="name")] = GlobalSampling()
+    """In which order the images come; a name alone takes that order's defaults."""
+    remainder: Literal["carry", "drop"] = "carry"
+    """The rest of an epoch that does not fill a global batch: goes on into the next epoch, or is left out."""
+    batch_size: Count = 64
+    """Images per rank and step (per micro-batch when gradients are accumulated)."""
+    image_size: Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
+    """Height and width of the network's input; that of the data set when absent."""
+    flip: bool = True
+    """Mirror half of the images, left to right."""
+    augment: Augment = Augment()
+    """What else is done to the pictures: see docs/data.md."""
+    max_damaged: Annotated[float, Field(ge=0, le=1)] = 0.02
+    """Share of damaged images that are replaced by good ones; more end the run."""
+    decode: Literal["cpu", "gpu"] = "cpu"
+    """Where pictures are decoded and augmented; from the CPU, finished batches are copied to the GPU."""
+    threads: Count | None = None
+    """Decoding threads per rank; by default this machine's cores shared among its ranks, at most 8 for each."""
+
+    @property
+    def sources(self) -> list[Source]:
+        return [Source(path=self.train)] if isinstance(self.train, str) else self.train
+
+    @model_validator(mode="before")
+    @classmethod
+    def _order_by_name(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and isinstance(tree.get("order"), str):
+            return {**tree, "order": {"name": tree["order"]}}
+        return tree
+
+
+class Backbone(Section):
+    name: str = "mobilefacenet"
+    """A registered network: see docs/backbones.md."""
+    embedding_dim: Count = 512
+    """Length of the embedding, D."""
+    options: dict[str, Any] = {}
+    """Options of that network, such as width or norm."""
+    sync_bn: bool = False
+    """BatchNorm statistics over all ranks (GPU only)."""
+    channels_last: bool | None = None
+    """NHWC memory format: faster convolutions on GPUs, and with bf16 on CPUs; when absent, on GPUs and not on a CPU."""
+    compile: bool = False
+    """torch.compile the network."""
+    static_graph: bool = False
+    """The network does the same in every step, so DistributedDataParallel plans its exchange once."""
+    payload_dtype: Literal["bf16"] | None = None
+    """What the backbone's gradients travel in between the ranks; their own type when absent."""
+
+
+class Objective(BaseModel):
+    """``name`` and the parameters of that objective (``pfc.partial_fc.objectives``)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_defaults(cls, tree: Any) -> Any:
+        """Fills in the objective's own defaults, so that the written configuration says everything."""
+        if isinstance(tree, dict):
+            parameters = {"name": "d_softmax", **tree}
+            name = parameters.pop("name")
+            return {"name": name, **dataclasses.asdict(objectives.build(name, **parameters))}
+        return tree
+
+    def build(self) -> objectives.Objective:
+        """The objective itself; ValueError names a wrong parameter, its value and what is allowed."""
+        return objectives.build(self.name, **(self.model_extra or {}))
+
+
+class Head(Section):
+    objective: Objective = Objective.model_validate({})
+    """What is minimised: see docs/objectives.md."""
+    num_classes: Count | None = None
+    """Number of identities, C; that of the data set when absent, and equal to it when given."""
+    sample_rate: Rate = 1.0
+    """Share of the classes that each step uses (D-Softmax-K, Partial FC)."""
+    sample_rate_schedule: list[list[float]] = []
+    """Later rates: [[0.8, 0.5], [0.9, 1.0]] uses half of the classes from 80 % of the run on, all from 90 % on."""
+    batch_rate: Rate = 1.0
+    """Share of the batch that meets the negatives (D-Softmax-B)."""
+    center_dtype: Literal["float32"] = "float32"
+    """How the centers are stored."""
+    payload_dtype: Literal["float32", "bf16"] | None = None
+    """What embeddings and their gradients travel in between the ranks; their own types when absent."""
+    products: Literal["float32", "tf32", "bf16"] | None = None
+    """What the head's matrix products are made in; bf16 with precision: bf16, else float32, when absent. tf32 and bf16
+    use a GPU's tensor cores: docs/performance.md has their error."""
+    keep_mib: CountOrZero | None = None
+    """Memory in MiB that the probabilities of a step may take on a rank until the centers are updated; where they need
+    more they are computed again, at the cost of one more matrix product. A sixteenth of a GPU's memory, or 1024 on a
+    CPU, when absent."""
+
+    @model_validator(mode="after")
+    def _rates_in_order(self) -> "Head":
+        last = -1.0
+        for entry in self.sample_rate_schedule:
+            if len(entry) != 2 or not last < entry[0] < 1 or entry[0] < 0 or not 0 < entry[1] <= 1:
+                raise ValueError(
+                    f"sample_rate_schedule: found {entry}, allowed: [share of the run in [0, 1), rate in (0, 1]], "
+                    "shares rising"
+                )
+            last = entry[0]
+        return self
+
+
+class SGD(Section):
+    """Of the backbone (``sgd``, torch.optim.SGD) or of the centers (``row_sgd``, pfc.partial_fc.RowSGD)."""
+
+    name: Literal["sgd", "row_sgd"]
+    lr: Positive = 0.1
+    """Peak learning rate."""
+    momentum: Fraction = 0.9
+    weight_decay: NonNegative = 5e-4
+    nesterov: bool = False
+
+    @model_validator(mode="after")
+    def _nesterov(self) -> "SGD":
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs momentum > 0")
+        return self
+
+
+class AdamW(Section):
+    """Of the backbone (``adamw``) or of the centers (``row_adamw``)."""
+
+    name: Literal["adamw", "row_adamw"]
+    lr: Positive = 1e-3
+    """Peak learning rate."""
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 1e-2
+
+
+class Adagrad(Section):
+    """Of the centers: one number of state a row (pfc.partial_fc.RowAdagrad)."""
+
+    name: Literal["row_adagrad"]
+    lr: Positive = 1e-2
+    """Peak learning rate."""
+    eps: Positive = 1e-10
+    weight_decay: NonNegative = 0.0
+
+
+class Optimizer(Section):
+    backbone: Annotated[SGD | AdamW, Field(discriminator="name")] = SGD(name="sgd")
+    head: Annotated[SGD | AdamW | Adagrad, Field(discriminator="name")] = SGD(name="row_sgd")
+    accumulate: Count = 1
+    """Micro-batches per step; their gradients are averaged."""
+    clip_norm: Positive | None = None
+    """Largest norm of the backbone's gradient; no clipping when absent."""
+    max_skipped_in_a_row: Count = 20
+    """Steps in a row that may be skipped because the loss or a gradient is not finite; then the run ends with a
+    diagnosis. In fp16 16 more, as many as the search for the loss's scale can take."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_names(cls, tree: Any) -> Any:
+        """optimizer.backbone.lr=0.05 alone means SGD's."""
+        if isinstance(tree, dict):
+            for part, name in (("backbone", "sgd"), ("head", "row_sgd")):
+                if isinstance(tree.get(part), dict):
+                    tree = {**tree, part: {"name": name, **tree[part]}}
+        return tree
+
+    @model_validator(mode="after")
+    def _each_its_own(self) -> "Optimizer":
+        if self.backbone.name.startswith("row_"):
+            raise ValueError(f"backbone.name is {self.backbone.name!r}, allowed: sgd, adamw")
+        if not self.head.name.startswith("row_"):
+            raise ValueError(f"head.name is {self.head.name!r}, allowed: row_sgd, row_adamw, row_adagrad")
+        return self
+
+
+class Schedule(Section):
+    steps: Count | None = None
+    """Number of optimizer steps."""
+    epochs: Positive | None = None
+    """Number of passes over the data set; exactly one of steps and epochs is given."""
+    warmup_steps: CountOrZero = 0
+    """Steps of linear warm-up; the first one runs at lr / warmup_steps."""
+    name: Literal["polynomial", "cosine", "constant"] = "polynomial"
+    """How the learning rate falls after the warm-up."""
+    power: Positive = 2.0
+    """Exponent of the polynomial."""
+    final: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the peak learning rate that is left at the end."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Schedule":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        if self.steps is not None and self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) is more than steps ({self.steps})")
+        return self
+
+
+class Spike(Section):
+    """What to do about a loss far above those before it."""
+
+    factor: Annotated[float, Field(gt=1)] = 3.0
+    """How many times the median of the last losses a spike is."""
+    window: Annotated[int, Field(ge=2)] = 100
+    """How many these are; nothing is a spike before there are so many."""
+    rollback: bool = True
+    """Go back to the last checkpoint, and on with the data that follow the spike; else it is only told."""
+    max_rollbacks: Count = 3
+    """So many in a run; at one more spike it ends."""
+
+
+class Evaluation(Section):
+    every_steps: Count = 500
+    """Steps between evaluations; the first step and the last are always evaluated."""
+    pairs: list[str] = []
+    """Verification sets (.bin)."""
+    batch_size: Count = 128
+    """Images per rank in one forward pass."""
+    flip: bool = True
+    """Add the mirror image's embedding; both accuracies are reported, this one leads."""
+
+
+class BestCheckpoint(Section):
+    """The checkpoint that stays because it measured best."""
+
+    metric: Annotated[str, Field(pattern=r"^(accuracy|accuracy_flip|accuracy_noflip|auc|eer|tar_at_far_1e-\d)$")] = (
+        "accuracy"
+    )
+    """A field of evaluation.jsonl."""
+    set: str | None = None
+    """The verification set, by its file's name without .bin; the first of evaluation.pairs when absent."""
+    mode: Literal["max", "min"] | None = None
+    """Which is best, the largest or the smallest; the smallest eer and the largest of the others when absent."""
+
+
+class Checkpoint(Section):
+    every_steps: Count = 500
+    """Steps between checkpoints; the last step is always saved."""
+    every_minutes: Positive | None = None
+    """Minutes between checkpoints, by the first rank's clock, besides those of every_steps."""
+    keep: Count = 3
+    """How many of the latest stay."""
+    best: BestCheckpoint | None = None
+    """Keep the best one too, saved as soon as it is measured."""
+    asynchronous: bool = False
+    """Copy the state into host memory and write it beside training."""
+    check_labels: bool = True
+    """Refuse to go on with the centers of other identities than the data set's, where both are known by name."""
+
+
+class Log(Section):
+    every_steps: Count = 20
+    """Steps between lines of metrics.jsonl and of the progress."""
+    tensorboard: bool = True
+    """Write TensorBoard's files as well."""
+
+
+class Run(Section):
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "run"
+    """Name of the run: the folder that it writes, under ``dir``."""
+    dir: str = "runs"
+    """Folder of all runs."""
+    seed: CountOrZero = 0
+    """Seed of everything random: centers, weights, the order of samples, class samples, flips."""
+    timeout_seconds: Annotated[float, Field(ge=1)] = 600.0
+    """A run that stands still for so long ends, and says which rank everyone waited for: see docs/failures.md."""
+    consult_every_steps: Count | None = None
+    """Steps between the ranks' questions to each other whether to stop, save or go back; each waits for the slowest. 1
+    on a CPU, 10 on GPUs, when absent."""
+
+    @property
+    def path(self) -> Path:
+        return Path(self.dir) / self.name
+
+
+class Init(Section):
+    """What a new run begins with; a run that goes on from a checkpoint of its own has begun already."""
+
+    path: str | None = None
+    """A run, a checkpoint, or a file of the backbone's weights (.safetensors, or a state_dict in .pt)."""
+    centers: Literal["new", "keep", "by_name"] = "new"
+    """The centers: new ones; those of the same identities; or those that the names of the identities lead to."""
+
+    @model_validator(mode="after")
+    def _centers_of_something(self) -> "Init":
+        if self.path is None and self.centers != "new":
+            raise ValueError(f"centers is {self.centers!r}, which needs path: the run or checkpoint that has them")
+        return self
+
+
+class Config(Section):
+    """One run, whole."""
+
+    run: Run = Run()
+    init: Init = Init()
+    data: Data
+    backbone: Backbone = Backbone()
+    head: Head = Head()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """Arithmetic of the backbone: bf16 and fp16 under autocast, fp16 with a GradScaler (GPU only)."""
+    spike: Spike | None = None
+    """A loss far above those before it; nothing is done about it when absent."""
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+    @model_validator(mode="after")
+    def _one_exchange_a_step(self) -> "Config":
+        if self.backbone.static_graph and self.optimizer.accumulate > 1:
+            raise ValueError("backbone.static_graph needs optimizer.accumulate: 1 (DistributedDataParallel's own rule)")
+        return self
+
+    def images_per_step(self, world_size: int) -> int:
+        """Images of all ranks in one optimizer step."""
+        return self.data.batch_size * self.optimizer.accumulate * world_size
+
+    @property
+    def max_skipped_in_a_row(self) -> int:
+        """Of ``optimizer``, and room for fp16: from 65536 down to 1 the loss's scale is halved 16 times."""
+        return self.optimizer.max_skipped_in_a_row + (16 if self.precision == "fp16" else 0)
+
+    def to_yaml(self) -> str:
+        """The configuration with every default filled in."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
