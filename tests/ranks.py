@@ -39,7 +39,7 @@ class RankPool:
             context = multiprocessing.get_context("spawn")
         else:
             context = multiprocessing.get_context("forkserver")  # torch is imported once for all ranks
-            context.set_forkserver_preload(["pfc.partial_fc", "torch.distributed"])
+            context.set_forkserver_preload(["torch.distributed", "pfc.partial_fc", "pfc.engine.trainer"])
         pipes = [context.Pipe() for _ in range(world_size)]
         self.pipes = [parent for parent, _ in pipes]
         store = os.path.join(self.directory.name, "store")
