@@ -180,7 +180,7 @@ def _compiled_passes() -> Check:
 
 def _dali() -> Check:
     package = "nvidia-dali-cuda130"
-    version = _package_version(package)
+    version = _package_version(package) or _package_version("nvidia-dali-cuda120")
     advice = f"training reads its images through it: pip install {package}"
     if version is None:
         return Check("DALI", "missing", "not installed", advice, essential=True)

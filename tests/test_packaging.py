@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("partial_fc", "data", "engine", "launch")
+ROOMS = ("partial_fc", "data", "engine", "launch", "benchmarks")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_the_wheel_holds_every_module_and_nothing_at_top_level(wheel: Path):
     assert any(name.endswith("LICENSE") for name in names)
     if shutil.which("gcc"):
         assert any(name.startswith("pfc/partial_fc/kernels/_native.") for name in names)
-        assert any(name.startswith("pfc/data/_plain.") for name in names)
+        assert any(name.startswith("pfc/data/loading/_plain.") for name in names)
 
 
 def test_without_a_compiler_the_wheel_is_built_all_the_same(tmp_path: Path):

@@ -24,7 +24,7 @@ from typing import IO, NamedTuple, Self
 import numpy as np
 
 from ..errors import DamagedRecord, UsageError
-from .mapped import MappedFile
+from .mapped import MappedFile, with_descriptors
 
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -36,6 +36,9 @@ _IMAGE = struct.Struct("<IfQQ")
 _WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
 _JPEG_END = b"\xff\xd9"
 _PNG_END = b"IEND\xaeB`\x82"
+
+
+_open = with_descriptors(open)  # a set may have many shards, each with two files
 
 
 class TooLargeError(UsageError):
@@ -252,7 +255,7 @@ class RecordWriter:
         self._hash = hashlib.sha256()
         mode = "xb" if start is None else "r+b" if self.records else "w+b"
         index = path.with_suffix(".idx")
-        self._rec, self._idx = path.open(mode), index.open(mode)
+        self._rec, self._idx = _open(path, mode), _open(index, mode)
         if start is not None:
             cut_back(self._rec, path, self.size)
             cut_back(self._idx, index, index_size)

@@ -100,6 +100,7 @@ def test_a_switch_of_optimizer_brings_its_own_defaults(config_file: Path) -> Non
         ("head.objective={name: arcface, margin: 7}", "head.objective: margin must lie in [0, 3.14159], found 7"),
         ("schedule.epochs=3", "schedule: give exactly one of steps and epochs"),
         ("schedule.warmup_steps=11", "schedule: warmup_steps (11) is more than steps (10)"),
+        ("backbone.static_graph=true optimizer.accumulate=2", "backbone.static_graph needs optimizer.accumulate: 1"),
         ("precision=fp8", "precision: found 'fp8', allowed: 'float32', 'bf16' or 'fp16'"),
         ("no-equals-sign", "override 'no-equals-sign': write it as key.sub=value"),
         (
@@ -122,7 +123,7 @@ def test_a_switch_of_optimizer_brings_its_own_defaults(config_file: Path) -> Non
 )
 def test_wrong_values_are_refused_with_path_found_and_allowed(config_file: Path, override: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        load_config(config_file, [override])
+        load_config(config_file, override.split() if override.count("=") > 1 and "{" not in override else [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -187,6 +187,22 @@ def test_ways_to_exchange_gradients_train_alike(
         assert [line[name] for line in other] == pytest.approx([line[name] for line in plain], rel=2e-2)
 
 
+def built(tree: dict[str, Any]) -> tuple[bool, Any]:
+    torch.backends.cudnn.benchmark = False
+    trainer = new_trainer(tree)
+    found = torch.backends.cudnn.benchmark, trainer.parts.head.compute_dtype
+    trainer.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("products", "dtype"), [("float32", torch.float32), ("tf32", "tf32"), ("bf16", torch.bfloat16)]
+)
+def test_what_is_for_speed_is_set(folder: Path, tmp_path: Path, products: str, dtype: Any) -> None:
+    config = configuration(folder, tmp_path, head={"products": products})
+    assert run_ranks(1, built, config.model_dump()) == [(True, dtype)]
+
+
 def test_the_ranks_may_consult_each_other_less_often(folder: Path, tmp_path: Path) -> None:
     config = configuration(folder, tmp_path, run={"consult_every_steps": 4})
     assert run_ranks(2, asked_to_stop, config.model_dump()) == [[4, 8], [4, 8]]

@@ -1,8 +1,10 @@
 """Where a run begins or goes on: the first rank decides, and a restart of the same command loses nothing."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -41,6 +43,21 @@ def test_a_requeued_job_that_was_to_begin_goes_on(folder: Path, tmp_path: Path) 
     train(1, other, steps=3)
     with pytest.raises(RuntimeError, match=r"UsageError: .* holds a run that got to step 3"):
         train(1, other, resume="never")
+
+
+def resumed_at(tree: dict[str, Any]) -> int:
+    """On a rank: where it goes on, where the second rank alone sees no checkpoint."""
+    hidden = mock.patch.object(start.checkpoint, "find_latest", return_value=None)
+    with hidden if dist.get_rank() else nullcontext():
+        trainer = new_trainer(tree)
+    trainer.close()
+    return trainer.step
+
+
+def test_the_first_rank_chooses_the_checkpoint_for_all(folder: Path, tmp_path: Path) -> None:
+    config = configuration(folder, tmp_path)
+    train(2, config, steps=3)
+    assert run_ranks(2, resumed_at, config.model_dump()) == [3, 3]
 
 
 def elsewhere(tree: dict[str, Any], folders: list[str]) -> None:

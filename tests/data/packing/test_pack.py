@@ -399,7 +399,7 @@ def test_a_script_without_a_guard_loses_no_interrupted_packing(tmp_path: Path, m
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pfc.data.packing.pack.run.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("pfc.data.packing.run.SAVE_EVERY", 0.0)
     with pytest.raises(KeyboardInterrupt):
         pack_folder(src, tmp_path / "out", size=16, workers=1, progress=interrupt)
     left = files_of(tmp_path / ".out.partial")

@@ -64,6 +64,33 @@ def test_the_soft_limit_is_raised_when_it_is_reached(folder: Path) -> None:
     assert done.stdout.strip() == f"{sorted(i % 5 for i in range(100))} 128", done.stderr
 
 
+WRITING = """
+import resource, sys
+from pfc.data import ShardedWriter, UsageError
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2])))
+try:
+    with ShardedWriter(sys.argv[1], identities=2, image_size=None, source="test", shards=60) as writer:
+        for image in range(60):
+            writer.write(image % 2, b"image")
+except UsageError as error:
+    sys.exit(f"refused: {error}")
+print(writer.shards)
+"""
+
+
+def test_a_set_may_be_written_into_more_shards_than_the_soft_limit_has_room_for(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WRITING, str(tmp_path / "set")]
+    done = subprocess.run([*command, "256"], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "60\n", done.stderr
+    assert len(list((tmp_path / "set").glob("*.rec"))) == 60
+    command[-1] = str(tmp_path / "other")
+    done = subprocess.run([*command, "64"], capture_output=True, text=True, timeout=120)
+    assert "all 64 files that this process may have open are in use" in done.stderr
+    assert done.stderr.startswith("refused: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
 def test_no_descriptor_left_is_one_clear_line(folder: Path) -> None:
     done = opened_with(folder, 64, 64, 100)
     assert done.stderr.startswith("refused: ")

@@ -11,8 +11,8 @@ from docker.utils.build import exclude_paths
 from dockerfile_parse import DockerfileParser
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parents[2]
-ROOMS = ("partial_fc", "data", "engine", "launch")
+ROOT = Path(__file__).parents[3]
+ROOMS = ("partial_fc", "data", "engine", "launch", "benchmarks")
 
 
 def recipe() -> DockerfileParser:

@@ -12,7 +12,7 @@ from pfc.engine.config import load_config
 from pfc.launch import train
 from tests.launch.clusters.test_docker import environment, instructions
 
-MANIFESTS = Path(__file__).parents[2] / "launch" / "kubernetes"
+MANIFESTS = Path(__file__).parents[3] / "launch" / "kubernetes"
 
 
 def manifests(name: str) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "launch" / "slurm" / "train.sbatch"
+SCRIPT = Path(__file__).parents[3] / "launch" / "slurm" / "train.sbatch"
 
 SRUN = """#!{python}
 # Runs the command once for each node, as tasks of a job step; hands a signal on to them.

@@ -181,7 +181,7 @@ def test_large_images_in_parquet_are_read_a_few_at_a_time(tmp_path: Path, monkey
     del table
     before = arrow.default_memory_pool()
     pool = arrow.proxy_memory_pool(before)
-    monkeypatch.setattr("pfc.data.packing.pack.sources.parquet._READ_AHEAD", 2_000_000)
+    monkeypatch.setattr("pfc.data.packing.sources.parquet._READ_AHEAD", 2_000_000)
     arrow.set_memory_pool(pool)
     try:
         pack_table(tmp_path / "t.parquet", tmp_path / "out", keep_bytes=True, check=False, workers=1)
