@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -91,19 +91,18 @@ def run(function: Callable[..., Any], ranks: int, threads: int, *arguments: Any)
         return [torch.load(os.path.join(folder, f"{rank}.pt"), weights_only=True) for rank in range(ranks)]
 
 
-def _start(ranks: int, *given: Any) -> list[ForkServerProcess]:
+def _start(ranks: int, *given: Any) -> list[SpawnProcess]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library writes to the screen; read when it loads
-    context = mp.get_context("forkserver")  # torch is imported once for all ranks of all measurements
-    context.set_forkserver_preload(["torch.distributed", "pfc.partial_fc"])
+    context = mp.get_context("spawn")
     processes = [context.Process(target=_serve, args=(rank, ranks, *given), daemon=True) for rank in range(ranks)]
     for process in processes:
         process.start()
     return processes
 
 
-def _join(processes: list[ForkServerProcess]) -> None:
+def _join(processes: list[SpawnProcess]) -> None:
     """Until all have ended well; or one has not, and the others have had the time to say what they saw."""
-    running: dict[Any, ForkServerProcess] = {process.sentinel: process for process in processes}
+    running: dict[Any, SpawnProcess] = {process.sentinel: process for process in processes}
     deadline = None
     while running and (deadline is None or time.monotonic() < deadline):
         for sentinel in wait(list(running), timeout=None if deadline is None else deadline - time.monotonic()):

@@ -38,7 +38,9 @@ def test_a_restart_with_a_path_goes_on_from_what_that_start_has_saved(folder: Pa
 def test_a_requeued_job_that_was_to_begin_goes_on(folder: Path, tmp_path: Path) -> None:
     config = configuration(folder, tmp_path)
     train(1, config, steps=3, resume="never")
+    (config.run.path / "requeue").touch()  # as SIGUSR1 leaves it
     assert [line["step"] for line in train(1, config, resume="never")] == list(range(1, 9))
+    assert not (config.run.path / "requeue").exists(), "its wish is granted"
     other = configuration(folder, tmp_path / "auto")
     train(1, other, steps=3)
     with pytest.raises(RuntimeError, match=r"UsageError: .* holds a run that got to step 3"):

@@ -73,27 +73,22 @@ def test_a_rank_that_is_stopped_is_named_by_the_others(config: Path, tmp_path: P
     assert "rank 0 waits in all_reduce" in ended.last
 
 
-@pytest.mark.parametrize("by_torchrun", [False, True])
-def test_sigusr1_saves_and_asks_to_be_started_again(config: Path, tmp_path: Path, by_torchrun: bool):
+@pytest.mark.parametrize(("asked", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 75)])
+def test_a_stopped_run_saves_and_sigusr1_asks_to_be_started_again(
+    config: Path, tmp_path: Path, asked: signal.Signals, exit_code: int
+):
+    """That torchrun hands the signal on, tests/launch/clusters/test_slurm.py shows."""
     options = [f"run.dir={tmp_path}", "schedule.steps=100000", "checkpoint.every_steps=100000", "log.every_steps=10"]
-    handled = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-    command = faults.torchrun(config, *options) if by_torchrun else faults.train(config, *options)
-    if by_torchrun:
-        command.insert(command.index("-m", 3), handled)
     run_dir = tmp_path / "whole"
-    process = faults.start(command)
+    process = faults.start(faults.train(config, *options))
     wait_for_steps(run_dir, process)
     assert not (run_dir / "requeue").exists()
-    process.send_signal(signal.SIGUSR1)
+    process.send_signal(asked)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == (1 if by_torchrun else 75), output
-    assert "stopped by SIGUSR1 at step" in output
-    assert (run_dir / "requeue").exists()
-    step = find(run_dir).step
-    if not by_torchrun:
-        ended = faults.run([*faults.train(config, *options), f"schedule.steps={step + 1}"], timeout=60)
-        assert ended.exit_code == 0, ended.output
-        assert not (run_dir / "requeue").exists()
+    assert process.returncode == exit_code, output
+    assert f"stopped by {asked.name} at step {find(run_dir).step:,}" in output
+    assert "Traceback" not in output
+    assert (run_dir / "requeue").exists() == (asked == signal.SIGUSR1)
 
 
 def wait_for_steps(run_dir: Path, process: subprocess.Popen[str]) -> None:
