@@ -105,8 +105,8 @@ class PartialFolder:
         self.state = state
 
     def close(self, *, keep: bool) -> None:
-        """Let go of the folder: with ``keep`` and a saved state it stays, else it goes."""
-        if not (keep and self.state is not None):
+        """Let go of the folder: with ``keep`` it stays where it has a saved state or a whole data set, else it goes."""
+        if not (keep and (self.state is not None or (self.dataset / MANIFEST_NAME).is_file())):
             with suppress(OSError):
                 self._clear()
                 (self.folder / _LOCK).unlink()  # last, since it keeps others away

@@ -17,6 +17,7 @@ from ..atomic import remove_replaced, replace_folder, restore_replaced, sync_fol
 from ..errors import UsageError
 from ..records.labels import LabelEncoding, encode_label, encoding_for
 from ..records.manifest import LABEL_NAMES_NAME, MANIFEST_NAME, Manifest, ShardEntry, printable
+from ..records.mapped import make_room
 from ..records.recordio import RecordWriter, pack_image, with_id
 from .resume import PartialFolder, StoppedPacking
 
@@ -91,14 +92,19 @@ class ShardedWriter:
             check_output(self.out, overwrite=overwrite)
             if self.partial is not None and (kept := self.partial.state) is not None:
                 self.resumed, self.images, starts = kept["resumed"], kept["images"], kept["files"]
+            make_room(2 * shards)
             for stem, start in zip(stems, starts, strict=True):
                 self._writers.append(RecordWriter(self.folder / f"{stem}.rec", start))
-        except UsageError:
-            self._leave(keep=self._resumable)
-            raise
         except OSError as error:
             self._leave(keep=self._resumable)
+            if isinstance(error, FileNotFoundError) and self.resumed is not None:
+                raise UsageError(
+                    f"{error.filename} of the interrupted packing is lost: remove {self.folder.parent} and pack again"
+                ) from None
             raise UsageError(f"{self.out} with {shards} shard(s) cannot be written: {error}") from None
+        except BaseException:
+            self._leave(keep=self._resumable)
+            raise
 
     def write(self, label: int, image: bytes) -> None:
         """Append one encoded image (JPEG, PNG, ...)."""
@@ -185,7 +191,13 @@ class ShardedWriter:
         except UsageError as error:
             again = ", or free its place and give the same command again" if self._resumable else ""
             raise StoppedPacking(f"{error}; what was packed is whole in {self.folder}: move it{again}") from None
-        replace_folder(self.folder, self._place, overwrite=self.overwrite)
+        try:
+            replace_folder(self.folder, self._place, overwrite=self.overwrite)
+        except OSError as error:
+            if self._resumable:
+                raise
+            why = f"{error.filename2 or error.filename}: {(error.strerror or str(error)).lower()}"
+            raise StoppedPacking(f"{why}; what was packed is whole in {self.folder}: move it to {self.out}") from None
         remove_replaced(self._place)
 
 

@@ -83,10 +83,11 @@ def _turn(path: Path) -> Iterator[None]:
         yield
         return
     place, descriptor = lock
-    waited, given_up, sign, end = False, False, None, 0.0
+    waited, given_up, sign, end = False, False, None, time.monotonic() + PATIENCE
     while True:
-        if sign != (sign := os.fstat(descriptor).st_mtime_ns):
-            end = time.monotonic() + PATIENCE
+        with suppress(OSError):  # ESTALE, where it was removed on another host
+            if sign != (sign := os.fstat(descriptor).st_mtime_ns):
+                end = time.monotonic() + PATIENCE
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if waited:

@@ -12,6 +12,7 @@ import os
 import resource
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -68,6 +69,17 @@ class MappedFile:
         _libc.madvise(self._start + first, min(stop, len(self.view)) - first, mmap.MADV_WILLNEED)
 
 
+_OTHER_FILES = 512  # that a process may need: sources, and pipes to its workers
+
+
+def make_room(files: int) -> None:
+    """Lets this process open so many files for long, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < files + _OTHER_FILES:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def with_descriptors(work: Callable[Given, Result]) -> Callable[Given, Result]:
     """Of a function that opens files: where this process may open no more, it may open as many as the system lets it.
 
@@ -82,7 +94,8 @@ def with_descriptors(work: Callable[Given, Result]) -> Callable[Given, Result]:
             if error.errno != errno.EMFILE:
                 raise
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        with suppress(ValueError):  # of a limit above the system's own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         try:
             return work(*args, **kwargs)
         except OSError as error:

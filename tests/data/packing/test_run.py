@@ -23,7 +23,7 @@ from pfc.data import RecordDataset, ShardedWriter, UsageError, pack_folder, pack
 from pfc.data.atomic import restore_replaced
 from pfc.data.packing import run as pack_run
 from pfc.data.packing import sources
-from pfc.data.packing.resume import PartialFolder
+from pfc.data.packing.resume import PartialFolder, StoppedPacking
 from pfc.data.records import recordio
 from pfc.data.records.recordio import RecordWriter
 from tests.data.packing.packed import files_of, jpeg, refusal
@@ -215,6 +215,45 @@ def test_a_command_given_while_another_ends_takes_nothing_from_it(
     assert [full in line for line in refused] == [False, False, False, True, True, False]
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
+
+
+def test_a_resumable_writer_without_a_saved_state_keeps_a_whole_set_too(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"identities": 1, "image_size": None, "source": "test", "resume_key": "one"}
+
+    def write() -> None:
+        with ShardedWriter(out, **options) as writer:
+            writer.write(0, b"image")
+            out.mkdir()
+            (out / "thesis.txt").write_text("years of work")
+
+    with pytest.raises(StoppedPacking, match="what was packed is whole"):
+        write()
+    assert (tmp_path / ".out.partial" / "dataset" / "dataset.json").is_file()
+
+
+def test_a_writer_that_cannot_move_its_set_into_place_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write() -> None:
+        with ShardedWriter(tmp_path / "out", identities=1, image_size=None, source="test") as writer:
+            writer.write(0, b"image")
+
+    def failing(old: Any, new: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(old), None, str(new))
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(StoppedPacking, match="out: input/output error; what was packed is whole in"):
+        write()
+    (kept,) = tmp_path.iterdir()
+    assert (kept / "dataset.json").is_file()
+
+
+def test_a_lost_shard_of_an_interrupted_packing_is_told_with_what_to_do(tmp_path: Path) -> None:
+    root = make_source(tmp_path / "in")
+    assert killed_at(20, Path, "replace", pack_it, root, tmp_path / "out")
+    for path in (tmp_path / ".out.partial" / "dataset").glob("*.idx"):
+        path.unlink()
+    line = refusal(pack_it, root, tmp_path / "out")
+    assert f"is lost: remove {tmp_path / '.out.partial'} and pack again" in line
 
 
 def test_a_lock_that_was_removed_before_it_was_taken_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
