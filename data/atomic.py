@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -66,8 +67,16 @@ def restore_replaced(place: Path) -> None:
 
 
 def remove_replaced(place: Path) -> None:
-    """Remove the old folder of ``place``, when the new one is there."""
-    shutil.rmtree(replaced_of(place), ignore_errors=True)
+    """Remove the old folder of ``place``, when the new one is there.
+
+    Under another name, so that one of which files stay (NFS keeps those that a process maps) is in nobody's way, nor
+    half of one taken for a data set; the next call tries again.
+    """
+    old = replaced_of(place)
+    with suppress(OSError):
+        os.rename(old, old.with_name(f"{old.name}-{uuid4().hex[:8]}"))
+    for leftover in place.parent.glob(f"{glob.escape(old.name)}-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -79,9 +88,9 @@ def sync_folder(folder: Path) -> None:
 
 def _sync(path: Path) -> None:
     """Bring a file, or a folder's list of names, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError) if path.is_dir() else nullcontext():  # some disks have nothing to sync of a folder
+    with suppress(OSError) if path.is_dir() else nullcontext():  # some disks have nothing to sync of a folder
+        handle = os.open(path, os.O_RDONLY)
+        try:
             os.fsync(handle)
-    finally:
-        os.close(handle)
+        finally:
+            os.close(handle)

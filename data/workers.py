@@ -40,6 +40,10 @@ def end_unguarded_worker() -> None:
         os._exit(1)
 
 
+class WorkerDied(RuntimeError):
+    """A worker process was ended from outside."""
+
+
 def parallel_map(
     function: Callable[[Task], Result], tasks: Iterable[Task], *, workers: int | None = None, chunk: int = 64
 ) -> Iterator[Result]:
@@ -48,7 +52,7 @@ def parallel_map(
     Results come in the order of the tasks. At most 3 × workers chunks of ``chunk`` tasks are in flight, and fewer where
     results (bytes, or tuples with them) are so large that they would take more than ``IN_FLIGHT``: memory stays bounded
     however long ``tasks`` is. ``function`` must be picklable (a function of a module, or a functools.partial of one).
-    What it raises is raised here; RuntimeError where a worker process died, UsageError where none could begin.
+    What it raises is raised here; WorkerDied where a worker process did, UsageError where none could begin.
     """
     workers = default_workers() if workers is None else workers
     if workers <= 1:
@@ -83,7 +87,7 @@ def parallel_map(
                 'the worker processes ended before they began: write `if __name__ == "__main__":` above what your '
                 "script does, since each of them imports it; or ask for workers=1"
             ) from None
-        raise RuntimeError("a worker process died (killed, or out of memory): use fewer workers") from None
+        raise WorkerDied("a worker process died (killed, or out of memory): use fewer workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -19,18 +18,17 @@ import PIL
 from ..errors import UsageError
 from ..records.manifest import printable
 from ..records.recordio import TooLargeError, cut_back
-from ..workers import end_unguarded_worker, parallel_map
+from ..workers import WorkerDied, end_unguarded_worker, parallel_map
 from .options import PackOptions
 from .resume import StoppedPacking
 from .selection import Selection, select
 from .sources.base import Source
 from .storing import Storing
 from .summary import SKIPPED_NAME, PackSummary
-from .writer import ShardedWriter, check_output
+from .writer import FULL, ShardedWriter, check_output
 
 SAVE_EVERY = 10.0  # seconds of work that an interruption may cost
 _HOPELESS = 1000  # so many unreadable images and no readable one: something is wrong with the source as a whole
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_apart(out: Path, sources: list[Path], options: PackOptions) -> None:
@@ -69,13 +67,13 @@ def pack(source: Source, out: Path, store: Storing, options: PackOptions) -> Pac
         with writer:
             resumed_at, skipped = _write(writer, source, store, chosen, options)
             _write_skipped(writer.folder, source, skipped)
-    except MemoryError:
-        what = f"packing into {out} stopped: not enough memory; with more of it, or fewer workers, the same command"
-        raise StoppedPacking(f"{what} goes on where it stopped") from None
+    except (MemoryError, WorkerDied) as error:
+        why = error if isinstance(error, WorkerDied) else "not enough memory: use fewer workers"
+        raise StoppedPacking(f"packing into {out} stopped: {why}; the command then goes on where it stopped") from None
     except OSError as error:
         why = (error.strerror or str(error)).lower()
         what = f"{out} cannot be written on: {why}; make room, then"
-        if error.errno not in _FULL:
+        if error.errno not in FULL:
             at = f" at {error.filename}" if error.filename else ""
             what = printable(f"packing into {out} stopped{at}: {why}; when that is mended,")
         raise StoppedPacking(f"{what} the same command goes on where it stopped") from None

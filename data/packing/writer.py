@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -20,6 +21,9 @@ from ..records.manifest import LABEL_NAMES_NAME, MANIFEST_NAME, Manifest, ShardE
 from ..records.mapped import make_room
 from ..records.recordio import RecordWriter, pack_image, with_id
 from .resume import PartialFolder, StoppedPacking
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk that is full."""
 
 
 class ShardedWriter:
@@ -146,10 +150,12 @@ class ShardedWriter:
                 self._finish()
         except BaseException as raised:
             failure = raised
-            raise
-        finally:
-            going_on = self._resumable and (self.images > 0 or not isinstance(failure, UsageError))
-            self._leave(keep=failure is not None and (isinstance(failure, StoppedPacking) or going_on))
+        going_on = self._resumable and (self.images > 0 or not isinstance(failure, UsageError))
+        self._leave(keep=failure is not None and (isinstance(failure, StoppedPacking) or going_on))
+        if isinstance(failure, OSError) and failure.errno in FULL and not self._resumable:
+            raise UsageError(f"{self.out} cannot be written: {(failure.strerror or '').lower()}; make room") from None
+        if failure is not None and failure is not error:
+            raise failure
 
     def _leave(self, *, keep: bool) -> None:
         """Let go of the folder, which goes unless ``keep``."""
@@ -217,7 +223,11 @@ def check_output(out: Path, *, overwrite: bool | None) -> None:
 
     ``overwrite`` is None where the caller offers no overwriting.
     """
-    if not out.exists():
+    try:
+        there = out.exists()
+    except OSError as error:  # a name that is too long, or a disk that does not answer
+        raise UsageError(f"{out} cannot be written: {(error.strerror or str(error)).lower()}") from None
+    if not there:
         return
     if not out.is_dir():
         raise UsageError(f"{out} is a file; give a directory that does not exist yet")

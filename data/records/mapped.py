@@ -74,10 +74,17 @@ _OTHER_FILES = 512  # that a process may need: sources, and pipes to its workers
 
 def make_room(files: int) -> None:
     """Lets this process open so many files for long, as far as the system lets it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if soft != resource.RLIM_INFINITY and soft < files + _OTHER_FILES:
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        _raise_limit()
+
+
+def _raise_limit() -> int:
+    """As far as the system lets this process; returns the limit up to which that is."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError):  # where it is above the kernel's own
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
 
 
 def with_descriptors(work: Callable[Given, Result]) -> Callable[Given, Result]:
@@ -93,9 +100,7 @@ def with_descriptors(work: Callable[Given, Result]) -> Callable[Given, Result]:
         except OSError as error:
             if error.errno != errno.EMFILE:
                 raise
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        with suppress(ValueError):  # of a limit above the system's own
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        hard = _raise_limit()
         try:
             return work(*args, **kwargs)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Which checkpoints a run has.
+"""Which checkpoints a run has, which of them is the best, and which stay.
 
 ``checkpoints/step-00000500`` is a complete one: it got that name when all of it was on the disk. ``checkpoints/latest``
 is a link to the one that was written last, ``checkpoints/best`` to the best by the configured metric.

@@ -52,6 +52,31 @@ _STORED: dict[str, tuple[Any, Any]] = {
         False,
     ),
 }
+_CONVERTED: dict[str, tuple[Any, Any]] = {
+    "check": (
+        Annotated[bool, typer.Option("--check", help="Decode every image; leave out those that fail.")],
+        False,
+    ),
+    "size": (
+        Annotated[
+            str | None, typer.Option(metavar="PX|HxW", help="Convert images of another size.", show_default=False)
+        ],
+        None,
+    ),
+    "encoding": (
+        Annotated[Literal["jpeg", "png"] | None, typer.Option(help="Encode images anew where they are not this.")],
+        None,
+    ),
+    "quality": (
+        Annotated[
+            int | None,
+            typer.Option(
+                min=1, max=100, help="Of images that are encoded anew. [dim]\\[default: 95][/dim]", show_default=False
+            ),
+        ],
+        None,
+    ),
+}
 _SHARED: dict[str, tuple[Any, Any]] = {
     "min_images": (
         Annotated[
@@ -118,10 +143,10 @@ def pack_verb(*, files: bool = True, numbered: bool = True) -> Callable[[Callabl
     The function gets those that were given as keyword arguments, as ``PackOptions`` names them, with the progress bar.
 
     Args:
-        files: whether it encodes image files.
+        files: whether it stores image files, or converts what is stored already.
         numbered: whether its labels may be numbers that can be kept.
     """
-    shared = (_STORED if files else {}) | _SHARED
+    shared = (_STORED if files else _CONVERTED) | _SHARED
     if not numbered:
         del shared["keep_labels"]
 

@@ -55,19 +55,6 @@ def recordio(
         Literal["apart", "shared"],
         typer.Option(help="Of several sets: identities are all different, or the same where their names are."),
     ] = "apart",
-    check: Annotated[bool, typer.Option("--check", help="Decode every image; leave out those that fail.")] = False,
-    size: Annotated[
-        str | None, typer.Option(metavar="PX|HxW", help="Convert images of another size.", show_default=False)
-    ] = None,
-    encoding: Annotated[
-        Literal["jpeg", "png"] | None, typer.Option(help="Encode images anew where they are not this.")
-    ] = None,
-    quality: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=100, help="Of images that are encoded anew. [dim]\\[default: 95][/dim]", show_default=False
-        ),
-    ] = None,
     **options: Any,
 ) -> "PackSummary":
     """Pack RecordIO anew: other shards, another order, fewer identities, several sets in one.
@@ -77,9 +64,7 @@ def recordio(
     """
     from ...data import pack_recordio
 
-    converting = {"size": size, "encoding": encoding, "quality": quality}
-    options |= {name: value for name, value in converting.items() if value is not None}
-    return pack_recordio(sources, out, joining=labels, check=check, **options)
+    return pack_recordio(sources, out, joining=labels, **options)
 
 
 @pack_verb()

@@ -2,16 +2,12 @@
 
 import errno
 import fcntl
-import multiprocessing
 import os
 import re
 import resource
-import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,64 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pfc.data import RecordDataset, ShardedWriter, UsageError, pack_folder, pack_list, pack_recordio
-from pfc.data.atomic import restore_replaced
+from pfc.data import RecordDataset, UsageError, pack_folder, pack_list, pack_recordio
 from pfc.data.packing import run as pack_run
 from pfc.data.packing import sources
-from pfc.data.packing.resume import PartialFolder, StoppedPacking
+from pfc.data.packing.resume import PartialFolder
 from pfc.data.records import recordio
 from pfc.data.records.recordio import RecordWriter
-from tests.data.packing.packed import files_of, jpeg, refusal
-
-fork = multiprocessing.get_context("fork")
-
-
-def make_source(root: Path, images: int = 40) -> Path:
-    """Four identities; every seventh image cannot be read."""
-    for i in range(images):
-        folder = root / f"person-{i % 4}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{i}.jpg").write_bytes(jpeg(i) if i % 7 else b"no picture")
-    return root
-
-
-def pack_it(root: Path, out: Path, **options: Any) -> Any:
-    return pack_folder(root, out, **({"size": 8, "shards": 3, "workers": 1, "name": "set"} | options))
-
-
-def killed_at(
-    call: int,
-    owner: Any,
-    name: str,
-    function: Callable[..., Any],
-    *arguments: Any,
-    save_every: float = 0.0,
-    **options: Any,
-) -> bool:
-    """Run ``function`` in a process of its own that dies at the given call of ``owner.name``; whether it did."""
-
-    def run() -> None:
-        pack_run.SAVE_EVERY = save_every
-        original, calls = getattr(owner, name), 0
-
-        def counting(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == call:
-                if name == "write":
-                    args[0]._rec.write(b"half a record")
-                    args[0]._rec.flush()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-
-        setattr(owner, name, counting)
-        function(*arguments, **options)
-
-    process = fork.Process(target=run)
-    process.start()
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode != 0
+from pfc.data.workers import WorkerDied
+from tests.data.packing.packed import files_of, fork, jpeg, killed_at, make_source, pack_it, refusal
 
 
 @pytest.mark.parametrize(
@@ -97,154 +43,6 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(owner: Any, name: str, cal
     assert (summary.images, len(summary.skipped)) == (34, 6)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
-
-
-@pytest.mark.parametrize(("name", "first"), [("replace", 1), ("unlink", 2), ("fsync", 9)])
-def test_killed_at_its_end_it_loses_nothing(name: str, first: int, tmp_path: Path) -> None:
-    root = make_source(tmp_path / "in", 8)
-    pack_it(root, tmp_path / "whole")
-    call = first
-    while killed_at(call, os, name, pack_it, root, tmp_path / "out", save_every=10.0):
-        if (tmp_path / "out").exists():
-            assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
-            assert "is not empty" in refusal(pack_it, root, tmp_path / "out")
-            pack_it(root, tmp_path / "out", overwrite=True, seed=1)  # nothing of the first one is in its way
-            pack_it(root, tmp_path / "out", overwrite=True)
-        else:
-            saved = (tmp_path / ".out.partial" / "state.json").exists()
-            assert pack_it(root, tmp_path / "out").resumed_at == (8 if saved else 0)
-        assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
-        shutil.rmtree(tmp_path / "out")
-        call += 1
-    assert call > first
-
-
-@pytest.mark.parametrize(("owner", "name"), [(os, "replace"), (os, "fsync"), (Path, "write_text")])
-def test_an_end_that_fails_loses_nothing(
-    owner: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = make_source(tmp_path / "in", 8)
-    pack_it(root, tmp_path / "whole")
-    original = getattr(owner, name)
-    state = tmp_path / ".out.partial" / "state.json"
-
-    def failing(*arguments: Any, **options: Any) -> Any:
-        if state.exists():
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return original(*arguments, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(owner, name, failing)
-        assert "the same command goes on" in refusal(pack_it, root, tmp_path / "out")
-    assert pack_it(root, tmp_path / "out").resumed_at == 8
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_what_stands_at_its_place_by_the_end_stays(overwrite: bool, tmp_path: Path) -> None:
-    root = make_source(tmp_path / "in", 8)
-    pack_it(root, tmp_path / "whole")
-    thesis = tmp_path / "out" / "thesis.txt"
-
-    def write_thesis(done: int, total: int) -> None:
-        if done == total:
-            thesis.parent.mkdir()
-            thesis.write_text("years of work")
-
-    line = refusal(pack_it, root, tmp_path / "out", progress=write_thesis, overwrite=overwrite)
-    assert f"what was packed is whole in {tmp_path / '.out.partial' / 'dataset'}: move it, or free its place" in line
-    assert thesis.read_text() == "years of work"
-    assert files_of(tmp_path / ".out.partial" / "dataset") == files_of(tmp_path / "whole")
-    thesis.unlink()
-    assert pack_it(root, tmp_path / "out").resumed_at == 8
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
-
-
-def test_a_writer_whose_place_is_taken_by_the_end_keeps_what_it_wrote(tmp_path: Path) -> None:
-    def write(**_: Any) -> None:
-        with ShardedWriter(tmp_path / "out", identities=1, image_size=None, source="a test") as writer:
-            writer.write(0, jpeg(1))
-            (tmp_path / "out").mkdir()
-            (tmp_path / "out" / "thesis.txt").write_text("years of work")
-
-    line = refusal(write)
-    assert files_of(tmp_path / "out") == {"thesis.txt": b"years of work"}
-    assert len(RecordDataset.open(Path(line.split(" is whole in ")[1].removesuffix(": move it")))) == 1
-
-
-def test_a_lost_old_set_is_not_removed_for_files_at_its_place(tmp_path: Path) -> None:
-    root = make_source(tmp_path / "in", 8)
-    pack_it(root, tmp_path / ".out.replaced")  # as a kill leaves it while it is replaced
-    old = files_of(tmp_path / ".out.replaced")
-    (tmp_path / "out").mkdir()
-    restore_replaced(tmp_path / "out")
-    assert files_of(tmp_path / "out") == old
-    (tmp_path / "out").rename(tmp_path / ".out.replaced")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").touch()
-    restore_replaced(tmp_path / "out")
-    assert files_of(tmp_path / ".out.replaced") == old
-
-
-def test_a_command_given_while_another_ends_takes_nothing_from_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = make_source(tmp_path / "in", 8)
-    pack_it(root, tmp_path / "whole")
-    refused: list[str] = []
-
-    def watched(name: str, *, ended: bool) -> None:
-        original = getattr(os, name)
-
-        def ending(*arguments: Any, **options: Any) -> Any:
-            if (tmp_path / "out").exists() == ended:
-                monkeypatch.setattr(os, name, original)
-                for others in ({"seed": 1}, {}, {"seed": 1, "overwrite": True}):
-                    refused.append(refusal(pack_it, root, tmp_path / "out", **others))
-            return original(*arguments, **options)
-
-        monkeypatch.setattr(os, name, ending)
-
-    watched("replace", ended=False)
-    watched("unlink", ended=True)
-    pack_it(root, tmp_path / "out")
-    packing, full = "another process is packing into it right now", "is not empty"
-    assert [packing in line for line in refused] == [True, True, True, False, False, True]
-    assert [full in line for line in refused] == [False, False, False, True, True, False]
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
-
-
-def test_a_resumable_writer_without_a_saved_state_keeps_a_whole_set_too(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    options: dict[str, Any] = {"identities": 1, "image_size": None, "source": "test", "resume_key": "one"}
-
-    def write() -> None:
-        with ShardedWriter(out, **options) as writer:
-            writer.write(0, b"image")
-            out.mkdir()
-            (out / "thesis.txt").write_text("years of work")
-
-    with pytest.raises(StoppedPacking, match="what was packed is whole"):
-        write()
-    assert (tmp_path / ".out.partial" / "dataset" / "dataset.json").is_file()
-
-
-def test_a_writer_that_cannot_move_its_set_into_place_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write() -> None:
-        with ShardedWriter(tmp_path / "out", identities=1, image_size=None, source="test") as writer:
-            writer.write(0, b"image")
-
-    def failing(old: Any, new: Any) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO), str(old), None, str(new))
-
-    monkeypatch.setattr(os, "replace", failing)
-    with pytest.raises(StoppedPacking, match="out: input/output error; what was packed is whole in"):
-        write()
-    (kept,) = tmp_path.iterdir()
-    assert (kept / "dataset.json").is_file()
 
 
 def test_a_lost_shard_of_an_interrupted_packing_is_told_with_what_to_do(tmp_path: Path) -> None:
@@ -270,27 +68,6 @@ def test_a_lock_that_was_removed_before_it_was_taken_is_none(tmp_path: Path, mon
     second = PartialFolder(place, "two")
     assert "another process is packing" in refusal(lambda workers: PartialFolder(place, "three"))
     second.close(keep=False)
-
-
-def test_a_complete_data_set_without_a_state_is_never_wiped(tmp_path: Path) -> None:
-    root = make_source(tmp_path / "in", 8)
-    pack_it(root, tmp_path / "out")
-    whole = files_of(tmp_path / "out")
-    (tmp_path / "out").rename(tmp_path / ".out.partial")
-    assert "move it to keep it, or remove it" in refusal(pack_it, root, tmp_path / "out")
-    left = files_of(tmp_path / ".out.partial")
-    assert {name: left[name] for name in whole} == whole
-
-
-def test_where_a_disk_is_mounted_nothing_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = make_source(tmp_path / "in", 8)
-    (tmp_path / "out").mkdir()
-    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "out")
-    line = refusal(pack_it, root, tmp_path / "out")
-    out = tmp_path / "out"
-    assert line == f"{out} is where a disk is mounted: give a directory in it, such as {out / 'train'}"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
-    pack_it(root, tmp_path / "out" / "train")
 
 
 def test_a_file_that_lost_its_end_is_not_gone_on_with(tmp_path: Path) -> None:
@@ -363,6 +140,27 @@ def test_where_the_machine_fails_no_image_is_left_out(
     assert re.search(rf"stopped at {root}/person-\d/\d.jpg: {os.strerror(number).lower()}; .* goes on", line)
     summary = pack_it(root, tmp_path / "out")
     assert (summary.resumed_at, summary.images, len(summary.skipped)) == (5, 6, 2)
+
+
+@pytest.mark.parametrize("error", [WorkerDied("a worker process died: use fewer workers"), MemoryError()])
+def test_a_lack_of_memory_stops_it_and_it_goes_on(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_source(tmp_path / "in")
+    original = pack_run.parallel_map
+
+    def dying(*arguments: Any, **options: Any) -> Any:
+        for done, result in enumerate(original(*arguments, **options)):
+            if done == 20:
+                raise error
+            yield result
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pack_run, "SAVE_EVERY", 0.0)
+        patched.setattr(pack_run, "parallel_map", dying)
+        line = refusal(pack_it, root, tmp_path / "out")
+    assert "use fewer workers; the command then goes on where it stopped" in line
+    assert pack_it(root, tmp_path / "out").resumed_at == 20
 
 
 def test_killed_again_and_again_it_still_ends(tmp_path: Path) -> None:
@@ -478,54 +276,6 @@ def test_a_state_that_cannot_be_read_is_one_line(state: bytes, tmp_path: Path) -
     (tmp_path / ".out.partial" / "state.json").write_bytes(state)
     assert "is damaged: remove that folder" in refusal(pack_it, root, tmp_path / "out")
     assert (tmp_path / ".out.partial" / "dataset" / "train-00000.rec").exists()
-
-
-@pytest.mark.parametrize(
-    ("owner", "name"),
-    [(os, "fsync"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (PartialFolder, "close")],
-)
-def test_killed_anywhere_while_it_overwrites_a_whole_set_remains(owner: Any, name: str, tmp_path: Path) -> None:
-    root = make_source(tmp_path / "in", 8)
-    pack_it(root, tmp_path / "whole")
-    pack_it(root, tmp_path / "old", size=9)
-    old, new = files_of(tmp_path / "old"), files_of(tmp_path / "whole")
-    shutil.copytree(tmp_path / "old", tmp_path / "out")
-    call = 1
-    while killed_at(call, owner, name, pack_it, root, tmp_path / "out", overwrite=True, save_every=10.0):
-        standing = [files_of(tmp_path / place) for place in ("out", ".out.replaced")]
-        assert old in standing or new in standing
-        if not (tmp_path / "out").exists():
-            with pytest.raises(UsageError, match=r"was to be replaced.*\.out\.replaced"):
-                RecordDataset.open(tmp_path / "out")
-            assert "is not empty" in refusal(pack_it, root, tmp_path / "out")
-            assert files_of(tmp_path / "out") == old
-        pack_it(root, tmp_path / "out", overwrite=True)
-        assert files_of(tmp_path / "out") == new
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "old", "out", "whole"]
-        shutil.rmtree(tmp_path / "out")
-        shutil.copytree(tmp_path / "old", tmp_path / "out")
-        call += 1
-    assert call > 1
-    assert files_of(tmp_path / "out") == new
-
-
-def test_an_old_set_that_cannot_be_moved_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = make_source(tmp_path / "in")
-    pack_it(root, tmp_path / "whole")
-    pack_it(root, tmp_path / "out", size=9)
-    old = files_of(tmp_path / "out")
-    for name in ("rename", "replace"):  # the old one aside, the new one in its place
-
-        def failing(*_: Any) -> None:
-            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-
-        with monkeypatch.context() as patched:
-            patched.setattr(os, name, failing)
-            assert "device or resource busy" in refusal(pack_it, root, tmp_path / "out", overwrite=True)
-        assert files_of(tmp_path / "out") == old
-    pack_it(root, tmp_path / "out", overwrite=True)
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
 
 
 def test_a_full_disk_is_one_line_and_no_loss(tmp_path: Path) -> None:
