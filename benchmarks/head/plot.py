@@ -46,6 +46,13 @@ def plot(results: HeadResults, file: Path) -> None:
     axes[0].set_ylim(-0.6, len(lines) - 0.4)
     for axis in axes[1:]:
         axis.axvline(1.0, color="black", linewidth=0.8)
+    steps = [digit * 10.0**power for power in range(-4, 7) for digit in (1, 2, 5)]
+    for axis in axes:  # to the next values that have a label, so that there are two at least
+        low, high = axis.get_xlim()
+        axis.set_xlim(
+            max((step for step in steps if step <= low), default=low),
+            min((step for step in steps if step >= high), default=high),
+        )
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     figure.savefig(file, dpi=150)
