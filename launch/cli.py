@@ -62,5 +62,5 @@ def _options(
     """Options of ``pfc`` itself."""
 
 
-if __name__ == "__main__":  # how a verb starts itself on several ranks
+if __name__ == "__main__":
     sys.exit(main())

@@ -1,31 +1,33 @@
 """Starts the ranks of one machine and brings them down together: what ``pfc train`` uses instead of torchrun.
 
-No restarts and no second machine: that is torchrun's work. In exchange a failure is told once, at the end and by the
-rank that caused it; every address is the loopback's; and a rank never outlives the command.
+No restarts and no second machine: that is torchrun's work. In exchange the ranks are forks of one process, so that
+torch is imported once for all of them; a failure is told once, at the end and by the rank that caused it; every
+address is the loopback's; and a rank never outlives the command.
 """
 
 import json
+import multiprocessing
 import os
-import queue
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from ..engine.ranks.stopping import EXIT_CODES
-from .train import PARENT
+from .rank import die_with, leave, run_rank
 
 STOP_GRACE = 300.0
 """Seconds that a stopped run has to finish its step and save; a second Ctrl-C ends it at once."""
 FAILURE_GRACE = 5.0
 """Seconds that the other ranks have to end after one has failed: they cannot save without it."""
+POLL_SECONDS = 0.02
+"""How often the starting process looks at its ranks, and at the signals that it was sent."""
 SIGNAL_LEAD = 0.5
 """A killed rank is seen dead a moment after its peers see their connections close, on a busy machine some tenths of a
 second: its death counts as earlier. Not that of a rank which was told to end because another had failed."""
@@ -35,6 +37,8 @@ STOPPED = (128 + signal.SIGINT, *EXIT_CODES.values())
 """Exit codes of a rank that was sent the signal itself, and has saved."""
 SECOND_HAND = "PeerFailed: "
 """What the recorded message of a rank begins with that could not go on without another one."""
+_PORT = b"%05d"
+_fork = multiprocessing.get_context("fork")
 
 
 @dataclass
@@ -79,9 +83,19 @@ class Failure:
 
 def default_ranks() -> int:
     """One rank for each GPU; without a GPU two, so that the sharded path is what runs (one on a single core)."""
+    # Asked in a process of its own: one that has initialised CUDA can no longer fork ranks that use it.
+    process = _fork.Process(target=_exit_with_devices)
+    process.start()
+    process.join()
+    if process.exitcode is None or process.exitcode < 0:
+        raise RuntimeError(f"asking for this machine's GPUs ended with {process.exitcode}: see pfc doctor")
+    return process.exitcode or min(2, usable_cores())
+
+
+def _exit_with_devices() -> NoReturn:
     import torch
 
-    return torch.accelerator.device_count() or min(2, usable_cores())
+    leave(torch.accelerator.device_count())
 
 
 def usable_cores() -> int:
@@ -89,25 +103,28 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def run_ranks(arguments: Sequence[str], world_size: int) -> int:
-    """Runs ``python ARGUMENTS...`` on ``world_size`` ranks of this machine, and returns the exit code for the command.
+def run_ranks(work: Callable[[], int | None], world_size: int) -> int:
+    """Calls ``work()`` on ``world_size`` ranks of this machine, and returns the exit code for the command.
 
-    Each rank finds the usual variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, ...) in its environment, so
-    ``torch.distributed.init_process_group()`` needs no argument. The first rank to fail takes the others down; its
-    error is printed last. SIGINT, SIGTERM and SIGHUP reach every rank as SIGTERM, SIGUSR1 as itself.
+    The ranks are forks of this process, which must not have used CUDA nor started threads; what they need is best
+    imported before (``rank.preload``). Each finds the usual variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, ...)
+    in its environment, so ``torch.distributed.init_process_group()`` needs no argument. The first rank to fail takes
+    the others down; its error is printed last. SIGINT, SIGTERM and SIGHUP reach every rank as SIGTERM, SIGUSR1 as
+    itself.
+
+    Args:
+        work: what a rank does; returns its exit code, None for 0.
 
     Returns:
         0 when every rank returned 0; 2 when the failing rank's exception was a UsageError; 75 when SIGUSR1 and 128 + n
         when another signal n stopped the run; 1 for anything else.
     """
-    from torch.distributed import TCPStore
-
-    # The ranks meet in a store that lives here, on a port that is taken already: no other process can get it first.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with tempfile.TemporaryDirectory(prefix="pfc-") as folder, _stop_signals() as signals:
-        ranks = RankGroup(arguments, world_size, store.port, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="pfc-") as folder:
+        ranks = RankGroup(work, world_size, Path(folder))
         try:
-            stopped_by = _wait(ranks, signals)
+            with _stop_signals() as signals:
+                store = ranks.meet()
+                stopped_by = _wait(ranks, signals)
         finally:
             ranks.kill()
         failures = ranks.failures()
@@ -130,38 +147,57 @@ def run_ranks(arguments: Sequence[str], world_size: int) -> int:
 class RankGroup:
     """The processes of all ranks, each in a session of its own together with whatever it starts."""
 
-    def __init__(self, arguments: Sequence[str], world_size: int, port: int, folder: Path) -> None:
+    def __init__(self, work: Callable[[], int | None], world_size: int, folder: Path) -> None:
         self.folder = folder
-        self.ended: queue.Queue[int] = queue.Queue()
-        """Ranks, in the order in which they end."""
+        self.running = set(range(world_size))
         self.deaths: dict[int, float] = {}
+        self.port_reader, self.port_writer = os.pipe()
+        parent = os.getpid()
         self.processes = [
-            subprocess.Popen(
-                [sys.executable, *arguments],
-                env=os.environ | self._environment(rank, world_size, port),
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            for rank in range(world_size)
+            _fork.Process(target=self._be_rank, args=(rank, world_size, parent, work)) for rank in range(world_size)
         ]
-        for rank in range(world_size):
-            threading.Thread(target=self._watch, args=(rank,), daemon=True).start()
+        for process in self.processes:
+            process.start()
+        os.close(self.port_reader)
+
+    def meet(self) -> object:
+        """Tells the ranks where they meet: in a store that lives here while the returned object does.
+
+        It has its port already, so that no other process can get it first. Its threads start after the last fork.
+        """
+        from torch.distributed import TCPStore
+
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        with suppress(BrokenPipeError):  # every rank has ended already
+            os.write(self.port_writer, _PORT % store.port * len(self.processes))
+        os.close(self.port_writer)
+        return store
+
+    def ended(self) -> list[int]:
+        """Exit codes of the ranks that have ended since the last call; below zero, the signal that killed one."""
+        now = {rank: code for rank in sorted(self.running) if (code := self.processes[rank].exitcode) is not None}
+        self.deaths |= dict.fromkeys(now, time.time())
+        self.running -= now.keys()
+        return list(now.values())
 
     def terminate(self, number: int = signal.SIGTERM) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                process.send_signal(number)
+        for rank in self.running:
+            process_id = self.processes[rank].pid
+            if process_id is not None and self.processes[rank].exitcode is None:
+                os.kill(process_id, number)
 
     def kill(self) -> None:
         """Ends every rank and everything that it started."""
         for process in self.processes:
-            with suppress(ProcessLookupError):  # the whole session has ended already
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            if process.pid is not None:
+                with suppress(ProcessLookupError):  # the whole session has ended already
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.kill()  # where it had no session of its own yet
+                process.join()
 
     def failures(self) -> list[Failure]:
         """The ended ranks that did not end well, the cause first."""
-        ended = [self._failure(rank, process.returncode) for rank, process in enumerate(self.processes)]
+        ended = [self._failure(rank, process.exitcode or 0) for rank, process in enumerate(self.processes)]
         return sorted((failure for failure in ended if failure.exit_code), key=lambda failure: failure.time)
 
     def _failure(self, rank: int, exit_code: int) -> Failure:
@@ -176,45 +212,51 @@ class RankGroup:
             rank, exit_code, recorded["message"], recorded["extraInfo"]["py_callstack"], report.stat().st_mtime
         )
 
-    def _watch(self, rank: int) -> None:
-        self.processes[rank].wait()
-        self.deaths[rank] = time.time()
-        self.ended.put(rank)
-
     def _report(self, rank: int) -> Path:
         return self.folder / f"error-{rank}.json"
 
-    def _environment(self, rank: int, world_size: int, port: int) -> dict[str, str]:
-        cores = max(1, usable_cores() // world_size)
-        defaults = {"OMP_NUM_THREADS": str(cores)}
-        if sys.platform == "linux":
-            defaults |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-        return {name: os.environ.get(name, value) for name, value in defaults.items()} | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
-            "GROUP_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",  # no rank opens a store at that address: it is ours
-            "TORCHELASTIC_ERROR_FILE": str(self._report(rank)),
-            PARENT: str(os.getpid()),
-        }
+    def _be_rank(self, rank: int, world_size: int, parent: int, work: Callable[[], int | None]) -> NoReturn:
+        """What a forked process does."""
+        os.setsid()
+        die_with(parent)
+        os.close(self.port_writer)
+        port = os.read(self.port_reader, len(_PORT % 0))
+        os.close(self.port_reader)
+        if not port:  # the starting process has given up
+            os._exit(1)
+        threads = os.environ.get("OMP_NUM_THREADS")
+        if threads is None:  # told to torch as well, which read the variable when it was imported
+            import torch
+
+            threads = str(max(1, usable_cores() // world_size))
+            torch.set_num_threads(int(threads))
+        loopback = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo") if sys.platform == "linux" else {}
+        os.environ |= (
+            loopback
+            | os.environ
+            | {
+                "OMP_NUM_THREADS": threads,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "GROUP_RANK": "0",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port.decode(),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",  # no rank opens a store at that address: it is the parent's
+                "TORCHELASTIC_ERROR_FILE": str(self._report(rank)),
+            }
+        )
+        leave(run_rank(work, told=False))
 
 
 def _wait(ranks: RankGroup, signals: list[int]) -> int:
     """Until every rank has ended, or has had the time to; returns the signal that stopped the run, or 0."""
-    running, stopped_by, deadline = len(ranks.processes), 0, float("inf")
-    while running and time.monotonic() < deadline:
-        with suppress(queue.Empty):
-            # The handler of a signal runs in this thread, so it is noticed within a tenth of a second.
-            rank = ranks.ended.get(timeout=0.1)
-            running -= 1
-            exit_code = ranks.processes[rank].returncode
-            if exit_code < 0 or (exit_code > 0 and not stopped_by):
-                ranks.terminate()
-                deadline = min(deadline, time.monotonic() + FAILURE_GRACE)
+    stopped_by, deadline = 0, float("inf")
+    while ranks.running and time.monotonic() < deadline:
+        if any(exit_code < 0 or (exit_code > 0 and not stopped_by) for exit_code in ranks.ended()):
+            ranks.terminate()
+            deadline = min(deadline, time.monotonic() + FAILURE_GRACE)
         while signals:
             number = signals.pop(0)
             if stopped_by and number == signal.SIGINT:
@@ -225,6 +267,7 @@ def _wait(ranks: RankGroup, signals: list[int]) -> int:
                 stopped_by = number
                 ranks.terminate(number if number == signal.SIGUSR1 else signal.SIGTERM)
                 deadline = min(deadline, time.monotonic() + STOP_GRACE)
+        time.sleep(POLL_SECONDS)
     return stopped_by
 
 

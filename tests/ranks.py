@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
+from tests.commands import forkserver
+
 _pools: dict[int, "RankPool"] = {}
 
 
@@ -35,11 +37,7 @@ class RankPool:
     def __init__(self, world_size: int, *, interpreted: bool = False) -> None:
         """interpreted: Triton interprets its kernels there, which it decides when it is imported."""
         self.directory = tempfile.TemporaryDirectory()
-        if interpreted:
-            context = multiprocessing.get_context("spawn")
-        else:
-            context = multiprocessing.get_context("forkserver")  # torch is imported once for all ranks
-            context.set_forkserver_preload(["torch.distributed", "pfc.partial_fc", "pfc.engine.trainer"])
+        context = multiprocessing.get_context("spawn") if interpreted else forkserver()
         pipes = [context.Pipe() for _ in range(world_size)]
         self.pipes = [parent for parent, _ in pipes]
         store = os.path.join(self.directory.name, "store")

@@ -1,14 +1,20 @@
 """``pfc evaluate``: how well a trained backbone tells identities apart."""
 
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
+from json import dumps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..console import find_device, print_table
 from ..models import BatchSize, Device, Flip, Source, open_backbone
+
+if TYPE_CHECKING:
+    from ...data import PairSet
 
 
 def evaluate(
@@ -31,21 +37,28 @@ def evaluate(
     run's own evaluations do. `pfc pack pairs` makes a verification set.
     """
     from ...data import read_pairs
-    from ...engine.evaluation.evaluate import evaluate_pairs
-    from ...engine.ranks import distributed
-    from ..spawn import run_ranks, usable_cores
+    from ..rank import preload
+    from ..spawn import run_ranks
 
     # All sets are read before the first is measured: a wrong name should not cost the time of the right ones.
     sets = [read_pairs(path) for path in (*pairs, *(more or []))]
-    is_rank = "WORLD_SIZE" in os.environ
-    if nproc > 1 and not is_rank:
-        open_backbone(source, find_device("cpu"))  # what is wrong shows here, once
-        options = [f"--device={device}", f"--batch-size={batch_size}", *(["--json"] if json else [])]
-        options += [] if flip is None else ["--flip" if flip else "--no-flip"]
-        files = [str(path) for path in (*pairs, *(more or []))]
-        return run_ranks(["-m", "pfc.launch.cli", "evaluate", str(source), *options, "--pairs", *files], nproc)
+    measure = partial(_measure, source, sets, device=device, batch_size=batch_size, flip=flip, as_json=json)
+    if nproc == 1 or "WORLD_SIZE" in os.environ:
+        return measure()
+    preload("pfc.engine.evaluation.evaluate")
+    return run_ranks(measure, nproc)
+
+
+def _measure(
+    source: Path, sets: "Sequence[PairSet]", *, device: str, batch_size: int, flip: bool | None, as_json: bool
+) -> int:
+    """Measures and prints; on every rank where there are several."""
+    from ...engine.evaluation.evaluate import evaluate_pairs
+    from ...engine.ranks import distributed
+    from ..spawn import usable_cores
+
     where = find_device(device)
-    with distributed.start(device=where) if is_rank else nullcontext() as world:
+    with distributed.start(device=where) if "WORLD_SIZE" in os.environ else nullcontext() as world:
         trained = open_backbone(source, where)
         results = []
         for one in sets:
@@ -62,9 +75,7 @@ def evaluate(
                 )
             results.append({**result.to_dict(), "precision": trained.precision})
     if world is None or world.is_main:
-        if json:
-            from json import dumps
-
+        if as_json:
             print(dumps(results, indent=2))
         else:
             _print_table(results)

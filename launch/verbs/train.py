@@ -1,6 +1,7 @@
 """``pfc train``: a training run on this machine."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -43,9 +44,12 @@ def train(
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise UsageError("pfc train starts its ranks itself: under torchrun, run -m pfc.launch.train instead")
     from ...engine.config import load_config
+    from ..rank import preload
     from ..spawn import default_ranks, run_ranks
 
     # What is wrong in the file shows here, once, before any rank is started.
-    load_config(config, overrides)
-    arguments = ["-m", "pfc.launch.train", str(config), *(overrides or []), f"--resume={resume}"]
-    return run_ranks(arguments, nproc or default_ranks())
+    settings = load_config(config, overrides)
+    preload("pfc.engine.trainer")
+    from ...engine.trainer import train
+
+    return run_ranks(partial(train, settings, resume), nproc or default_ranks())

@@ -1,3 +1,19 @@
-"""The small data set and run of the command line's tests."""
+"""What makes measurements quick where it is not their numbers that are tested."""
 
-from tests.launch.conftest import folder as folder
+import pytest
+
+from pfc.benchmarks.ceilings import Ceilings
+from tests.commands import forkserver
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ceilings that are known beforehand, in place of seconds of measuring."""
+    known = Ceilings(2, {"float32": 1e11, "bf16": 2e11}, 1e10)
+    monkeypatch.setattr("pfc.benchmarks.head.grid.measure_ceilings", lambda *_, **__: known)
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that have torch from the start, where a user's import it."""
+    monkeypatch.setattr("pfc.benchmarks.ranks.mp.get_context", lambda _: forkserver())

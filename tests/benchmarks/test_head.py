@@ -51,13 +51,6 @@ class PartialFC_V2(torch.nn.Module):
 """
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ceilings that are known beforehand, in place of seconds of measuring."""
-    known = Ceilings(2, {"float32": 1e11, "bf16": 2e11}, 1e10)
-    monkeypatch.setattr("pfc.benchmarks.head.grid.measure_ceilings", lambda *_, **__: known)
-
-
 def stand_in(folder: Path, body: str = "") -> str:
     """A folder with a head of the common implementation's interface."""
     (folder / "losses.py").write_text(LOSSES)
@@ -100,7 +93,7 @@ def test_head_beside_dense_and_peer(tmp_path: Path, capfd: pytest.CaptureFixture
     assert ours["phases"]["update"]["products"] > 0
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick", "forked")
 def test_a_rank_that_dies_leaves_the_other_lines_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file, told = tmp_path / "head.json", "a rank was killed by SIGKILL; the machine may have run out of memory"
     body = "os.kill(os.getpid(), 9) if torch.distributed.get_rank() else torch.distributed.barrier()"
@@ -226,6 +219,7 @@ def test_the_peak_is_that_of_the_measured_work() -> None:
     assert 60 << 20 < found["peak"] < 80 << 20  # the kernel counts in batches of pages
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_killed_rank_is_the_cause_and_not_the_one_that_missed_it() -> None:
     with pytest.raises(RankDied, match=r"^a rank was killed by SIGSEGV$"):
         run(_of_rank, 2, 1, "die")

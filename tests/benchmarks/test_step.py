@@ -6,17 +6,9 @@ from typing import Any
 
 import pytest
 
-from pfc.benchmarks.ceilings import Ceilings
 from pfc.launch.cli import main
 
 SMALL = ["--classes", "300", "--dim", "16", "--batch", "8", "--steps", "2", "--warmup", "1", "--rounds", "1"]
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ceilings that are known beforehand, in place of seconds of measuring."""
-    known = Ceilings(2, {"float32": 1e11, "bf16": 2e11}, 1e10)
-    monkeypatch.setattr("pfc.benchmarks.head.grid.measure_ceilings", lambda *_, **__: known)
 
 
 STEP = """
@@ -28,6 +20,7 @@ schedule: {{steps: 5}}
 """
 
 
+@pytest.mark.usefixtures("forked")
 def test_step_on_made_up_batches(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config, file = tmp_path / "run.yaml", tmp_path / "step.json"
     size, classes = ", image_size: [16, 16]", ", num_classes: 50"
@@ -48,6 +41,7 @@ def test_step_on_made_up_batches(tmp_path: Path, capfd: pytest.CaptureFixture[st
         assert line["peak_bytes"] > 0
 
 
+@pytest.mark.usefixtures("forked")
 def test_step_with_the_data_set(folder: Path, tmp_path: Path) -> None:
     config, file = tmp_path / "run.yaml", tmp_path / "step.json"
     config.write_text(STEP.format(train=folder / "set", size="", classes=""))

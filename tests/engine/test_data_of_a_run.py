@@ -1,7 +1,6 @@
 """What a run reads: damaged images, several sets, other orders, and another number of ranks in mid-epoch."""
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from pfc.data.order.orders import Order
 from pfc.engine import build
 from pfc.engine.checkpoint import find_all
 from pfc.engine.log.telemetry import read_json_lines
+from tests.commands import pfc
 from tests.engine.runs import IDENTITIES, configuration, new_trainer, pack, train
-from tests.launch.conftest import PFC
 from tests.ranks import run_ranks
 
 
@@ -49,11 +48,10 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_over_damaged_images_ends_with_the_right_counts(damaged: Path, tmp_path: Path) -> None:
     config = configuration(damaged, tmp_path, data={"batch_size": 20}, schedule={"steps": None, "epochs": 3})
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    command = [*PFC, "train", str(tmp_path / "config.yaml"), "--nproc", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = pfc("train", tmp_path / "config.yaml", "--nproc", "2")
+    assert done.exit_code == 0, done.error
     lines = read_json_lines(config.run.path / "metrics.jsonl")
-    out = done.stdout
+    out = done.out
     assert lines[-1]["step"] == 30
     assert lines[-1]["damaged_records"] == 4
     assert lines[-1]["damaged_replaced"] == 12, "each of the 4 once in each of the 3 epochs"

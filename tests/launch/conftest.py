@@ -1,12 +1,11 @@
 """A small packed data set, its pairs, and a run that was trained on it."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
 from pfc.data import RecordDataset, make_pairs, pack_synthetic, write_pairs
-from pfc.launch.cli import main
+from tests.commands import pfc
 
 CONFIG = """
 run: {{name: tiny, dir: {folder}/runs}}
@@ -17,9 +16,6 @@ evaluation: {{every_steps: {steps}, pairs: [{folder}/pairs.bin]}}
 checkpoint: {{every_steps: {steps}}}
 log: {{every_steps: 1, tensorboard: false}}
 """
-
-PFC = [sys.executable, "-c", "import sys; from pfc.launch.cli import main; sys.exit(main())"]
-"""The command ``pfc`` as a process of its own, by the interpreter that runs the tests."""
 
 
 @pytest.fixture(scope="session")
@@ -35,5 +31,5 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_dir(folder: Path) -> Path:
     """A run of two steps on one rank."""
     (folder / "tiny.yaml").write_text(CONFIG.format(folder=folder, steps=2), encoding="utf-8")
-    assert main(["train", str(folder / "tiny.yaml"), "--nproc", "1"]) == 0
+    assert pfc("train", folder / "tiny.yaml", "--nproc", "1").exit_code == 0
     return folder / "runs" / "tiny"

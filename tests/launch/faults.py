@@ -8,14 +8,10 @@ with the same bits as the run without a fault.
 
 import argparse
 import json
-import os
 import random
-import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +19,13 @@ import torch
 
 from pfc.data import pack_synthetic
 from pfc.engine import checkpoint
-from tests.launch.conftest import PFC
+from tests.commands import Command, run_pfc
+from tests.launch.faulty.sitecustomize import install
 
 FAULTY = Path(__file__).parent / "faulty"
 STEPS, SAVE_EVERY = 12, 3
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = ["--standalone", "--nproc-per-node", "2"]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 CONFIG = """
 run: {{name: whole, dir: {folder}/runs}}
 data: {{train: {folder}/set, batch_size: 4, threads: 1}}
@@ -40,47 +38,32 @@ log: {{every_steps: 1, tensorboard: false}}
 """
 
 
-@dataclass
-class Ended:
-    """How a command ended."""
-
-    exit_code: int
-    output: str
-    """Of stdout and stderr together."""
-
-    @property
-    def last(self) -> str:
-        return self.output.rstrip().splitlines()[-1]
+def train(config: Path, *options: str, fault: dict[str, Any] | None = None) -> Command:
+    """Starts ``pfc train`` on two ranks, with a fault in one of them."""
+    arguments = ["train", str(config), "--nproc", "2", *options]
+    return Command(_with_fault, fault, run_pfc, arguments, environment=ENVIRONMENT, merged=True)
 
 
-def run(command: Sequence[str], *, fault: dict[str, Any] | None = None, timeout: float = 120.0) -> Ended:
-    """Runs a command with a fault, and everything that it started to its end with it."""
-    process = start(command, fault=fault)
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return Ended(process.returncode, output)
-
-
-def start(command: Sequence[str], *, fault: dict[str, Any] | None = None) -> subprocess.Popen[str]:
-    """The same, without waiting for its end."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    }
+def torchrun(config: Path, *options: str, restarts: int = 0, fault: dict[str, Any] | None = None) -> Command:
+    """The same by torchrun, whose ranks are processes of their own."""
+    arguments = [*TORCHRUN, f"--max-restarts={restarts}", "-m", "pfc.launch.train", str(config), *options]
+    environment = ENVIRONMENT
     if fault is not None:
-        environment |= {"FAULT": json.dumps(fault), "PYTHONPATH": str(FAULTY)}
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
+        environment = ENVIRONMENT | {"FAULT": json.dumps(fault), "PYTHONPATH": str(FAULTY)}
+    return Command(_torchrun, arguments, environment=environment, merged=True)
+
+
+def _with_fault(fault: dict[str, Any] | None, function: Callable[..., int], *arguments: Any) -> int:
+    """The ranks are forks of this process, with all that was changed in it."""
+    if fault is not None:
+        install(fault)
+    return function(*arguments)
+
+
+def _torchrun(arguments: list[str]) -> None:
+    from torch.distributed.run import main
+
+    main(arguments)
 
 
 def write_config(folder: Path) -> Path:
@@ -89,16 +72,6 @@ def write_config(folder: Path) -> Path:
     path = folder / "faults.yaml"
     path.write_text(CONFIG.format(folder=folder, steps=STEPS, every=SAVE_EVERY), encoding="utf-8")
     return path
-
-
-def train(config: Path, *options: str) -> list[str]:
-    """``pfc train`` on two ranks."""
-    return [*PFC, "train", str(config), "--nproc", "2", *options]
-
-
-def torchrun(config: Path, *options: str, restarts: int = 0) -> list[str]:
-    """The same by torchrun."""
-    return [*TORCHRUN, f"--max-restarts={restarts}", "-m", "pfc.launch.train", str(config), *options]
 
 
 def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -123,12 +96,12 @@ def killed_run(config: Path, number: int, seed: int) -> str:
     by_torchrun = number // 2 % 2 == 0
     told = f"{name}: rank {fault['rank']} in its {fault['place']} at step {fault['step']} or after"
     if by_torchrun:
-        ended = run(torchrun(config, f"run.name={name}", restarts=2), fault=fault)
+        ended = torchrun(config, f"run.name={name}", restarts=2, fault=fault).wait()
     else:
-        ended = run(train(config, f"run.name={name}"), fault=fault)
+        ended = train(config, f"run.name={name}", fault=fault).wait()
         if Path(fault["once"]).exists() and ended.exit_code != 0:
             assert "SIGKILL" in ended.last, ended.output
-            ended = run(train(config, f"run.name={name}"), fault=fault)
+            ended = train(config, f"run.name={name}", fault=fault).wait()
     assert ended.exit_code == 0, ended.output
     happened = "killed" if Path(fault["once"]).exists() else "not killed: the run was over"
     return f"{told}, {happened}, started again by {'torchrun' if by_torchrun else 'pfc train'}"
@@ -147,7 +120,7 @@ def main() -> int:
     bad = 0
     with tempfile.TemporaryDirectory() as folder:
         config = write_config(Path(folder))
-        assert run(train(config)).exit_code == 0
+        assert train(config).wait().exit_code == 0
         whole = final_tensors(Path(folder) / "runs/whole")
         for number in range(arguments.runs):
             told = killed_run(config, number, arguments.seed)

@@ -1,16 +1,15 @@
 """Ranks that are killed, fail, hang, or are told to stop: the job ends, says why, and goes on where it was."""
 
-import os
 import signal
 import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from pfc.engine.checkpoint import find
+from pfc.launch.train import main
+from tests.commands import Command, wait_until
 from tests.launch import faults
 
 HANG_SECONDS = "run.timeout_seconds=4"
@@ -28,7 +27,7 @@ def fault(tmp_path: Path, kind: str, place: str, step: int = 3) -> dict[str, obj
 def test_killed_runs_end_with_the_bits_of_one_that_was_left_alone(config: Path):
     """python -m tests.launch.faults 20 does this for more of them, started again by the same command too."""
     runs = config.parent / "runs"
-    assert faults.run(faults.train(config)).exit_code == 0
+    assert faults.train(config).wait().exit_code == 0
     whole = faults.final_tensors(runs / "whole")
     assert {"head/centers", "rng/1/cpu"} <= whole.keys()
     told = faults.killed_run(config, 1, seed=0)  # inside a save, started again by torchrun
@@ -36,8 +35,7 @@ def test_killed_runs_end_with_the_bits_of_one_that_was_left_alone(config: Path):
 
 
 def test_the_error_of_the_rank_that_failed_is_last(config: Path, tmp_path: Path):
-    command = faults.train(config, f"run.dir={tmp_path}")
-    ended = faults.run(command, fault=fault(tmp_path, "raise", "loader"), timeout=60)
+    ended = faults.train(config, f"run.dir={tmp_path}", fault=fault(tmp_path, "raise", "loader")).wait(60)
     assert ended.exit_code == 1
     assert ended.last == "ValueError: made to fail in the loader"
     assert ended.output.count("Traceback") == 1
@@ -45,8 +43,7 @@ def test_the_error_of_the_rank_that_failed_is_last(config: Path, tmp_path: Path)
 
 
 def test_torchrun_too_shows_the_error_of_the_rank_that_failed(config: Path, tmp_path: Path):
-    command = faults.torchrun(config, f"run.dir={tmp_path}")
-    ended = faults.run(command, fault=fault(tmp_path, "out of memory", "head"), timeout=60)
+    ended = faults.torchrun(config, f"run.dir={tmp_path}", fault=fault(tmp_path, "out of memory", "head")).wait(60)
     assert ended.exit_code == 1
     _, _, cause = ended.output.partition("Root Cause")
     assert "rank      : 1 (local_rank: 1)" in cause
@@ -55,8 +52,7 @@ def test_torchrun_too_shows_the_error_of_the_rank_that_failed(config: Path, tmp_
 
 
 def test_a_rank_that_hangs_is_named_with_its_stack(config: Path, tmp_path: Path):
-    command = faults.train(config, f"run.dir={tmp_path}", HANG_SECONDS)
-    ended = faults.run(command, fault=fault(tmp_path, "hang", "loader"), timeout=60)
+    ended = faults.train(config, f"run.dir={tmp_path}", HANG_SECONDS, fault=fault(tmp_path, "hang", "loader")).wait(60)
     assert ended.exit_code == 1
     assert ended.last.startswith("Hang: rank 1 of 2 (")
     assert "stands still in step" in ended.last
@@ -66,8 +62,7 @@ def test_a_rank_that_hangs_is_named_with_its_stack(config: Path, tmp_path: Path)
 
 
 def test_a_rank_that_is_stopped_is_named_by_the_others(config: Path, tmp_path: Path):
-    command = faults.train(config, f"run.dir={tmp_path}", HANG_SECONDS)
-    ended = faults.run(command, fault=fault(tmp_path, "stop", "update"), timeout=60)
+    ended = faults.train(config, f"run.dir={tmp_path}", HANG_SECONDS, fault=fault(tmp_path, "stop", "update")).wait(60)
     assert ended.exit_code == 1
     assert ended.last.startswith("Hang: rank 1 of 2 gave no sign of life")
     assert "rank 0 waits in all_reduce" in ended.last
@@ -80,28 +75,20 @@ def test_a_stopped_run_saves_and_sigusr1_asks_to_be_started_again(
     """That torchrun hands the signal on, tests/launch/clusters/test_slurm.py shows."""
     options = [f"run.dir={tmp_path}", "schedule.steps=100000", "checkpoint.every_steps=100000", "log.every_steps=10"]
     run_dir = tmp_path / "whole"
-    process = faults.start(faults.train(config, *options))
-    wait_for_steps(run_dir, process)
+    command = faults.train(config, *options)
+    metrics = run_dir / "metrics.jsonl"
+    wait_until(lambda: command.poll() is not None or (metrics.exists() and metrics.read_text()))
     assert not (run_dir / "requeue").exists()
-    process.send_signal(asked)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == exit_code, output
-    assert f"stopped by {asked.name} at step {find(run_dir).step:,}" in output
-    assert "Traceback" not in output
+    command.send_signal(asked)
+    ended = command.wait(60)
+    assert ended.exit_code == exit_code, ended.output
+    assert f"stopped by {asked.name} at step {find(run_dir).step:,}" in ended.output
+    assert "Traceback" not in ended.output
     assert (run_dir / "requeue").exists() == (asked == signal.SIGUSR1)
 
 
-def wait_for_steps(run_dir: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    metrics = run_dir / "metrics.jsonl"
-    while not metrics.exists() or not metrics.read_text():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no step was done"
-        time.sleep(0.05)
-
-
 def test_wrong_use_is_told_once_under_torchrun_too(config: Path, tmp_path: Path):
-    ended = faults.run(faults.torchrun(config, f"run.dir={tmp_path}", "head.num_classes=99"), timeout=60)
+    ended = faults.torchrun(config, f"run.dir={tmp_path}", "head.num_classes=99").wait(60)
     assert ended.exit_code == 1, "torchrun's own"
     lines = [line for line in ended.output.splitlines() if line.startswith("pfc: ")]
     assert len(lines) == 1, ended.output
@@ -113,8 +100,12 @@ def test_a_rank_whose_peers_never_come_does_not_wait_for_ever(config: Path, rank
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]  # free again at the end of the block
     alone = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": address, "MASTER_PORT": port}
-    command = [sys.executable, "-m", "pfc.launch.train", str(config), "run.timeout_seconds=2"]
-    variables = os.environ | {name: str(value) for name, value in alone.items()}
-    ended = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 1
-    assert f"TimeoutError: the ranks did not meet at {address}:" in ended.stderr.splitlines()[-1]
+    variables = {name: str(value) for name, value in alone.items()}
+    ended = Command(rank_of_torchrun, [str(config), "run.timeout_seconds=2"], environment=variables).wait(60)
+    assert ended.exit_code == 1
+    assert f"TimeoutError: the ranks did not meet at {address}:" in ended.error.splitlines()[-1]
+
+
+def rank_of_torchrun(arguments: list[str]) -> int:
+    sys.argv[1:] = arguments
+    return main()

@@ -2,87 +2,60 @@
 
 import os
 import signal
-import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pfc.launch.spawn import run_ranks
+from tests.commands import Command, Ended, run_script, wait_until
 
-# A shell starts what it puts in the background with SIGINT ignored, which all children inherit: not so here.
-COMMAND = (
-    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from pfc.launch.spawn import run_ranks; sys.exit(run_ranks(sys.argv[1:], 2))"
-)
-Run = Callable[[str], tuple[int, str, str]]
+Run = Callable[[str], Ended]
 
-# What every script below starts with: a gloo world, and an end as pfc.launch.train ends it.
+# What every script below starts with.
 RANK = """
     import os, signal, sys, time
+    from pfc.data.errors import UsageError
     rank = int(os.environ["RANK"])
-
-    class UsageError(Exception): pass
 
     def join():
         global torch, dist
         import torch, torch.distributed as dist
         dist.init_process_group("gloo")
         dist.barrier()
-
-    def end(function):
-        from torch.distributed.elastic.multiprocessing.errors import record
-        try:
-            record(function)()
-        except UsageError:
-            sys.exit(2)
-        except Exception:
-            sys.exit(1)
 """
 
 
-def script(tmp_path: Path, body: str) -> str:
+def on_two_ranks(path: str) -> int:
+    return run_ranks(partial(run_script, path), 2)
+
+
+def start(tmp_path: Path, body: str, **environment: str) -> Command:
+    """Runs a script on two ranks, by a command."""
     path = tmp_path / "rank.py"
     path.write_text(textwrap.dedent(RANK) + textwrap.dedent(body), encoding="utf-8")
-    return str(path)
+    return Command(on_two_ranks, str(path), folder=tmp_path, environment=environment)
 
 
 @pytest.fixture
-def run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs two ranks of a script: exit code, stdout and stderr of all processes together."""
-
-    def run(body: str) -> tuple[int, str, str]:
-        exit_code = run_ranks([script(tmp_path, body)], 2)
-        return exit_code, *capfd.readouterr()
-
-    return run
+def run(tmp_path: Path) -> Run:
+    """The same, to its end."""
+    return lambda body: start(tmp_path, body).wait(60)
 
 
-def start(tmp_path: Path, body: str) -> subprocess.Popen[str]:
-    """The same, by a command that can be sent a signal."""
-    command = [sys.executable, "-c", COMMAND, script(tmp_path, body)]
-    return subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(*paths: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not all(path.exists() and path.read_text() for path in paths):
-        assert time.monotonic() < deadline, "the ranks did not start"
-        time.sleep(0.05)
+def written(*paths: Path) -> bool:
+    return all(path.exists() and path.read_text() for path in paths)
 
 
 def assert_ended(process_id: int) -> None:
-    deadline = time.monotonic() + 30
-    while Path(f"/proc/{process_id}").exists():
-        assert time.monotonic() < deadline, f"process {process_id} was left behind"
-        time.sleep(0.05)
+    wait_until(lambda: not Path(f"/proc/{process_id}").exists(), 30, otherwise=f"process {process_id} was left behind")
 
 
 def test_ranks_meet_and_end_well(run: Run):
-    exit_code, out, error = run(
+    ended = run(
         """
         join()
         value = torch.tensor(float(rank + 1))
@@ -91,12 +64,12 @@ def test_ranks_meet_and_end_well(run: Run):
         dist.destroy_process_group()
         """,
     )
-    assert (exit_code, error) == (0, "")
-    assert out.splitlines() == ["3.0 2 127.0.0.1"] * 2
+    assert (ended.exit_code, ended.error) == (0, "")
+    assert ended.out.splitlines() == ["3.0 2 127.0.0.1"] * 2
 
 
 def test_an_exception_on_one_rank_ends_the_job_and_is_shown_last(run: Run):
-    exit_code, _, error = run(
+    ended = run(
         """
         def train():
             join()
@@ -104,18 +77,18 @@ def test_an_exception_on_one_rank_ends_the_job_and_is_shown_last(run: Run):
                 raise ValueError("the cause")
             dist.all_reduce(torch.zeros(1))
             time.sleep(600)
-        end(train)
+        train()
         """,
     )
-    assert exit_code == 1
-    lines = error.splitlines()
+    assert ended.exit_code == 1
+    lines = ended.error.splitlines()
     assert lines[-1] == "ValueError: the cause"
     assert "pfc: rank 1 of 2 failed:" in lines
-    assert error.count("Traceback") == 1
+    assert ended.error.count("Traceback") == 1
 
 
 def test_a_rank_that_sleeps_through_the_failure_is_killed(run: Run):
-    exit_code, out, error = run(
+    ended = run(
         """
         def train():
             if rank == 1:
@@ -123,53 +96,55 @@ def test_a_rank_that_sleeps_through_the_failure_is_killed(run: Run):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             print(os.getpid(), flush=True)
             time.sleep(600)
-        end(train)
+        train()
         """,
     )
-    assert exit_code == 1
-    assert error.splitlines()[-1] == "ValueError: the cause"
-    for line in out.splitlines():
+    assert ended.exit_code == 1
+    assert ended.error.splitlines()[-1] == "ValueError: the cause"
+    for line in ended.out.splitlines():
         assert_ended(int(line))
 
 
 def test_a_killed_rank_ends_the_job(run: Run):
-    exit_code, _, error = run(
+    ended = run(
         """
         def train():
             join()
             if rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             dist.all_reduce(torch.zeros(1))
-        end(train)
+        train()
         """,
     )
-    assert exit_code == 1
-    assert error.splitlines()[-1] == ("pfc: rank 1 of 2 was killed by SIGKILL; the machine may have run out of memory")
+    assert ended.exit_code == 1
+    assert ended.error.splitlines()[-1] == (
+        "pfc: rank 1 of 2 was killed by SIGKILL; the machine may have run out of memory"
+    )
 
 
 def test_wrong_use_found_by_all_ranks_is_told_once(run: Run):
-    exit_code, _, error = run(
+    ended = run(
         """
         def train():
             raise UsageError("labels.bin: label 7 is outside [0, 5)")
-        end(train)
+        train()
         """,
     )
-    assert (exit_code, error) == (2, "pfc: labels.bin: label 7 is outside [0, 5)\n")
+    assert (ended.exit_code, ended.error) == (2, "pfc: labels.bin: label 7 is outside [0, 5)\n")
 
 
 def test_wrong_use_found_by_one_rank_is_told_once(run: Run):
-    exit_code, _, error = run(
+    ended = run(
         """
         def train():
             join()
             if rank == 1:
                 raise UsageError("bad label")
             dist.all_reduce(torch.zeros(1))
-        end(train)
+        train()
         """,
     )
-    assert (exit_code, error) == (2, "pfc: bad label\n")
+    assert (ended.exit_code, ended.error) == (2, "pfc: bad label\n")
 
 
 STOPPABLE = """
@@ -185,49 +160,56 @@ STOPPABLE = """
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_lets_the_ranks_save(tmp_path: Path, number: signal.Signals, exit_code: int):
-    process = start(tmp_path, STOPPABLE)
-    wait_for(tmp_path / "started-0", tmp_path / "started-1")
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == exit_code
-    assert "Traceback" not in stderr
+    command = start(tmp_path, STOPPABLE)
+    wait_until(lambda: written(tmp_path / "started-0", tmp_path / "started-1"))
+    command.send_signal(number)
+    ended = command.wait(60)
+    assert ended.exit_code == exit_code
+    assert "Traceback" not in ended.error
     assert (tmp_path / "saved-0").read_text() == (tmp_path / "saved-1").read_text() == "saved"
 
 
 def test_a_second_interrupt_ends_it_at_once(tmp_path: Path):
-    body = STOPPABLE.replace("time.sleep(0.2)", "time.sleep(600)")
-    process = start(tmp_path, body)
-    assert process.stderr is not None
-    wait_for(tmp_path / "started-0", tmp_path / "started-1")
-    process.send_signal(signal.SIGINT)
-    assert any("Ctrl-C again" in line for line in process.stderr)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
+    command = start(tmp_path, STOPPABLE.replace("time.sleep(0.2)", "time.sleep(600)"))
+    wait_until(lambda: written(tmp_path / "started-0", tmp_path / "started-1"))
+    command.send_signal(signal.SIGINT)
+    wait_until(lambda: "Ctrl-C again" in command.printed())
+    command.send_signal(signal.SIGINT)
+    assert command.wait(60).exit_code == 130
     for rank in range(2):
         assert_ended(int((tmp_path / f"started-{rank}").read_text()))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
 def test_ranks_do_not_outlive_a_killed_command(tmp_path: Path):
-    body = """
-        from pfc.launch.train import _die_with, PARENT
-        _die_with(int(os.environ[PARENT]))
-        open(f"started-{rank}", "w").write(str(os.getpid()))
-        time.sleep(600)
-    """
-    process = start(tmp_path, body)
-    wait_for(tmp_path / "started-0", tmp_path / "started-1")
-    process.kill()
-    process.wait()
+    command = start(tmp_path, 'open(f"started-{rank}", "w").write(str(os.getpid())); time.sleep(600)')
+    wait_until(lambda: written(tmp_path / "started-0", tmp_path / "started-1"))
+    command.send_signal(signal.SIGKILL)
+    assert command.wait(60).exit_code == -signal.SIGKILL
     for rank in range(2):
         assert_ended(int((tmp_path / f"started-{rank}").read_text()))
 
 
-def test_cores_are_shared_between_the_ranks_unless_told_otherwise(run: Run, monkeypatch: pytest.MonkeyPatch):
-    body = "sys.stdout.write(os.environ['OMP_NUM_THREADS'] + '\\n')"
+def test_cores_are_shared_between_the_ranks_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    body = """
+        import torch
+        sys.stdout.write(f"{os.environ['OMP_NUM_THREADS']} {torch.get_num_threads()}\\n")
+    """
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     expected = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert run(body)[1].split() == [str(expected)] * 2
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert run(body)[1].split() == ["3"] * 2
+    assert start(tmp_path, body).wait().out.splitlines() == [f"{expected} {expected}"] * 2
+    told = start(
+        tmp_path, body.replace("import torch", "").replace("torch.get_num_threads()", "''"), OMP_NUM_THREADS="3"
+    )
+    assert told.wait().out.split() == ["3"] * 2
+
+
+def test_nothing_that_forbids_a_fork_happens_before_it(run: Run):
+    """Threads, CUDA, and DALI, which may ask for it: what ``pfc train`` imports starts none of them."""
+    ended = run(
+        """
+        import torch
+        print(len(os.listdir("/proc/self/task")), torch.cuda.is_initialized(), "nvidia.dali" in sys.modules)
+        """
+    )
+    assert ended.out.splitlines() == ["1 False False"] * 2

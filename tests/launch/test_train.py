@@ -4,13 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pfc.data import pack_synthetic
-from pfc.launch.cli import main
+from tests.commands import pfc
 from tests.launch.conftest import CONFIG
 
 
@@ -21,31 +20,24 @@ def write_config(folder: Path, tmp_path: Path, steps: int) -> Path:
     return path
 
 
-@pytest.fixture
-def wrong_use(capfd: pytest.CaptureFixture[str]) -> Callable[..., None]:
-    """Asserts that a command line is wrong use, and that the one line of all processes together says these words."""
-
-    def wrong_use(arguments: list[str], *told: str) -> None:
-        exit_code = main(["train", *arguments])
-        error = capfd.readouterr().err
-        assert exit_code == 2, error
-        (line,) = error.splitlines()
-        assert line.startswith("pfc: ")
-        assert all(word in line for word in told), line
-
-    return wrong_use
+def assert_wrong_use(arguments: list[str], *told: str, **environment: str) -> None:
+    """A command line is wrong use, and the one line of all processes together says these words."""
+    ended = pfc("train", *arguments, environment=environment)
+    assert ended.exit_code == 2, ended.error
+    (line,) = ended.error.splitlines()
+    assert line.startswith("pfc: ")
+    assert all(word in line for word in told), line
 
 
 def losses(run_dir: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_ranks_as_torchrun_starts_them_and_as_pfc_does(folder: Path, tmp_path: Path, capfd):
+def test_two_ranks_as_torchrun_starts_them_and_as_pfc_does(folder: Path, tmp_path: Path):
     config = write_config(folder, tmp_path, steps=2)
-    assert main(["train", str(config), "run.name=spawned", "--nproc", "2"]) == 0
-    out, error = capfd.readouterr()
-    assert error == ""
-    assert str(tmp_path / "runs/spawned/report.html") in out.replace("\n", "")
+    ended = pfc("train", config, "run.name=spawned", "--nproc", "2")
+    assert (ended.exit_code, ended.error) == (0, "")
+    assert str(tmp_path / "runs/spawned/report.html") in ended.out.replace("\n", "")
 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "pfc.launch.train", str(config), "run.name=torchrun"]
@@ -57,29 +49,27 @@ def test_two_ranks_as_torchrun_starts_them_and_as_pfc_does(folder: Path, tmp_pat
     assert len(expected) == 2
 
 
-def test_a_misspelt_key_is_told_before_any_rank_starts(folder: Path, tmp_path: Path, wrong_use: Callable[..., None]):
+def test_a_misspelt_key_is_told_before_any_rank_starts(folder: Path, tmp_path: Path):
     config = write_config(folder, tmp_path, steps=2)
-    wrong_use([str(config), "data.bach_size=3"], "data.bach_size", "batch_size")
-    wrong_use([str(config), "data.batch_size=many"], "data.batch_size", "many")
+    assert_wrong_use([str(config), "data.bach_size=3"], "data.bach_size", "batch_size")
+    assert_wrong_use([str(config), "data.batch_size=many"], "data.batch_size", "many")
     assert not (tmp_path / "runs").exists()
 
 
-def test_wrong_use_that_the_ranks_find_is_told_once(folder: Path, tmp_path: Path, wrong_use: Callable[..., None]):
+def test_wrong_use_that_the_ranks_find_is_told_once(folder: Path, tmp_path: Path):
     config = write_config(folder, tmp_path, steps=2)
-    wrong_use([str(config), "head.num_classes=99", "--nproc", "2"], "99", "6")
+    assert_wrong_use([str(config), "head.num_classes=99", "--nproc", "2"], "99", "6")
 
 
-def test_a_label_outside_the_range_is_told_once(tmp_path: Path, wrong_use: Callable[..., None]):
+def test_a_label_outside_the_range_is_told_once(tmp_path: Path):
     pack_synthetic(tmp_path / "set", identities=6, images_per_identity=4, size=32, workers=1)
     description = tmp_path / "set" / "dataset.json"
     text = json.loads(description.read_text(encoding="utf-8"))
     description.write_text(json.dumps(text | {"identities": 3}), encoding="utf-8")
     config = write_config(tmp_path, tmp_path, steps=300)
-    wrong_use([str(config), "evaluation.pairs=[]", "--nproc", "2"], "label")
+    assert_wrong_use([str(config), "evaluation.pairs=[]", "--nproc", "2"], "label")
 
 
-def test_pfc_train_is_not_for_torchrun(
-    folder: Path, tmp_path: Path, wrong_use: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    wrong_use([str(write_config(folder, tmp_path, steps=2))], "-m pfc.launch.train")
+def test_pfc_train_is_not_for_torchrun(folder: Path, tmp_path: Path):
+    config = write_config(folder, tmp_path, steps=2)
+    assert_wrong_use([str(config)], "-m pfc.launch.train", TORCHELASTIC_RUN_ID="1")

@@ -55,7 +55,8 @@ def install(fault: dict[str, Any]) -> None:
         original = getattr(owner, name)
 
         def changed(*arguments: Any, **options: Any) -> Any:
-            do(arguments)
+            if os.environ.get("RANK") == str(fault["rank"]):
+                do(arguments)
             return original(*arguments, **options)
 
         setattr(owner, name, changed)
@@ -93,6 +94,4 @@ def install(fault: dict[str, Any]) -> None:
 
 
 if "FAULT" in os.environ and "pfc.launch.train" in sys.orig_argv:
-    chosen = json.loads(os.environ["FAULT"])
-    if os.environ.get("RANK") == str(chosen["rank"]):
-        install(chosen)
+    install(json.loads(os.environ["FAULT"]))
