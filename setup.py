@@ -5,12 +5,12 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
-ROOMS = ("partial_fc", "data", "engine", "launch", "benchmarks")
+FOLDERS = ("partial_fc", "data", "engine", "launch", "benchmarks")
 
 # data/ is installed as pfc.data, and so on: the tree stays flat, and nothing called "data" lands in site-packages.
-packages = [f"pfc.{name}" for room in ROOMS for name in (room, *(f"{room}.{sub}" for sub in find_packages(room)))]
+packages = [f"pfc.{name}" for top in FOLDERS for name in (top, *(f"{top}.{sub}" for sub in find_packages(top)))]
 
-# The compiled passes are optional: without a C compiler pfc installs all the same, and Python and torch make them.
+# The compiled passes are optional: without a C compiler pfc installs all the same, and uses Python and torch instead.
 # The head's, once for each kind of processor; partial_fc/kernels/native.py takes the best that runs.
 KINDS = {"_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "_v3": ["-march=x86-64-v3"], "": []}
 if platform.machine() not in ("x86_64", "AMD64"):
@@ -44,7 +44,7 @@ setup(
     ],
     python_requires=">=3.11",
     packages=packages,
-    package_dir={f"pfc.{room}": room for room in ROOMS},
+    package_dir={f"pfc.{folder}": folder for folder in FOLDERS},
     ext_modules=compiled,
     package_data={"": ["**/*.html", "**/*.css", "**/*.yaml", "**/*.sbatch"]},
     install_requires=[

@@ -21,7 +21,7 @@ from .ranks.distributed import World
 
 
 def completed(config: Config, dataset: RecordDataset | JointDataset) -> Config:
-    """The configuration with what the data set says filled in, as it is written beside the run and its checkpoints."""
+    """The configuration with what the data set says filled in, as it is written into the run and its checkpoints."""
     size, classes = config.data.image_size, config.head.num_classes
     if size is None and dataset.image_size is None:
         raise UsageError(

@@ -60,7 +60,7 @@ class SpikeWatch:
         return None
 
     def restart(self) -> None:
-        """The window fills anew."""
+        """The window fills again."""
         self._losses.clear()
         self._new.clear()
 

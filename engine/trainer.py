@@ -233,7 +233,9 @@ class Trainer:
                     self.telemetry.message(line)
         if (problem := self.saving.saver.last_problem) is None:
             return 0
-        self.telemetry.message(f"the end of the run is NOT saved: {problem}; make room, and the same command goes on")
+        self.telemetry.message(
+            f"the end of the run is NOT saved: {problem}; free disk space, then run the same command again"
+        )
         return 1
 
     def close(self) -> None:
@@ -291,7 +293,7 @@ class Trainer:
         if schedule.epochs is None:
             assert schedule.steps is not None
             return schedule.steps
-        before = self.step if self.loader.position else 0  # a converted checkpoint has steps, and its data begin anew
+        before = self.step if self.loader.position else 0  # a converted checkpoint has steps, and its data start over
         return before + -(-self.loader.batches_until(schedule.epochs) // self.config.optimizer.accumulate)
 
     def _log(self, rate: float, norm: Tensor) -> None:

@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"pfc: {error}", file=sys.stderr)
     except PermissionError as error:
+        if error.filename is None:  # not a file's
+            raise
         print(f"pfc: {error.filename}: {error.strerror}: check who may read and write it", file=sys.stderr)
     except typer.TyperException as error:  # an unknown option, a missing argument, a value of the wrong type
         command = context.command_path if (context := getattr(error, "ctx", None)) else "pfc"

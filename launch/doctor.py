@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from .spawn import usable_cores
+from .machine import usable_cores
 
 GIB = 2**30
 

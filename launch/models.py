@@ -65,7 +65,7 @@ def check_new_file(path: Path, *suffixes: str) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls ``write`` with a temporary name beside ``path`` and renames the file when it is complete."""
+    """Calls ``write`` with a temporary name in the same folder and renames the file when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:

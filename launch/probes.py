@@ -55,8 +55,10 @@ def triton() -> str:
 
 def gloo() -> str:
     """An all-reduce between two processes of this machine."""
+    from .rank import preload
     from .spawn import run_ranks
 
+    preload("torch.distributed")
     if run_ranks(_gloo_rank, 2) != 0:
         raise RuntimeError("two processes could not exchange a number")
     return "two processes exchange tensors"

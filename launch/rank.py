@@ -8,13 +8,19 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 from ..data.errors import UsageError
 
 
 def preload(module: str) -> None:
-    """Imports a module with all that it needs, for good: the garbage collector never looks at it again."""
+    """Imports a module with all that it needs, for good: the garbage collector never looks at it again.
+
+    numpy's own threads, which it starts when it is imported, are one: nothing here multiplies matrices by numpy, and
+    every rank would start as many as the machine has cores.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.disable()  # over a million objects, none of them garbage: a fifth of the time
     importlib.import_module(module)
     gc.freeze()
@@ -41,6 +47,8 @@ def run_rank(work: Callable[[], int | None], *, told: bool) -> int:
             # Of that very type, also where it was a special kind: the starting process knows it by its name.
             raise UsageError(str(error)) from None
         except PermissionError as error:
+            if error.filename is None:  # not a file's
+                raise
             raise UsageError(f"{error.filename}: {error.strerror}: check who may read and write it") from None
 
     try:
@@ -62,8 +70,9 @@ def run_rank(work: Callable[[], int | None], *, told: bool) -> int:
 def leave(exit_code: int) -> NoReturn:
     """Ends this process at once: taking torch apart in order costs over a second, and after an error the threads of the
     process group would abort it or hold it up."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # closed: there was nobody to read it
+            stream.flush()
     os._exit(exit_code)
 
 

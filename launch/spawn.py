@@ -12,14 +12,17 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from ..data.errors import UsageError
 from ..engine.ranks.stopping import EXIT_CODES
+from .machine import usable_cores
 from .rank import die_with, leave, run_rank
 
 STOP_GRACE = 300.0
@@ -38,6 +41,7 @@ STOPPED = (128 + signal.SIGINT, *EXIT_CODES.values())
 SECOND_HAND = "PeerFailed: "
 """What the recorded message of a rank begins with that could not go on without another one."""
 _PORT = b"%05d"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _fork = multiprocessing.get_context("fork")
 
 
@@ -81,32 +85,10 @@ class Failure:
         return 1
 
 
-def default_ranks() -> int:
-    """One rank for each GPU; without a GPU two, so that the sharded path is what runs (one on a single core)."""
-    # Asked in a process of its own: one that has initialised CUDA can no longer fork ranks that use it.
-    process = _fork.Process(target=_exit_with_devices)
-    process.start()
-    process.join()
-    if process.exitcode is None or process.exitcode < 0:
-        raise RuntimeError(f"asking for this machine's GPUs ended with {process.exitcode}: see pfc doctor")
-    return process.exitcode or min(2, usable_cores())
-
-
-def _exit_with_devices() -> NoReturn:
-    import torch
-
-    leave(torch.accelerator.device_count())
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on, which in a container or a job can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
 def run_ranks(work: Callable[[], int | None], world_size: int) -> int:
     """Calls ``work()`` on ``world_size`` ranks of this machine, and returns the exit code for the command.
 
-    The ranks are forks of this process, which must not have used CUDA nor started threads; what they need is best
+    The ranks are forks of this process, which must not have used CUDA nor torch's threads; what they need is best
     imported before (``rank.preload``). Each finds the usual variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, ...)
     in its environment, so ``torch.distributed.init_process_group()`` needs no argument. The first rank to fail takes
     the others down; its error is printed last. SIGINT, SIGTERM and SIGHUP reach every rank as SIGTERM, SIGUSR1 as
@@ -119,12 +101,13 @@ def run_ranks(work: Callable[[], int | None], world_size: int) -> int:
         0 when every rank returned 0; 2 when the failing rank's exception was a UsageError; 75 when SIGUSR1 and 128 + n
         when another signal n stopped the run; 1 for anything else.
     """
-    with tempfile.TemporaryDirectory(prefix="pfc-") as folder:
-        ranks = RankGroup(work, world_size, Path(folder))
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, nobody learns of a process's end
+    with tempfile.TemporaryDirectory(prefix="pfc-") as folder, _stop_signals() as signals:
+        ranks = RankGroup(Path(folder), world_size)
         try:
-            with _stop_signals() as signals:
-                store = ranks.meet()
-                stopped_by = _wait(ranks, signals)
+            ranks.fork(work)
+            store = ranks.meet()
+            stopped_by = _wait(ranks, signals)
         finally:
             ranks.kill()
         failures = ranks.failures()
@@ -147,17 +130,32 @@ def run_ranks(work: Callable[[], int | None], world_size: int) -> int:
 class RankGroup:
     """The processes of all ranks, each in a session of its own together with whatever it starts."""
 
-    def __init__(self, work: Callable[[], int | None], world_size: int, folder: Path) -> None:
+    def __init__(self, folder: Path, world_size: int) -> None:
         self.folder = folder
-        self.running = set(range(world_size))
+        self.world_size = world_size
+        self.processes: list[ForkProcess] = []
+        self.running: set[int] = set()
         self.deaths: dict[int, float] = {}
         self.port_reader, self.port_writer = os.pipe()
-        parent = os.getpid()
-        self.processes = [
-            _fork.Process(target=self._be_rank, args=(rank, world_size, parent, work)) for rank in range(world_size)
-        ]
-        for process in self.processes:
-            process.start()
+
+    def fork(self, work: Callable[[], int | None]) -> None:
+        """Starts all ranks, which wait for ``meet``.
+
+        Raises:
+            UsageError: the machine allows no more processes, or has no more memory.
+        """
+        # Signals wait until a rank has its own handlers: with this process's it would only note them.
+        with _held_back(_SIGNALS):
+            for rank in range(self.world_size):
+                process = _fork.Process(target=self._be_rank, args=(rank, os.getpid(), work))
+                try:
+                    process.start()
+                except OSError as error:
+                    raise UsageError(
+                        f"rank {rank} of {self.world_size} could not be started: {error.strerror}"
+                    ) from None
+                self.processes.append(process)
+                self.running.add(rank)
         os.close(self.port_reader)
 
     def meet(self) -> object:
@@ -189,11 +187,11 @@ class RankGroup:
     def kill(self) -> None:
         """Ends every rank and everything that it started."""
         for process in self.processes:
-            if process.pid is not None:
-                with suppress(ProcessLookupError):  # the whole session has ended already
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.kill()  # where it had no session of its own yet
-                process.join()
+            with suppress(ProcessLookupError):  # the whole session has ended already
+                os.killpg(process.pid or 0, signal.SIGKILL)
+            process.kill()  # where it had no session of its own yet
+        for process in self.processes:
+            process.join()
 
     def failures(self) -> list[Failure]:
         """The ended ranks that did not end well, the cause first."""
@@ -215,10 +213,22 @@ class RankGroup:
     def _report(self, rank: int) -> Path:
         return self.folder / f"error-{rank}.json"
 
-    def _be_rank(self, rank: int, world_size: int, parent: int, work: Callable[[], int | None]) -> NoReturn:
+    def _be_rank(self, rank: int, parent: int, work: Callable[[], int | None]) -> NoReturn:
         """What a forked process does."""
         os.setsid()
         die_with(parent)
+        for number in _SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        # It comes as SIGTERM from the starting process. Sent to all processes of one name, it would end ranks that
+        # have not saved.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)  # for what a rank starts; multiprocessing replaces Python's sys.stdin alone
+        if nothing:
+            os.close(nothing)
+        world_size = self.world_size
         os.close(self.port_writer)
         port = os.read(self.port_reader, len(_PORT % 0))
         os.close(self.port_reader)
@@ -263,12 +273,22 @@ def _wait(ranks: RankGroup, signals: list[int]) -> int:
                 return stopped_by
             if not stopped_by:
                 if number == signal.SIGINT:
-                    print("\npfc: finishing the step and saving; Ctrl-C again ends it at once", file=sys.stderr)
+                    print("\npfc: stopping in order; Ctrl-C again ends it at once", file=sys.stderr)
                 stopped_by = number
                 ranks.terminate(number if number == signal.SIGUSR1 else signal.SIGTERM)
                 deadline = min(deadline, time.monotonic() + STOP_GRACE)
         time.sleep(POLL_SECONDS)
     return stopped_by
+
+
+@contextmanager
+def _held_back(numbers: Iterable[signal.Signals]) -> Iterator[None]:
+    """Signals that come meanwhile are delivered at the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -280,7 +300,7 @@ def _stop_signals() -> Iterator[list[int]]:
         received.append(number)
 
     previous = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    for number in _SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup, for one, ignores SIGHUP on purpose
             previous[number] = signal.signal(number, collect)
     try:

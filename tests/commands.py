@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["torch.distributed", "pfc.partial_fc", "pfc.engine.trainer", "pfc.launch.cli"]
+PRELOADED = [
+    *("torch.distributed", "pfc.partial_fc", "pfc.engine.trainer", "pfc.launch.cli", "pfc.engine.report.figures"),
+    *("nvidia.dali.fn", "matplotlib.backends.backend_svg", "pfc.benchmarks.head.measure", "pfc.benchmarks.step"),
+]
 """What every process forked for a test has imported; one list, since there is one process that they are forked from."""
 
 
@@ -121,6 +124,17 @@ def wait_until(happened: Callable[[], object], seconds: float = 60.0, *, otherwi
     while not happened():
         assert time.monotonic() < deadline, otherwise
         time.sleep(0.02)
+
+
+def torchrun(*arguments: str, **options: Any) -> Command:
+    """Starts ``torchrun ARGUMENTS...``; its ranks are processes of their own, which import torch themselves."""
+    return Command(_torchrun, list(arguments), **options)
+
+
+def _torchrun(arguments: list[str]) -> None:
+    from torch.distributed.run import main
+
+    main(arguments)
 
 
 def _run(

@@ -321,7 +321,7 @@ class Checkpoint(Section):
     best: BestCheckpoint | None = None
     """Keep the best one too, saved as soon as it is measured."""
     asynchronous: bool = False
-    """Copy the state into host memory and write it beside training."""
+    """Copy the state into host memory and write it while training goes on."""
     check_labels: bool = True
     """Refuse to go on with the centers of other identities than the data set's, where both are known by name."""
 
@@ -396,7 +396,7 @@ class Config(Section):
 
     @property
     def max_skipped_in_a_row(self) -> int:
-        """Of ``optimizer``, and room for fp16: from 65536 down to 1 the loss's scale is halved 16 times."""
+        """Of ``optimizer``, with a lower limit for fp16: from 65536 down to 1 the loss's scale is halved 16 times."""
         return self.optimizer.max_skipped_in_a_row + (16 if self.precision == "fp16" else 0)
 
     def to_yaml(self) -> str:

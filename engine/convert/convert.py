@@ -46,7 +46,7 @@ class Conversion:
         if self.num_classes is not None:
             lines.append(f"centers    {self.num_classes:,} × {self.embedding_dim}, of {self.ranks} rank(s)")
             epoch = "" if self.epoch is None else f", epoch {self.epoch}"
-            lines.append(f"counters   step {self.step:,}{epoch}; the order of samples begins anew")
+            lines.append(f"counters   step {self.step:,}{epoch}; the order of samples starts over")
         lines += [f"note       {note}" for note in self.notes]
         lines.append(f"wrote      {self.out}")
         if self.num_classes is not None:

@@ -51,7 +51,7 @@ def read_optimizer(ranks: list[TorchFile], parameters: dict[str, torch.Size], ce
         result.sections = {"backbone": {"name": kind, **first}, "head": {"name": f"row_{kind}", **last}}
     numbers = [number for group in groups for number in group.get("params", ())]
     if kind is None or len(numbers) != len(parameters) + 1:
-        result.notes.append("state_optimizer is not SGD's or AdamW's over backbone and centers: it begins anew")
+        result.notes.append("state_optimizer is not SGD's or AdamW's over backbone and centers: it starts empty")
     else:
         _take_backbone(result, ranks[0], kind, dict(zip(numbers, parameters.items(), strict=False)))
         _take_head(result, ranks, kind, numbers[-1], centers)
@@ -85,11 +85,11 @@ def _take_backbone(
     try:
         states = {name: _state(file, kind, number, shape) for number, (name, shape) in parameters.items()}
     except _MisfitError as misfit:
-        result.notes.append(f"optimizer state of the backbone: {misfit}: it begins anew")
+        result.notes.append(f"optimizer state of the backbone: {misfit}: it starts empty")
         return
     result.backbone = {f"{name}/{key}": value for name, state in states.items() for key, value in state.items()}
     if not result.backbone:
-        result.notes.append(f"{file.path.name} has no optimizer state of the backbone: it begins anew")
+        result.notes.append(f"{file.path.name} has no optimizer state of the backbone: it starts empty")
 
 
 def _take_head(result: OptimizerState, ranks: list[TorchFile], kind: str, number: int, centers: list[Tensor]) -> None:

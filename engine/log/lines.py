@@ -61,7 +61,7 @@ def evaluated(result: VerificationResult, step: int) -> str:
 
 
 def closing(run_dir: Path, report: Path, sets: list[str], damage: DamageTally) -> list[str]:
-    """The accuracy on every set beside the untrained network's, what was damaged, and where to look."""
+    """The accuracy on every set next to the untrained network's, what was damaged, and where to look."""
     told = []
     evaluations = read_json_lines(run_dir / "evaluation.jsonl")
     for name in sets:

@@ -12,7 +12,7 @@ from ...data.errors import UsageError
 from ..console import warn
 from . import bench_data
 
-app = typer.Typer(help="Measure speed on this machine, beside a baseline in the same run.", no_args_is_help=True)
+app = typer.Typer(help="Measure speed on this machine, with a baseline in the same run.", no_args_is_help=True)
 
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")]
 Dense = Annotated[bool, typer.Option(help="Measure the plain dense head too.")]
@@ -55,7 +55,7 @@ def head(
     """Time whole steps of the head: forward, backward, row update.
 
     Options from --classes to --objective may be given several times; all combinations are measured, each in processes
-    of its own. Beside them, in the same run, a plain dense head (all logits of the shard, and torch's SGD over the
+    of its own. For comparison, in the same run, a plain dense head (all logits of the shard, and torch's SGD over the
     whole matrix) and, with --peer, the common implementation's; and what this machine can do at best, from which
     "× floor" follows: docs/performance.md.
     """
@@ -66,7 +66,7 @@ def head(
         raise UsageError(f"--plot {picture}: must end in .png, .pdf or .svg")
     from ...benchmarks.head.grid import HeadGrid, measure_grid
     from ...benchmarks.head.table import report
-    from ..spawn import default_ranks
+    from ..machine import default_ranks
 
     grid = HeadGrid(
         classes=tuple(classes),
@@ -119,14 +119,14 @@ def step(
     """Time the whole training step: images, backbone, head, backward, optimizers.
 
     It is the trainer's own step, on one made-up batch unless --data is given; without it head.num_classes may be any
-    number. Beside it, in the same run and with the same backbone, the plain dense head.
+    number. For comparison, in the same run and with the same backbone, the plain dense head.
     """
     _check_outputs(json_file)
     from ...benchmarks.head.table import step_report
     from ...benchmarks.ranks import RankDied
     from ...benchmarks.step import completed, measure_step
     from ...engine.config import load_config
-    from ..spawn import default_ranks, usable_cores
+    from ..machine import default_ranks, usable_cores
 
     ranks = nproc or default_ranks()
     settings = completed(load_config(config, overrides), data)
@@ -183,7 +183,7 @@ def _write_json(file: Path | None, figures: dict[str, Any]) -> None:
 def _tell_cores(wanted: int) -> None:
     import torch
 
-    from ..spawn import usable_cores
+    from ..machine import usable_cores
 
     if not torch.accelerator.is_available() and wanted > usable_cores():
         warn(f"{wanted} threads on {usable_cores()} core(s): ranks will wait for each other; take fewer --ranks")

@@ -1,4 +1,4 @@
-"""``pfc bench data``: how fast images come out of a data set, beside DALI's own reader and a torch DataLoader."""
+"""``pfc bench data``: loading speed of a data set, compared with DALI's own reader and a torch DataLoader."""
 
 import json
 import statistics
@@ -22,8 +22,8 @@ def data(
 ) -> None:
     """Load images as training does, and nothing else: images per second in the global and the blocks order.
 
-    Beside it, in the same run and taking turns, DALI's own reader of such files (shuffled within a window, and in the
-    order of the files) and a plain torch DataLoader that decodes with Pillow.
+    For comparison, in the same run and taking turns, DALI's own reader of such files (shuffled within a window, and in
+    the order of the files) and a plain torch DataLoader that decodes with Pillow.
     """
     from ...benchmarks.data import measure_loaders
     from ...data import RecordDataset

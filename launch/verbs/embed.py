@@ -29,11 +29,11 @@ def embed(
     from torch.nn.functional import normalize
 
     from ...engine.evaluation.evaluate import embed_images
-    from ..spawn import usable_cores
+    from ..machine import usable_cores
 
     where = find_device(device)
     trained = open_backbone(source, where)
-    encoded, beside = _open_images(images)
+    encoded, identified = _open_images(images)
     with trained.autocast(where):
         embeddings = embed_images(
             trained.model,
@@ -48,7 +48,7 @@ def embed(
     if out.suffix == ".npy":
         write_whole(out, lambda path: np.save(path, unit))
     else:
-        write_whole(out, lambda path: np.savez(path, embeddings=unit, **beside))
+        write_whole(out, lambda path: np.savez(path, embeddings=unit, **identified))
     print(f"wrote {len(unit):,} embeddings of {unit.shape[1]} numbers: {out}")
 
 

@@ -55,7 +55,7 @@ def _measure(
     """Measures and prints; on every rank where there are several."""
     from ...engine.evaluation.evaluate import evaluate_pairs
     from ...engine.ranks import distributed
-    from ..spawn import usable_cores
+    from ..machine import usable_cores
 
     where = find_device(device)
     with distributed.start(device=where) if "WORLD_SIZE" in os.environ else nullcontext() as world:

@@ -28,7 +28,7 @@ def export(
     OUT.safetensors holds weights and buffers under PyTorch's names, and nothing that could run.
 
     OUT.onnx: input `images`: float32, N x 3 x height x width, RGB, from -1 to 1. Output `embeddings`: float32, N x D,
-    not normalised. N may be any number. ONNX Runtime runs the file beside the original; it is kept only if both agree.
+    not normalised. N may be any number. The file is kept only if ONNX Runtime and the original agree.
     """
     check_new_file(out, ".onnx", ".safetensors")
     if out.suffix == ".safetensors":

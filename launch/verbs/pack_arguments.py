@@ -64,15 +64,13 @@ _CONVERTED: dict[str, tuple[Any, Any]] = {
         None,
     ),
     "encoding": (
-        Annotated[Literal["jpeg", "png"] | None, typer.Option(help="Encode images anew where they are not this.")],
+        Annotated[Literal["jpeg", "png"] | None, typer.Option(help="Re-encode images that are not this.")],
         None,
     ),
     "quality": (
         Annotated[
             int | None,
-            typer.Option(
-                min=1, max=100, help="Of images that are encoded anew. [dim]\\[default: 95][/dim]", show_default=False
-            ),
+            typer.Option(min=1, max=100, help="Of re-encoded images. [dim]\\[default: 95][/dim]", show_default=False),
         ],
         None,
     ),

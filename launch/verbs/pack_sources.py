@@ -57,7 +57,7 @@ def recordio(
     ] = "apart",
     **options: Any,
 ) -> "PackSummary":
-    """Pack RecordIO anew: other shards, another order, fewer identities, several sets in one.
+    """Repack RecordIO: other shards, another order, fewer identities, several sets in one.
 
     Reads pfc's own sets, im2rec's and InsightFace's. Images keep their bytes; with --size or --encoding, those that
     have another are converted. Of a record whose label does not change only the id does, which is its key.

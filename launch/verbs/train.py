@@ -44,8 +44,9 @@ def train(
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise UsageError("pfc train starts its ranks itself: under torchrun, run -m pfc.launch.train instead")
     from ...engine.config import load_config
+    from ..machine import default_ranks
     from ..rank import preload
-    from ..spawn import default_ranks, run_ranks
+    from ..spawn import run_ranks
 
     # What is wrong in the file shows here, once, before any rank is started.
     settings = load_config(config, overrides)

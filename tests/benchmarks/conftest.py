@@ -1,9 +1,10 @@
-"""What makes measurements quick where it is not their numbers that are tested."""
+"""The small data set of the command line's tests; what makes measurements quick where their numbers are not tested."""
 
 import pytest
 
 from pfc.benchmarks.ceilings import Ceilings
 from tests.commands import forkserver
+from tests.launch.conftest import folder as folder
 
 
 @pytest.fixture
@@ -15,5 +16,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks that have torch from the start, where a user's import it."""
+    """Ranks that have torch from the start, where a user's import it; and the profiler is as quiet as there."""
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "99")  # read when torch is loaded, which the forkserver does on first use
     monkeypatch.setattr("pfc.benchmarks.ranks.mp.get_context", lambda _: forkserver())

@@ -58,7 +58,7 @@ def stand_in(folder: Path, body: str = "") -> str:
     return str(folder)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick", "forked")
 def test_head_beside_dense_and_peer(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file, picture, peer = tmp_path / "head.json", tmp_path / "head.png", stand_in(tmp_path)
     options = ["--rate", "0.5", "--peer", peer, "--json", str(file), "--plot", str(picture)]
@@ -66,7 +66,7 @@ def test_head_beside_dense_and_peer(tmp_path: Path, capfd: pytest.CaptureFixture
         warnings.simplefilter("error")
         assert main(["bench", "head", *SMALL, *options]) == 0
     captured = capfd.readouterr()
-    assert captured.err == ""  # neither the stand-in's warning nor the profiler's lines
+    assert captured.err == ""  # not the stand-in's warning
     lines = captured.out.splitlines()
     assert all(len(line) <= 120 for line in lines)
     heads = [line.split()[0] for line in lines if line.startswith(("dense", "peer", "pfc"))]

@@ -41,12 +41,12 @@ def test_step_on_made_up_batches(tmp_path: Path, capfd: pytest.CaptureFixture[st
         assert line["peak_bytes"] > 0
 
 
-@pytest.mark.usefixtures("forked")
-def test_step_with_the_data_set(folder: Path, tmp_path: Path) -> None:
+def test_step_with_the_data_set(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config, file = tmp_path / "run.yaml", tmp_path / "step.json"
     config.write_text(STEP.format(train=folder / "set", size="", classes=""))
     options = ["--nproc", "1", "--steps", "1", "--warmup", "1", "--no-dense", "--data", "--json", str(file)]
     assert main(["bench", "step", str(config), *options]) == 0
+    assert capfd.readouterr().err == ""  # not the profiler's lines
     found: dict[str, Any] = json.loads(file.read_text())
     assert found["config"]["head"]["num_classes"] == 6
     assert found["lines"][0]["phases"]["data"] > 0

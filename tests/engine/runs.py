@@ -1,7 +1,9 @@
 """Small training runs for tests, on the ranks of the pool."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -42,20 +44,26 @@ def configuration(folder: Path, runs: Path, **sections: Any) -> Config:
     return parse_config(tree)
 
 
-def train(world_size: int, config: Config, *, steps: int | None = None, resume: str = "auto") -> list[dict[str, Any]]:
-    """Trains on a pool of ranks, to the end or for some steps and a checkpoint; returns the lines of metrics.jsonl."""
-    run_ranks(world_size, train_on_rank, config.model_dump(), steps, resume)
+def train(
+    world_size: int, config: Config, *, steps: int | None = None, resume: str = "auto", report: bool = False
+) -> list[dict[str, Any]]:
+    """Trains on a pool of ranks, to the end or for some steps and a checkpoint; returns the lines of metrics.jsonl.
+
+    report: write report.html, which takes longer than such a run.
+    """
+    run_ranks(world_size, train_on_rank, config.model_dump(), steps, resume, report)
     return read_json_lines(config.run.path / "metrics.jsonl")
 
 
-def train_on_rank(tree: dict[str, Any], steps: int | None, resume: str) -> None:
+def train_on_rank(tree: dict[str, Any], steps: int | None, resume: str, report: bool = False) -> None:
     torch.manual_seed(1234 + dist.get_rank())  # whatever the last test left behind must not matter
     trainer = new_trainer(tree, resume)
     try:
         for _ in range(steps if steps is not None else trainer.total_steps - trainer.step):
             trainer.train_step()
         if steps is None:
-            trainer.finish()
+            with nullcontext() if report else patch("pfc.engine.trainer.write_report"):
+                trainer.finish()
         else:
             trainer.save()
             trainer.saving.saver.wait()

@@ -6,8 +6,6 @@
 import itertools
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from pfc.engine.checkpoint import find_all, find_latest
 from pfc.engine.config import Config
 from pfc.engine.log.telemetry import read_json_lines
 from pfc.launch.cli import main
+from tests.commands import Command, pfc
 from tests.engine.runs import configuration, pack
 
 pytestmark = pytest.mark.gpu
@@ -53,10 +52,8 @@ def train(configs: Sequence[Config], *, stop_at: int = 0, poison: bool = False) 
     for path, config in zip(paths, configs, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(config.to_yaml(), encoding="utf-8")
-    command = [sys.executable, "-m", "tests.engine.test_gpu", str(stop_at), str(int(poison)), *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    expected = -signal.SIGKILL if stop_at else 0
-    assert done.returncode == expected, done.stdout + done.stderr
+    done = Command(_on_rank, stop_at, poison, [str(path) for path in paths]).wait(600)
+    assert done.exit_code == (-signal.SIGKILL if stop_at else 0), done.output
 
 
 def _on_rank(stop_at: int, poison: bool, paths: Sequence[str]) -> None:
@@ -151,10 +148,6 @@ def test_every_gpu_takes_a_rank(folder: Path, tmp_path: Path) -> None:
     config = configuration(folder, tmp_path / "all", run={"name": "all"}, backbone=backbone)
     path = tmp_path / "all.yaml"
     path.write_text(config.to_yaml(), encoding="utf-8")
-    assert main(["train", str(path), "--nproc", str(count)]) == 0
+    assert pfc("train", path, "--nproc", str(count)).exit_code == 0
     assert [one.step for one in find_all(config.run.path)] == [STEPS]
-    assert main(["train", str(path), "--nproc", str(count + 1), "run.name=more"]) == 2
-
-
-if __name__ == "__main__":
-    _on_rank(int(sys.argv[1]), bool(int(sys.argv[2])), sys.argv[3:])
+    assert pfc("train", path, "--nproc", str(count + 1), "run.name=more").exit_code == 2

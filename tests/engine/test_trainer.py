@@ -122,7 +122,7 @@ def test_what_a_run_leaves_behind(folder: Path, tmp_path: Path) -> None:
         checkpoint={"every_steps": 2, "keep": 2},
         log={"every_steps": 3, "tensorboard": True},
     )
-    lines = train(2, config)
+    lines = train(2, config, report=True)
     run = config.run.path
     resolved = load_config(run / "config.yaml")
     assert resolved.data.image_size == [24, 24]

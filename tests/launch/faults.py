@@ -19,6 +19,7 @@ import torch
 
 from pfc.data import pack_synthetic
 from pfc.engine import checkpoint
+from tests import commands
 from tests.commands import Command, run_pfc
 from tests.launch.faulty.sitecustomize import install
 
@@ -50,7 +51,7 @@ def torchrun(config: Path, *options: str, restarts: int = 0, fault: dict[str, An
     environment = ENVIRONMENT
     if fault is not None:
         environment = ENVIRONMENT | {"FAULT": json.dumps(fault), "PYTHONPATH": str(FAULTY)}
-    return Command(_torchrun, arguments, environment=environment, merged=True)
+    return commands.torchrun(*arguments, environment=environment, merged=True)
 
 
 def _with_fault(fault: dict[str, Any] | None, function: Callable[..., int], *arguments: Any) -> int:
@@ -58,12 +59,6 @@ def _with_fault(fault: dict[str, Any] | None, function: Callable[..., int], *arg
     if fault is not None:
         install(fault)
     return function(*arguments)
-
-
-def _torchrun(arguments: list[str]) -> None:
-    from torch.distributed.run import main
-
-    main(arguments)
 
 
 def write_config(folder: Path) -> Path:

@@ -12,7 +12,7 @@ from pfc.launch.train import main
 from tests.commands import Command, wait_until
 from tests.launch import faults
 
-HANG_SECONDS = "run.timeout_seconds=4"
+HANG_SECONDS = "run.timeout_seconds=6"
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from PIL import Image
 from pfc.data import RecordDataset
 from pfc.engine.backbones.small import SmallNet
 from pfc.launch.cli import main
+from tests.commands import pfc
 
 
 def test_evaluate_as_a_table_and_as_json(folder: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]):
@@ -27,6 +28,21 @@ def test_evaluate_as_a_table_and_as_json(folder: Path, run_dir: Path, capsys: py
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 3
     assert f"{result['auc']:.4f}" in table[1]
+
+
+def test_two_ranks_evaluate_as_one_does(folder: Path, run_dir: Path):
+    options = ["--pairs", str(folder / "pairs.bin"), "--json"]
+    alone, shared = (pfc("evaluate", run_dir, *options, *more) for more in ([], ["--nproc", "2"]))
+    assert (shared.exit_code, shared.error) == (0, "")
+    (expected,), (result,) = json.loads(alone.out), json.loads(shared.out)
+    assert result == pytest.approx(expected, abs=1e-5)
+
+
+def test_wrong_use_that_two_ranks_find_is_reported_once(folder: Path, tmp_path: Path):
+    ended = pfc("evaluate", tmp_path / "no run", "--pairs", folder / "pairs.bin", "--nproc", "2")
+    assert ended.exit_code == 2
+    (line,) = ended.error.splitlines()
+    assert line.startswith(f"pfc: {tmp_path / 'no run'}")
 
 
 def test_embed_a_packed_set(folder: Path, run_dir: Path, tmp_path: Path):

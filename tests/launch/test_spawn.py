@@ -1,15 +1,20 @@
 """Ranks start, fail and stop together; the error that is shown is the one that caused the end."""
 
+import errno
 import os
 import signal
+import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from pfc.data.errors import UsageError
+from pfc.launch.machine import default_ranks, usable_cores
 from pfc.launch.spawn import run_ranks
 from tests.commands import Command, Ended, run_script, wait_until
 
@@ -204,12 +209,86 @@ def test_cores_are_shared_between_the_ranks_unless_told_otherwise(tmp_path: Path
     assert told.wait().out.split() == ["3"] * 2
 
 
-def test_nothing_that_forbids_a_fork_happens_before_it(run: Run):
-    """Threads, CUDA, and DALI, which may ask for it: what ``pfc train`` imports starts none of them."""
-    ended = run(
-        """
-        import torch
-        print(len(os.listdir("/proc/self/task")), torch.cuda.is_initialized(), "nvidia.dali" in sys.modules)
-        """
+def test_what_ranks_are_forked_from_can_fork():
+    """It has no threads, has not asked CUDA, nor imported DALI, which might."""
+    code = (
+        "import os, sys; from pfc.launch.rank import preload; preload('pfc.engine.trainer'); "
+        "print(len(os.listdir('/proc/self/task')), sys.modules['torch'].cuda.is_initialized(), 'nvidia' in sys.modules)"
     )
-    assert ended.out.splitlines() == ["1 False False"] * 2
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert told.stdout == "1 False False\n", told.stderr
+
+
+def test_a_fork_that_fails_ends_the_ranks_that_there_are(tmp_path: Path):
+    ended = Command(with_one_fork, str(tmp_path)).wait(30)
+    assert (ended.exit_code, ended.last) == (7, "rank 1 of 2 could not be started: Resource temporarily unavailable")
+    (rank,) = (int(path.name) for path in tmp_path.iterdir())
+    assert_ended(rank)
+
+
+def with_one_fork(folder: str) -> int:
+    fork = os.fork
+
+    def once() -> int:
+        if any(Path(folder).iterdir()):
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        process = fork()
+        if process:
+            (Path(folder) / str(process)).touch()
+        return process
+
+    os.fork = once
+    try:
+        return run_ranks(time.sleep, 2)  # never called
+    except UsageError as error:
+        print(error)
+        return 7
+
+
+def test_an_interrupt_of_every_process_does_not_end_ranks_before_they_have_saved(tmp_path: Path):
+    """What pkill -INT pfc does."""
+    command = start(tmp_path, STOPPABLE)
+    wait_until(lambda: written(tmp_path / "started-0", tmp_path / "started-1"))
+    for rank in range(2):
+        os.kill(int((tmp_path / f"started-{rank}").read_text()), signal.SIGINT)
+    command.send_signal(signal.SIGINT)
+    assert command.wait(60).exit_code == 130
+    assert written(tmp_path / "saved-0", tmp_path / "saved-1")
+
+
+def test_ranks_end_although_the_command_was_started_with_sigchld_ignored(tmp_path: Path):
+    assert Command(without_sigchld, str(tmp_path)).wait(30).exit_code == 0
+
+
+def without_sigchld(folder: str) -> int:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    return run_ranks(int, 2)
+
+
+def test_a_rank_reads_nothing_from_the_commands_input(run: Run):
+    assert run("print(os.readlink('/proc/self/fd/0'))").out.splitlines() == ["/dev/null"] * 2
+
+
+def test_a_finished_run_ends_well_where_its_output_is_closed():
+    assert Command(with_closed_output).wait(30).exit_code == 0
+
+
+def with_closed_output() -> int:
+    os.close(1)
+    sys.stdout = None
+    return run_ranks(int, 2)
+
+
+@pytest.mark.parametrize(("found", "expected"), [(3, 3), (0, min(2, usable_cores()))])
+def test_one_rank_for_each_gpu(monkeypatch: pytest.MonkeyPatch, found: int, expected: int):
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: found)
+    assert default_ranks() == expected
+
+
+def test_gpus_that_cannot_be_counted_are_not_one(monkeypatch: pytest.MonkeyPatch):
+    def fail() -> int:
+        raise RuntimeError("driver and library do not match")
+
+    monkeypatch.setattr("torch.accelerator.device_count", fail)
+    with pytest.raises(UsageError, match=r"counted \(RuntimeError: driver and library do not match\): see pfc doctor"):
+        default_ranks()

@@ -1,15 +1,12 @@
 """Training from the command line: two ranks, wrong use, being stopped and going on, torchrun."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from pfc.data import pack_synthetic
-from tests.commands import pfc
+from tests.commands import pfc, torchrun
 from tests.launch.conftest import CONFIG
 
 
@@ -39,11 +36,9 @@ def test_two_ranks_as_torchrun_starts_them_and_as_pfc_does(folder: Path, tmp_pat
     assert (ended.exit_code, ended.error) == (0, "")
     assert str(tmp_path / "runs/spawned/report.html") in ended.out.replace("\n", "")
 
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "pfc.launch.train", str(config), "run.name=torchrun"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    again = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert again.returncode == 0, again.stderr
+    arguments = ["--standalone", "--nproc-per-node=2", "-m", "pfc.launch.train", str(config), "run.name=torchrun"]
+    again = torchrun(*arguments, environment={"GLOO_SOCKET_IFNAME": "lo"}).wait(240)
+    assert again.exit_code == 0, again.error
     expected = losses(tmp_path / "runs/spawned")
     assert losses(tmp_path / "runs/torchrun") == pytest.approx(expected, rel=1e-4)
     assert len(expected) == 2

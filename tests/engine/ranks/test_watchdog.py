@@ -1,14 +1,14 @@
 """Whom the ranks of a run that stands still wait for."""
 
 import json
-import subprocess
-import sys
-import textwrap
+import time
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
-from pfc.engine.ranks.watchdog import Position, verdict
+from pfc.engine.ranks.watchdog import Heartbeat, Position, Watchdog, verdict
+from tests.commands import Command
 
 HERE: dict[str, Any] = {"host": "a", "process_id": 1, "step": 5, "phase": "head", "phases": 40, "collectives": 90}
 
@@ -46,10 +46,8 @@ def test_where_all_wait_in_the_same_place_no_one_is_accused():
     assert text.startswith("ranks 0, 1 wait in all_reduce (step 5, head) of 2, without an answer from the others")
 
 
-ALONE = """
-    import json, os, sys, time
-    import torch.distributed as dist
-    from pfc.engine.ranks.watchdog import Heartbeat, Watchdog
+def alone(folder: str, how: str) -> None:
+    """A rank without others that ends, or hangs."""
     heartbeat = Heartbeat()
     heartbeat.enter("working", 7)
     watchdog = Watchdog(heartbeat, dist.HashStore(), 0, 1, 1.0)
@@ -57,31 +55,29 @@ ALONE = """
     for _ in range(16):  # longer than it may stand still
         time.sleep(0.1)
         heartbeat.moved()
-    with open(sys.argv[1] + "/file", "wb", buffering=0) as file:
+    with open(f"{folder}/file", "wb", buffering=0) as file:
         heartbeat.enter("saving", on_files=True)
         for _ in range(16):
             time.sleep(0.1)
             file.write(bytes(1 << 21))
     print("still there", flush=True)
-    if sys.argv[2] == "ends":
+    if how == "ends":
         watchdog.stop()
         time.sleep(1.5)
         print("the end", flush=True)
     else:
         time.sleep(1000)
-"""
 
 
 @pytest.mark.parametrize("how", ["ends", "hangs"])
 def test_signs_of_life_keep_it_quiet_and_their_absence_ends_the_process(tmp_path, how: str):
     environment = {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}
-    command = [sys.executable, "-c", textwrap.dedent(ALONE), str(tmp_path), how]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
-    assert ended.stdout.startswith("still there"), ended.stderr
+    ended = Command(alone, str(tmp_path), how, environment=environment).wait(100)
+    assert ended.out.startswith("still there"), ended.error
     if how == "ends":
-        assert (ended.returncode, ended.stdout) == (0, "still there\nthe end\n")
+        assert (ended.exit_code, ended.out) == (0, "still there\nthe end\n")
         return
-    assert ended.returncode == 1
+    assert ended.exit_code == 1
     told = json.loads((tmp_path / "error.json").read_text())["message"]
     assert told["message"].startswith("Hang: rank 0 of 1")
     assert "step 7, saving" in told["message"]

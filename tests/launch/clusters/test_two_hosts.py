@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from pfc.launch.cli import main
+from tests.commands import pfc
 from tests.launch.test_train import losses
 
 ADDRESSES = {"host-a": "10.77.0.1", "host-b": "10.77.0.2"}
@@ -97,10 +97,10 @@ def torchrun(host: Host, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-def test_two_hosts_train_as_one_does(hosts: list[Host], folder: Path, tmp_path: Path, capfd):
+def test_two_hosts_train_as_one_does(hosts: list[Host], folder: Path, tmp_path: Path):
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG.format(folder=folder, runs=tmp_path / "runs"), encoding="utf-8")
-    assert main(["train", str(config), "run.name=one", "--nproc", "2"]) == 0
+    assert pfc("train", config, "run.name=one", "--nproc", "2").exit_code == 0
     expected = losses(tmp_path / "runs/one")
     assert len(expected) == 6
 
