@@ -5,7 +5,7 @@ in pieces that open on any number of ranks), ``state.json`` (the counters), ``co
 written under a temporary name and renamed when it is complete, so whatever has the name ``step-…`` can be loaded.
 """
 
-from .found import CONFIG, LABELS, Best, Found, find, find_all, find_latest
+from .directory import CONFIG, LABELS, Best, Found, find, find_all, find_latest
 from .pieces import Piece, save_alone
 from .reading import load, load_backbone, network_tensors, read_pieces
 from .saver import Saver

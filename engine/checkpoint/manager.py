@@ -15,7 +15,7 @@ from ..config import Config
 from ..ranks.distributed import World
 from . import Best, Saver
 from . import state as run_state
-from .found import EVALUATION, FOLDER
+from .directory import EVALUATION, FOLDER
 
 
 class Saving:

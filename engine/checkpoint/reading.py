@@ -15,7 +15,7 @@ from ...data.errors import UsageError
 from ..backbones import build_backbone
 from ..build import input_size
 from ..config import Config, load_config
-from .found import CONFIG, Found, find
+from .directory import CONFIG, Found, find
 from .metadata import Reader, read_metadata
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import device as devices
-from .found import Best, find_latest, name_of
+from .directory import Best, find_latest, name_of
 from .writing import Content, write
 
 _CPU = torch.device("cpu")
