@@ -1,58 +1,31 @@
-"""Which checkpoints a run has, which of them is the best, and which stay.
+"""The directory of a run's checkpoints: which it has, how one gets its name, which stay, and the room on the disk.
 
 ``checkpoints/step-00000500`` is a complete one: it got that name when all of it was on the disk. ``checkpoints/latest``
 is a link to the one that was written last, ``checkpoints/best`` to the best by the configured metric.
 """
 
-import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch import nn
 
 from ...data.errors import UsageError
-from .metadata import read_metadata
+from ..backbones import build_backbone
+from ..build import input_size
+from ..config import Config, load_config
+from .reading import STATE, Found, load, network_tensors
 
-FOLDER, STATE, CONFIG, LABELS = "checkpoints", "state.json", "config.yaml", "labels.json"
+FOLDER, CONFIG, LABELS = "checkpoints", "config.yaml", "labels.json"
 LATEST, BEST = "latest", "best"
+EVALUATION = "evaluation"
+"""Where the counters of a checkpoint hold what was measured at its step: set → metric → value."""
 _NAME = re.compile(r"step-(\d{8,})")
-
-
-@dataclass(frozen=True)
-class Found:
-    """A complete checkpoint on disk."""
-
-    path: Path
-    step: int
-
-    def state(self) -> dict[str, Any]:
-        """The counters that were saved with it.
-
-        Raises:
-            UsageError: the file is damaged.
-        """
-        path = self.path / STATE
-        try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path} cannot be read ({error}); take another checkpoint") from None
-        if not isinstance(state, dict) or not state.keys() >= {"step", "position", "head_steps", "num_classes"}:
-            raise UsageError(f"{path} is damaged: counters are missing; take another checkpoint")
-        return state
-
-    def shapes(self) -> Mapping[str, TensorStorageMetadata]:
-        """Name → size and dtype of every tensor in it."""
-        entries = read_metadata(self.path).state_dict_metadata
-        return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
-
-    @property
-    def written(self) -> tuple[float, int]:
-        """To sort by: when it was written, as after a return to an earlier step a lower one is the later; its step."""
-        return float(self.state().get("written", 0)), self.step
 
 
 def name_of(step: int) -> str:
@@ -92,14 +65,6 @@ def find(path: Path) -> Found:
     return latest
 
 
-def point(folder: Path, link: str, target: str) -> None:
-    """Makes ``link`` in ``folder`` name ``target`` there, in one go: at no moment is it missing or half made."""
-    temporary = folder / f".{link}.partial"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    os.replace(temporary, folder / link)
-
-
 def _at(path: Path) -> Found | None:
     match = _NAME.fullmatch(path.name)
     return Found(path, int(match[1])) if match and (path / STATE).is_file() else None
@@ -107,10 +72,6 @@ def _at(path: Path) -> Found | None:
 
 def _linked(link: Path) -> Found | None:
     return _at(link.parent / link.readlink()) if link.is_symlink() else None
-
-
-EVALUATION = "evaluation"
-"""Where the counters of a checkpoint hold what was measured at its step: set → metric → value."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +106,159 @@ class Best:
         return champion
 
 
-def outdated(checkpoints: Sequence[Found], keep: int, spared: Sequence[Found]) -> list[Found]:
-    """Those that are neither among the ``keep`` that were written last nor spared."""
-    by_time = sorted(checkpoints, key=lambda found: found.written)
-    return [found for found in by_time[:-keep] if found not in spared]
+def load_backbone(run_or_checkpoint: Path) -> tuple[nn.Module, Config]:
+    """The trained network in evaluation mode, on the CPU, and the configuration of its run.
+
+    Args:
+        run_or_checkpoint: a run's directory (its latest checkpoint is taken) or a checkpoint's.
+    """
+    found = find(run_or_checkpoint)
+    config = load_config(found.path / CONFIG)
+    section = config.backbone
+    network = build_backbone(
+        section.name, embedding_dim=section.embedding_dim, image_size=input_size(config), **section.options
+    )
+    load(found, network_tensors(network))
+    return network.eval(), config
+
+
+def install(temporary: Path, final: Path) -> None:
+    """Gives a complete checkpoint its name, in the place of one that has it, and makes it the latest.
+
+    Every file and the directory are brought to the disk (fsync) first, so that whatever is called ``step-…`` is
+    complete, whenever the power fails.
+    """
+    folder = final.parent
+    for path in (*temporary.iterdir(), temporary):
+        _sync(path)
+    replaced = None
+    if final.exists():  # the run was taken up again at an earlier step and has come here once more
+        _point_elsewhere(folder, final)
+        replaced = _set_aside(final)
+    os.rename(temporary, final)
+    _sync(folder)
+    _point(folder, LATEST, final.name)
+    _sync(folder)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def go_back(found: Found, later: Sequence[Found]) -> None:
+    """Makes ``found`` the latest and removes the ``later`` ones.
+
+    Killed at any moment, ``found`` is the latest, and what is half removed does not look like a checkpoint.
+    """
+    if not later:
+        return
+    folder = found.path.parent
+    _point(folder, LATEST, found.path.name)
+    _sync(folder)
+    for one in sorted(later, key=lambda one: -one.step):
+        _point_elsewhere(folder, one.path)
+        _remove(one.path)
+
+
+def tidy(run_dir: Path, keep: int, best: Best | None) -> None:
+    """Removes all but the ``keep`` that were written last, the latest and the best, and renews the link to the best."""
+    folder, checkpoints = run_dir / FOLDER, find_all(run_dir)
+    champion = best.of(checkpoints) if best is not None else None
+    if champion is not None:
+        _point(folder, BEST, champion.path.name)
+    elif (folder / BEST).is_symlink():
+        (folder / BEST).unlink()
+    spared = (champion, find_latest(run_dir))
+    for old in sorted(checkpoints, key=lambda found: found.written)[:-keep]:
+        if old not in spared:
+            _remove(old.path)
+
+
+def _point(folder: Path, link: str, target: str) -> None:
+    """Makes ``link`` in ``folder`` name ``target`` there, in one go: at no moment is it missing or half made."""
+    temporary = folder / f".{link}.partial"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, folder / link)
+
+
+def _point_elsewhere(folder: Path, old: Path) -> None:
+    others = [found for found in find_all(folder.parent) if found.path != old]
+    for link in (LATEST, BEST):
+        if (folder / link).is_symlink() and (folder / link).readlink().name == old.name:
+            if others:
+                _point(folder, link, max(others, key=lambda found: found.written).path.name)
+            else:
+                (folder / link).unlink()
+
+
+def _set_aside(path: Path) -> Path:
+    """Takes its name away first: what is half removed must not look like a checkpoint."""
+    hidden = path.with_name(f".{path.name}.old")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(path, hidden)
+    return hidden
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(_set_aside(path), ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Brings a file or directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_space(run_dir: Path, size: int, keep: int, *, best: bool) -> str | None:
+    """Looks at the file system of the run's directory, which is made if it is missing.
+
+    A checkpoint is written while those before it are still there, so ``keep`` of them take ``keep + 1`` places.
+
+    Args:
+        run_dir: of the run.
+        size: bytes of one checkpoint, of all ranks.
+        keep: how many stay.
+        best: whether the best one stays too.
+
+    Returns:
+        A warning, where one fits but not all.
+
+    Raises:
+        UsageError: not even one and its successor fit, or the directory cannot be written.
+    """
+    folder = run_dir / FOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        # What is there will have given way to newer ones by then.
+        own = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        free = shutil.disk_usage(folder).free + own
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or folder}: {error.strerror}: no checkpoint can be written there; give another run.dir"
+        ) from None
+    if free < 2 * size:
+        raise UsageError(
+            f"{folder}: a checkpoint takes {_told(size)} and the next one is written beside it, but only {_told(free)} "
+            "are free: make room, or give a run.dir on another disk"
+        )
+    places = keep + 1 + best
+    if free < places * size:
+        return (
+            f"{folder}: {_told(free)} are free, and {places} checkpoints of {_told(size)} (the {keep} that are kept"
+            f"{', the best' if best else ''} and the one being written) take {_told(places * size)}: lower "
+            "checkpoint.keep, or make room"
+        )
+    return None
+
+
+def _told(size: float) -> str:
+    """A number of bytes: ``2.1 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"
