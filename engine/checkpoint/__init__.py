@@ -5,11 +5,9 @@ in pieces that open on any number of ranks), ``state.json`` (the counters), ``co
 written under a temporary name and renamed when it is complete, so whatever has the name ``step-…`` can be loaded.
 """
 
-from .found import CONFIG, LABELS, Best, Found, find, find_all, find_latest
-from .pieces import Piece, save_alone
-from .reading import load, load_backbone, network_tensors, read_pieces
-from .saver import Saver
-from .writing import Content, agreed, from_first_rank, go_back, write
+from .directory import CONFIG, LABELS, Best, find, find_all, find_latest, go_back, load_backbone
+from .reading import Found, load, network_tensors, read_pieces
+from .writing import Content, Piece, agreed, from_first_rank, save_alone, write
 
 __all__ = [
     "CONFIG",
@@ -18,7 +16,6 @@ __all__ = [
     "Content",
     "Found",
     "Piece",
-    "Saver",
     "agreed",
     "find",
     "find_all",

@@ -1,21 +1,29 @@
-"""When a run saves, which checkpoint is the best, and whether the disk has room."""
+"""When a run saves, while training waits or beside it; which checkpoint is the best so far."""
 
-import os
-import shutil
-import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from ...data.errors import UsageError
-from .. import checkpoint
+from .. import device as devices
 from ..build import Parts
 from ..config import Config
 from ..ranks.distributed import World
-from . import Best, Saver
 from . import state as run_state
-from .found import EVALUATION, FOLDER
+from .directory import EVALUATION, Best, check_space, find_all, find_latest, name_of
+from .writing import Content, agreed, from_first_rank, write
+
+_CPU = torch.device("cpu")
+_TIMEOUT = timedelta(minutes=30)  # for the slowest rank's part to reach the disk
 
 
 class Saving:
@@ -54,9 +62,9 @@ class Saving:
             message=message,
             device=world.device,
         )
-        champion = self.best.of(checkpoint.find_all(self._run_dir)) if self.best is not None else None
+        champion = self.best.of(find_all(self._run_dir)) if self.best is not None else None
         value = self.best.value(champion.state()) if self.best is not None and champion is not None else None
-        self._champion = checkpoint.from_first_rank(value)  # it decides when all save together
+        self._champion = from_first_rank(value)  # it decides when all save together
         self._measured: dict[str, Any] = {}
         self._measured_at = -1
         self._better = False
@@ -115,7 +123,7 @@ class Saving:
                 warning = check_space(self._run_dir, size, section.keep, best=section.best is not None)
             except UsageError as error:
                 problem = str(error)
-        problem = checkpoint.agreed(problem)
+        problem = agreed(problem)
         if problem is not None:
             raise UsageError(problem)
         if warning is not None:
@@ -134,62 +142,134 @@ def _best(config: Config, sets: Sequence[str]) -> Best | None:
     return Best(section.metric, name, section.mode or ("min" if section.metric == "eer" else "max"))
 
 
-def check_space(run_dir: Path, size: int, keep: int, *, best: bool) -> str | None:
-    """Looks at the file system of the run's directory, which is made if it is missing.
+class Saver:
+    """One rank's part in the saves of a run; every method but ``poll`` and ``close`` is called by all ranks together.
 
-    A checkpoint is written while those before it are still there, so ``keep`` of them take ``keep + 1`` places.
+    What the disk refuses (it is full, a quota, a permission) is told in a line and counted, and training goes on with
+    the checkpoints that there are. Any other error is raised, of a save beside training at the next call.
+
+    An asynchronous save copies the state into host memory, which stays allocated for the next one, and writes it in a
+    thread with a gloo group of its own, so that its messages and those of training cannot meet. There is never more
+    than one: the next waits for it. (``dcp.async_save`` and its stagers are declared experimental; the fsync and the
+    renaming that follow would need a thread all the same.)
 
     Args:
         run_dir: of the run.
-        size: bytes of one checkpoint, of all ranks.
-        keep: how many stay.
-        best: whether the best one stays too.
+        keep: how many of the latest checkpoints stay.
+        best: what makes a checkpoint the best, which stays too; None where none is named.
+        device: where this rank computes.
+        asynchronous: whether saves are written beside training.
+        message: prints a line, on one rank.
 
-    Returns:
-        A warning, where one fits but not all.
-
-    Raises:
-        UsageError: not even one and its successor fit, or the directory cannot be written.
+    Attributes:
+        failed: how many saves came to nothing.
+        last_problem: why the last one did, None where it did not.
+        last_step: the step of the last save that was begun; -1 before the first.
     """
-    folder = run_dir / FOLDER
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        free = shutil.disk_usage(folder).free + _bytes_in(folder)
-    except OSError as error:
-        raise UsageError(
-            f"{error.filename or folder}: {error.strerror}: no checkpoint can be written there; give another run.dir"
-        ) from None
-    if free < 2 * size:
-        raise UsageError(
-            f"{folder}: a checkpoint takes {told(size)} and the next one is written beside it, but only {told(free)} "
-            "are free: make room, or give a run.dir on another disk"
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        keep: int,
+        best: Best | None,
+        asynchronous: bool,
+        message: Callable[[str], None],
+        device: torch.device = _CPU,
+    ) -> None:
+        self._run_dir, self._keep, self._best, self._device = run_dir, keep, best, device
+        self._asynchronous, self._message = asynchronous, message
+        self._group: dist.ProcessGroup | None = None
+        if asynchronous:
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_TIMEOUT))
+        self._buffers: dict[str, Tensor] = {}
+        self._running: Future[str | None] | None = None
+        self._stalled = 0.0
+        self.failed = 0
+        self.last_problem: str | None = None
+        self.last_step = -1
+
+    def save(self, content: Content) -> None:
+        """Saves, or begins to; returns when training may go on."""
+        begin = time.perf_counter()
+        self.wait()
+        self.last_step = content.step
+        if self._asynchronous:
+            self._begin(self._staged(content))
+        else:
+            self._finished(content.step, self._write(content))
+        stalled = time.perf_counter() - begin
+        self._stalled += stalled
+        if self._asynchronous:
+            self._message(
+                f"checkpoint {name_of(content.step)} is written beside training, which waited {stalled:.2f} s"
+            )
+        elif self.last_problem is None:
+            self._message(f"checkpoint {name_of(content.step)} saved; training waited {stalled:.2f} s")
+
+    def poll(self) -> None:
+        """Tells of a save beside training that has ended."""
+        if self._running is not None and self._running.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the save beside training, if there is one, has ended."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        if (error := running.exception()) is not None:
+            raise RuntimeError(f"saving {name_of(self.last_step)} failed") from error
+        self._finished(self.last_step, running.result())
+
+    def take_stalled(self) -> float:
+        """Seconds that training waited for saves since the last call."""
+        stalled, self._stalled = self._stalled, 0.0
+        return stalled
+
+    def close(self) -> None:
+        """Gives the group back; a save that still runs, which after an error may never end, is left alone."""
+        if self._running is None and self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
+
+    def _write(self, content: Content) -> str | None:
+        return write(self._run_dir, content, keep=self._keep, best=self._best, group=self._group)
+
+    def _begin(self, content: Content) -> None:
+        running: Future[str | None] = Future()
+
+        def run() -> None:
+            try:
+                devices.use(self._device)  # a new thread's is the first GPU, whatever the rank's is
+                running.set_result(self._write(content))
+            except BaseException as error:  # CheckpointException is no Exception; raised in wait()
+                running.set_exception(error)
+
+        self._running = running
+        # A daemon, unlike an executor's thread: the process of a run that failed must not wait for it.
+        threading.Thread(target=run, name=f"save-{content.step}", daemon=True).start()
+
+    def _staged(self, content: Content) -> Content:
+        """The content with all tensors copied to the host."""
+        staged = replace(
+            content,
+            tensors={name: self._copied(name, tensor) for name, tensor in content.tensors.items()},
+            pieces={name: replace(one, rows=self._copied(name, one.rows)) for name, one in content.pieces.items()},
         )
-    places = keep + 1 + best
-    if free < places * size:
-        return (
-            f"{folder}: {told(free)} are free, and {places} checkpoints of {told(size)} (the {keep} that are kept"
-            f"{', the best' if best else ''} and the one being written) take {told(places * size)}: lower "
-            "checkpoint.keep, or make room"
-        )
-    return None
+        devices.synchronize(self._device)
+        return staged
 
+    def _copied(self, name: str, tensor: Tensor) -> Tensor:
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = self._buffers[name] = devices.host_buffer(tensor)
+        return buffer.copy_(tensor.detach(), non_blocking=True)
 
-def told(size: float) -> str:
-    """A number of bytes: ``2.1 GB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:,.1f} TB"
-
-
-def _bytes_in(folder: Path) -> int:
-    """Of what is there, which will have given way to newer ones by then."""
-    return sum(
-        os.path.getsize(os.path.join(where, name))
-        for where, _, names in os.walk(folder)
-        for name in names
-        if os.path.isfile(os.path.join(where, name))
-    )
+    def _finished(self, step: int, problem: str | None) -> None:
+        self.last_problem = problem
+        if problem is None:
+            return
+        self.failed += 1
+        good = find_latest(self._run_dir)
+        rest = f"the last good one is {good.path.name}" if good is not None else "there is none yet"
+        self._message(f"checkpoint {name_of(step)} NOT saved: {problem}; training goes on, {rest}")

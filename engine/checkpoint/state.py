@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ...data.errors import UsageError
-from .. import checkpoint, device, label_map
+from .. import device, label_map
 from ..build import Parts
 from ..config import Config, load_config
 from ..config.loading import shown
 from ..initial import check_labels
 from ..ranks.distributed import World
-from . import Content, Piece
+from .directory import CONFIG
+from .reading import Found, load, network_tensors
+from .writing import Content, Piece
 
 _OPTIMIZER = "backbone_optimizer/"
 
@@ -69,7 +71,7 @@ def size_of(parts: Parts, world: World) -> int:
 
 
 def restore(
-    parts: Parts, found: checkpoint.Found, world: World, config: Config, labels: bytes | None
+    parts: Parts, found: Found, world: World, config: Config, labels: bytes | None
 ) -> tuple[dict[str, Any], list[str]]:
     """Reads a checkpoint into the parts; returns its counters, and what changed since, one line each.
 
@@ -90,7 +92,7 @@ def restore(
     check_labels(config, found, labels)
     changed: list[str] = []
     if "converted" not in state:  # whose configuration is mostly defaults
-        before = load_config(found.path / checkpoint.CONFIG)
+        before = load_config(found.path / CONFIG)
         changed = changes(before, config, found.path, begun=state["position"] > 0)
     saved, tensors = found.shapes(), _backbone_tensors(parts) | _sharded(parts)
     states = [name for name in tensors if name.startswith(_OPTIMIZER)]
@@ -100,7 +102,7 @@ def restore(
         changed.append("begins     with a new state of the backbone's optimizer: the checkpoint has none")
     _check(found, tensors)
     seed_generators(config.run.seed, world.rank, state["step"])
-    for name, value in checkpoint.load(found, tensors, (f"rng/{world.rank}/",)).items():
+    for name, value in load(found, tensors, (f"rng/{world.rank}/",)).items():
         device.set_rng_state(name.rpartition("/")[2], value, world.device)
     parts.head.steps = state["head_steps"]
     if parts.scaler.is_enabled() and state["scaler"]:  # a run in another precision had none
@@ -130,14 +132,14 @@ def _sharded(parts: Parts) -> dict[str, DTensor]:
 
 def _backbone_tensors(parts: Parts) -> dict[str, Tensor]:
     """Weights and buffers of the network, and its optimizer's state by parameter name."""
-    return checkpoint.network_tensors(parts.network) | {
+    return network_tensors(parts.network) | {
         f"{_OPTIMIZER}{name}/{key}": value
         for name, parameter in parts.network.named_parameters()
         for key, value in parts.backbone_optimizer.state[parameter].items()
     }
 
 
-def _check(found: checkpoint.Found, tensors: Mapping[str, Tensor]) -> None:
+def _check(found: Found, tensors: Mapping[str, Tensor]) -> None:
     saved = found.shapes()
     advice = "give run.name another name, or go back to the backbone and optimizers that it was trained with"
     for name, tensor in tensors.items():

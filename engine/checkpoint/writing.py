@@ -1,50 +1,49 @@
-"""Writing one checkpoint, by all ranks together: whole under its name, or not at all.
+"""Writing one checkpoint, by all ranks together: whole under its name, or not at all."""
 
-Everything goes into a temporary directory, every file and the directory are brought to the disk (fsync), and then the
-directory gets its name: what is called ``step-…`` is complete, whenever the power fails.
-"""
-
+import dataclasses
 import errno
-import io
 import json
-import os
 import shutil
 import time
-from collections.abc import Generator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlan
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from .found import (
-    BEST,
-    CONFIG,
-    FOLDER,
-    LABELS,
-    LATEST,
-    STATE,
-    Best,
-    Found,
-    find_all,
-    find_latest,
-    name_of,
-    outdated,
-    point,
-)
-from .pieces import Piece, PiecesPlanner
+from .directory import CONFIG, FOLDER, LABELS, Best, install, name_of, tidy
+from .reading import METADATA, STATE
 
 _T = TypeVar("_T")
 HIDDEN = ".step-"
 """What the names of directories begin with that are no checkpoints: being written, or being removed."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a tensor.
+
+    Attributes:
+        rows: [n, ...], on any device; n may be 0.
+        start: which row of the whole the first one is.
+        total: rows of the whole.
+        dtype: as which they are written, one piece at a time, so that pieces mapped from a file take no memory.
+    """
+
+    rows: Tensor
+    start: int
+    total: int
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,6 @@ class Content:
     state: Mapping[str, Any]
     config: str
     labels: bytes | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Of all tensors of this rank."""
-        return sum(tensor.nbytes for tensor in self.tensors.values()) + sum(one.nbytes for one in self.pieces.values())
 
 
 def write(
@@ -100,7 +94,7 @@ def write(
         shutil.rmtree(temporary, ignore_errors=True)
     elif is_main:
         with suppress(OSError):  # what is left over is removed after the next save
-            _tidy(run_dir, keep, best)
+            tidy(run_dir, keep, best)
     return problem
 
 
@@ -111,6 +105,20 @@ def agreed(problem: str | None, group: dist.ProcessGroup | None = None) -> str |
     return next((one for one in told if one is not None), None)
 
 
+def from_first_rank(value: _T) -> _T:
+    """On every rank what the first has. A collective."""
+    told = [value]
+    dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
+    return told[0]
+
+
+def save_alone(folder: Path, tensors: dict[str, Tensor], pieces: Mapping[str, Sequence[Piece]]) -> None:
+    """Writes torch.distributed.checkpoint's files, in this process alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.save(tensors, checkpoint_id=folder, planner=_PiecesPlanner(pieces), no_dist=True)
+
+
 def _prepare(temporary: Path) -> None:
     temporary.parent.mkdir(parents=True, exist_ok=True)
     for left_over in temporary.parent.glob(f"{HIDDEN}*"):  # of a run that was killed
@@ -119,7 +127,7 @@ def _prepare(temporary: Path) -> None:
 
 
 def _write_tensors(temporary: Path, content: Content, group: dist.ProcessGroup | None) -> str | None:
-    planner = PiecesPlanner({name: [piece] for name, piece in content.pieces.items()})
+    planner = _PiecesPlanner({name: [piece] for name, piece in content.pieces.items()})
     try:
         dcp.save(dict(content.tensors), storage_writer=_Writer(temporary), planner=planner, process_group=group)
     except CheckpointException as error:  # the same on every rank
@@ -131,88 +139,15 @@ def _write_tensors(temporary: Path, content: Content, group: dist.ProcessGroup |
 
 
 def _complete(folder: Path, temporary: Path, content: Content) -> None:
-    final = folder / name_of(content.step)
     (temporary / CONFIG).write_text(content.config, encoding="utf-8")
     state = {"step": content.step, "written": time.time(), **content.state}
     (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     if content.labels is not None:
         (temporary / LABELS).write_bytes(content.labels)
-    for path in (*temporary.iterdir(), temporary):
-        sync(path)
-    replaced = None
-    if final.exists():  # the run was taken up again at an earlier step and has come here once more
-        _point_elsewhere(folder, final)
-        replaced = _set_aside(final)
-    os.rename(temporary, final)
-    sync(folder)
-    point(folder, LATEST, final.name)
-    sync(folder)
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
+    install(temporary, folder / name_of(content.step))
 
 
-def from_first_rank(value: _T) -> _T:
-    """On every rank what the first has. A collective."""
-    told = [value]
-    dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
-    return told[0]
-
-
-def go_back(found: Found, later: Sequence[Found]) -> None:
-    """Makes ``found`` the latest and removes the ``later`` ones.
-
-    Killed at any moment, ``found`` is the latest, and what is half removed does not look like a checkpoint.
-    """
-    if not later:
-        return
-    folder = found.path.parent
-    point(folder, LATEST, found.path.name)
-    sync(folder)
-    for one in sorted(later, key=lambda one: -one.step):
-        _point_elsewhere(folder, one.path)
-        shutil.rmtree(_set_aside(one.path), ignore_errors=True)
-
-
-def _point_elsewhere(folder: Path, old: Path) -> None:
-    others = [found for found in find_all(folder.parent) if found.path != old]
-    for link in (LATEST, BEST):
-        if (folder / link).is_symlink() and (folder / link).readlink().name == old.name:
-            if others:
-                point(folder, link, max(others, key=lambda found: found.written).path.name)
-            else:
-                (folder / link).unlink()
-
-
-def _tidy(run_dir: Path, keep: int, best: Best | None) -> None:
-    folder, checkpoints = run_dir / FOLDER, find_all(run_dir)
-    champion = best.of(checkpoints) if best is not None else None
-    if champion is not None:
-        point(folder, BEST, champion.path.name)
-    elif (folder / BEST).is_symlink():
-        (folder / BEST).unlink()
-    latest = find_latest(run_dir)
-    for old in outdated(checkpoints, keep, [one for one in (champion, latest) if one is not None]):
-        shutil.rmtree(_set_aside(old.path), ignore_errors=True)
-
-
-def _set_aside(path: Path) -> Path:
-    """Takes its name away first: what is half removed must not look like a checkpoint."""
-    hidden = path.with_name(f".{path.name}.old")
-    shutil.rmtree(hidden, ignore_errors=True)
-    os.rename(path, hidden)
-    return hidden
-
-
-def sync(path: Path) -> None:
-    """Brings a file or directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _refused(action: Any) -> str | None:
+def _refused(action: Callable[[], None]) -> str | None:
     try:
         action()
     except OSError as error:
@@ -225,15 +160,49 @@ def _told(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
 
 
-class _Writer(FileSystemWriter):
-    """torch's writer, which tells a full disk as such: torch.save itself loses the error of a file that it writes."""
+class _PiecesPlanner(DefaultSavePlanner):
+    """Plans plain tensors as torch does, and pieces as a rank's shards of those tensors.
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.fs = self._files = _Files()
+    torch's own plan for a DTensor takes one shard of a rank, in the dtype that it has in memory: a converter has those
+    of all ranks, mapped from files, and an asynchronous save their copies on the host.
+    """
+
+    def __init__(self, pieces: Mapping[str, Sequence[Piece]]) -> None:
+        super().__init__()
+        self._pieces: dict[tuple[str, torch.Size | None], Piece] = {}
+        self._items: list[WriteItem] = []
+        for name, parts in pieces.items():
+            for piece in parts:
+                if not len(piece.rows):
+                    continue
+                offset = torch.Size((piece.start, *[0] * (piece.rows.ndim - 1)))
+                self._pieces[name, offset] = piece
+                data = TensorWriteData(
+                    chunk=ChunkStorageMetadata(offsets=offset, sizes=piece.rows.shape),
+                    properties=TensorProperties(dtype=piece.dtype),
+                    size=torch.Size((piece.total, *piece.rows.shape[1:])),
+                )
+                self._items.append(WriteItem(MetadataIndex(name, offset), WriteItemType.SHARD, tensor_data=data))
+
+    def create_local_plan(self) -> SavePlan:
+        plan = super().create_local_plan()
+        self.plan = dataclasses.replace(plan, items=[*plan.items, *self._items])
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        piece = self._pieces.get((index.fqn, index.offset))
+        return super().lookup_object(index) if piece is None else piece.rows.to(piece.dtype).contiguous()
+
+
+class _Writer(FileSystemWriter):
+    """torch's writer, which tells a full disk as such.
+
+    torch.save raises an error of its own at the end of a file that the disk refused: the disk's is in its context, and
+    would be lost on the way to the other ranks.
+    """
 
     def write_data(self, plan: Any, planner: Any) -> Any:
-        with self._files.telling():
+        with _disk_errors(Path(self.path) / f"{plan.storage_data.prefix}0.distcp"):
             return super().write_data(plan, planner)
 
     def finish(self, metadata: Metadata, results: Any) -> None:
@@ -243,45 +212,20 @@ class _Writer(FileSystemWriter):
                 raise FileNotFoundError(
                     errno.ENOENT, "rank 0 does not see this file of another rank; do all hosts share run.dir?", place
                 )
-        with self._files.telling():
+        with _disk_errors(Path(self.path) / METADATA):
             super().finish(metadata, results)
 
 
-class _Files(FileSystem):
-    """Files that remember which error one of them had first."""
-
-    def __init__(self) -> None:
-        self.error: OSError | None = None
-
-    @contextmanager
-    def telling(self) -> Generator[None]:
-        try:
-            yield
-        except Exception:
-            if self.error is not None:
-                raise self.error from None
+@contextmanager
+def _disk_errors(path: Path) -> Generator[None]:
+    """Raises the error of the disk that is behind another error, with the name of the file."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
             raise
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase]:
-        with _Stream(self, Path(path), mode) as stream:
-            yield cast(io.IOBase, stream)
-
-
-class _Stream(io.FileIO):
-    def __init__(self, files: _Files, path: Path, mode: str) -> None:
-        self._files, self._path = files, path
-        super().__init__(path, mode)
-
-    def write(self, data: Any) -> int:
-        """All of it, as files with a buffer do."""
-        view = memoryview(data).cast("B")
-        written = 0
-        while written < len(view):
-            try:
-                written += super().write(view[written:]) or 0
-            except OSError as error:
-                error.filename = str(self._path)
-                self._files.error = self._files.error or error
-                raise
-        return written
+        cause.filename = cause.filename or str(path)
+        raise cause from None

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from pfc.data.errors import UsageError
 from pfc.engine import device as devices
-from pfc.engine.checkpoint import saver as saver_module
+from pfc.engine.checkpoint import manager
 from pfc.launch.console import find_device
 from tests.engine.runs import configuration, new_trainer, pack, train
 from tests.ranks import run_ranks
@@ -89,7 +89,7 @@ def test_what_nobody_said_follows_from_the_device(device: str, last: bool, every
 def save_beside(tree: dict[str, Any]) -> tuple[list[str], list[str]]:
     """On a rank: which thread took which device in an asynchronous save."""
     taken: list[tuple[str, torch.device]] = []
-    before = saver_module.devices
+    before = manager.devices
     trainer = new_trainer(tree)
 
     class Watched:
@@ -101,13 +101,13 @@ def save_beside(tree: dict[str, Any]) -> tuple[list[str], list[str]]:
 
             taken.append((threading.current_thread().name, device))
 
-    saver_module.devices = Watched  # type: ignore[assignment]
+    manager.devices = Watched  # type: ignore[assignment]
     try:
         trainer.train_step()
         trainer.save()
         trainer.saving.saver.wait()
     finally:
-        saver_module.devices = before
+        manager.devices = before
         trainer.close()
     return [name for name, _ in taken], [str(device) for _, device in taken]
 

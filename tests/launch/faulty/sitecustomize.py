@@ -46,7 +46,7 @@ def install(fault: dict[str, Any]) -> None:
     from pfc.data.loading.loader import TrainLoader
     from pfc.engine import training_step
     from pfc.engine.backbones.small import SmallNet
-    from pfc.engine.checkpoint import saver
+    from pfc.engine.checkpoint import manager
     from pfc.partial_fc import PartialFC
 
     step = 0
@@ -90,7 +90,7 @@ def install(fault: dict[str, Any]) -> None:
     elif place == "images":
         before(training_step.TrainingStep, "micro_batch", spoil)
     elif place == "save":
-        before(saver, "write", in_a_save)
+        before(manager, "write", in_a_save)
 
 
 if "FAULT" in os.environ and "pfc.launch.train" in sys.orig_argv:
