@@ -14,7 +14,7 @@ from ..records.joint import JointDataset
 from .orders import Integers, Order, counter_hash, permuted
 
 _IDENTITY_STREAM, _IMAGE_STREAM = 32, 33
-_VERSION = 1  # of the cache's content; in its name, as the index's
+_VERSION = 2  # of the cache's content; in its name, as the index's
 
 
 class Groups(NamedTuple):

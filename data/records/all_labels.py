@@ -19,7 +19,7 @@ from .recordio import MAGIC, ImageRecord
 
 _BLOCK = 1 << 18  # images swept at a time
 WORTH_CACHING = 1 << 14  # images
-_VERSION = 2  # of the cache's content; in its name, as the index's
+_VERSION = 3  # of the cache's content; in its name, as the index's
 
 
 @dataclass(frozen=True)

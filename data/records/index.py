@@ -26,7 +26,7 @@ _BLOCK = 1 << 26  # bytes of text parsed at a time: so many that malloc gives th
 _WORTH_CACHING = 1 << 16  # bytes of text: less is parsed as fast as a cache opens
 _LARGEST = (1 << 63) - 1
 _SEARCHED = 1 << 16  # offsets that are compared at a time
-_VERSION = 1  # of the cache's content; in its name, so that two versions of pfc do not replace each other's
+_VERSION = 2  # of the cache's content; in its name, so that two versions of pfc do not replace each other's
 
 
 @dataclass(frozen=True)
