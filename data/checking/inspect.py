@@ -241,12 +241,14 @@ def _wrong_files(dataset: RecordDataset, covered: Counter[str] | None) -> Iterat
         path, entry = shard.file.path, entries.get(shard.file.path.name)
         if entry is not None and shard.file.size != entry.bytes:
             yield Damage(str(path), None, None, f"has {shard.file.size} bytes, {entry.bytes} by dataset.json")
-        elif entry is not None and len(shard.keys) != entry.images:
+            continue
+        if entry is not None and len(shard.keys) != entry.images:
             what = f"its index lists {len(shard.keys)} records, {entry.images} by dataset.json"
-            yield Damage(str(path), None, None, f"{what}: make it anew with --rebuild-index --force")
         elif covered is not None and covered[str(path)] < shard.file.size:
             what = f"its index leaves out {shard.file.size - covered[str(path)]} of its {shard.file.size} bytes"
-            yield Damage(str(path), None, None, f"{what}: make it anew with --rebuild-index --force")
+        else:
+            continue
+        yield Damage(str(path), None, None, f"{what}: rebuild it with --rebuild-index --force")
 
 
 def _check_image(dataset: RecordDataset, index: int, image: np.ndarray, decode: bool) -> str:
@@ -269,11 +271,11 @@ def _check_image(dataset: RecordDataset, index: int, image: np.ndarray, decode: 
 def _wrong_checksums(dataset: RecordDataset) -> Iterator[Damage]:
     if dataset.manifest is None:
         return
-    told = {entry.rec: entry.sha256 for entry in dataset.manifest.shards}
+    sums = {entry.rec: entry.sha256 for entry in dataset.manifest.shards}
     for shard in dataset.shards:
         with shard.file.path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != told[shard.file.path.name]:
-            expected = told[shard.file.path.name]
+        expected = sums[shard.file.path.name]
+        if found != expected:
             what = f"sha256 is {found[:12]}…, {expected[:12]}… by dataset.json: the file was changed"
             yield Damage(str(shard.file.path), None, None, what)

@@ -42,14 +42,15 @@ def check_apart(out: Path, sources: list[Path], options: PackOptions) -> None:
             raise UsageError(f"{out} and the source {source} lie one in the other: give a place outside")
 
 
-def pack(source: Source, out: Path, store: Storing, options: PackOptions) -> PackSummary:
+def pack(source: Source, out: Path, options: PackOptions) -> PackSummary:
     """Pack ``source`` into a data set at ``out``; UsageError where the options do not fit it, or nothing can be read.
 
     An image that cannot be read is named in the summary and in ``out``/skipped.tsv.
     """
     if options.strict and source.rejected:
         raise UsageError(f"{printable(': '.join(source.rejected[0]))} (packing is strict)")
-    chosen = select(source, options.filter())
+    store = options.storing()
+    chosen = select(source, options)
     shards = _count_shards(len(chosen.images), options)
     creation = store.to_dict() | {"shards": shards, "seed": options.seed} | _unusual(options)
     writer = ShardedWriter(

@@ -12,9 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from uuid import uuid4
 
-from ..atomic import remove_replaced, replace_folder, restore_replaced, sync_folder
+from ..atomic import remove_replaced, replace_folder, restore_replaced, sync_folder, unfinished_name
 from ..errors import UsageError
 from ..records.labels import LabelEncoding, encode_label, encoding_for
 from ..records.manifest import LABEL_NAMES_NAME, MANIFEST_NAME, Manifest, ShardEntry, printable
@@ -82,8 +81,8 @@ class ShardedWriter:
         self.partial: PartialFolder | None = None
         self.resumed: dict[str, Any] | None = None
         self._resumable = resume_key is not None
-        token = "" if self._resumable else f".{uuid4().hex[:8]}"
-        self.folder = self._place.parent / f".{self._place.name}{token}.partial"
+        resumable = self._place.parent / f".{self._place.name}.partial"
+        self.folder = resumable if self._resumable else unfinished_name(self._place)
         starts: list[Any] = [None] * shards
         try:
             check_output(self.out, overwrite=overwrite)

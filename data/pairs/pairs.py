@@ -22,8 +22,6 @@ from .plain_pickle import RefusedError, load_plain
 if TYPE_CHECKING:
     from ..records.dataset import RecordDataset
 
-_LFW_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".pgm")
-
 
 @dataclass(frozen=True)
 class Pairs:
@@ -211,8 +209,10 @@ def _parse_line(fields: list[str], root: Path, where: str) -> tuple[Path, Path, 
 
 
 def _lfw_path(root: Path, name: str, number: str, where: str) -> Path:
+    from ..images import SUFFIXES
+
     stem = root / name / f"{name}_{int(number):04d}"
-    for suffix in _LFW_SUFFIXES:
+    for suffix in SUFFIXES:
         if (path := stem.with_name(stem.name + suffix)).is_file():
             return path
     raise UsageError(f"{where}: there is no image {stem}.jpg (nor .png, ...): is {root} the right root?")

@@ -27,10 +27,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 
+from ..atomic import unfinished_name
 from .mapped import MappedFile
 
 PATIENCE = 300.0
@@ -165,7 +165,7 @@ def _places(path: Path) -> list[Path]:
 
 
 def _write(path: Path, about: dict[str, Any], arrays: Sequence[np.ndarray]) -> None:
-    unfinished = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
+    unfinished = unfinished_name(path)
     try:
         with unfinished.open("wb") as file:
             for array in (_origin(about), *arrays):

@@ -127,6 +127,11 @@ class RecordDataset:
     def __len__(self) -> int:
         return self._starts[-1]
 
+    @property
+    def folder(self) -> Path:
+        """The directory that holds the shards."""
+        return self.path if self.path.is_dir() else self.path.parent
+
     @cached_property
     def num_classes(self) -> int:
         """How many identities there are: labels are 0 … num_classes − 1.
@@ -174,7 +179,7 @@ class RecordDataset:
 
     def identity_names(self) -> list[str] | None:
         """The name of each label's identity, as ``pfc pack`` saved them; None where it did not."""
-        path = (self.path if self.path.is_dir() else self.path.parent) / LABEL_NAMES_NAME
+        path = self.folder / LABEL_NAMES_NAME
         if not path.is_file():
             return None
         try:
