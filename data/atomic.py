@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Atomic writing: files and folders that are complete or do not exist."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def unfinished_name(path: Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write to: that file takes ``path``'s place when the block ends well, else it goes."""
+    """A temporary name next to ``path``: the file replaces ``path`` if the block succeeds, otherwise it is removed."""
     unfinished = unfinished_name(path)
     try:
         yield unfinished

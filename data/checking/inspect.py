@@ -115,7 +115,7 @@ def inspect_dataset(
     files with the sha256 in dataset.json. At most ``max_errors`` errors are listed, all are counted. repair:
     a new or empty directory to which the good images are copied as a data set (``repair.write_repaired``).
     progress counts images. UsageError where the data set cannot be opened at all: a file is missing, or an index
-    is none.
+    is invalid.
     """
     if repair is not None:
         check_output(Path(repair), overwrite=None)
@@ -149,8 +149,8 @@ def inspect_dataset(
     good = np.concatenate([*labels, np.empty(0, dtype=np.int64)])
     present, counts = np.unique(good, return_counts=True)
     counts = counts if len(counts) else np.zeros(1, dtype=np.int64)
-    told = dataset.told_classes
-    identities = told if told is not None else int(present.max(initial=-1)) + 1
+    declared = dataset.told_classes
+    identities = declared if declared is not None else int(present.max(initial=-1)) + 1
     if repair is not None:
         promised = dataset.image_size
         same = promised is not None and list(sizes) == [f"{promised[0]}x{promised[1]}"]

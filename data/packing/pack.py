@@ -2,7 +2,7 @@
 
 All functions take the keyword arguments that ``PackOptions`` explains, and give a ``PackSummary``. What is packed from
 one source with one seed is the same to the byte, whatever the number of workers and however often it was interrupted:
-a call that was interrupted goes on when it is made again. UsageError on everything that the caller can mend: a source
+an interrupted call continues when it is repeated. UsageError on everything that the caller can fix: a source
 that is not what it should be, impossible options, an ``out`` that holds something.
 """
 
@@ -75,7 +75,7 @@ def pack_recordio(
     joining: Joining = "apart",
     **given: Any,
 ) -> PackSummary:
-    """Pack one or several RecordIO data sets anew: other shards, another order, fewer identities, all in one.
+    """Repack one or several RecordIO data sets: other shards, another order, fewer identities, all in one.
 
     Images keep their bytes, and are not decoded unless ``check`` or ``size`` asks for it; of a record whose label stays
     only the id changes, to its new key. ``joining`` says whether the identities of several sets are all different

@@ -67,7 +67,7 @@ def select(source: Source, options: PackOptions) -> Selection:
 
 
 def _named(names: Sequence[str], path: Path) -> np.ndarray:
-    """Which of ``names`` stand in the file; a line that is none of them is an error, since it is a slip."""
+    """Which of ``names`` the file lists; any other line is an error, since it must be a mistake."""
     try:
         lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     except OSError as error:

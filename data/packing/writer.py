@@ -28,7 +28,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class ShardedWriter:
     """Writes images into ``shards`` pairs of ``.rec`` and ``.idx`` under ``out``, with ``dataset.json``.
 
-    Use as a context manager. Everything goes to a temporary directory beside ``out``, which takes its place
+    Use as a context manager. Everything goes to a temporary directory next to ``out``, which takes its place
     when the block ends well; when it ends with an exception, nothing is left. Image j goes to shard j %
     shards under key j, so shards differ by one image at most and a key names one image of the whole set. The
     images come in the order in which they shall lie on disk: shuffle before.
@@ -152,7 +152,9 @@ class ShardedWriter:
         going_on = self._resumable and (self.images > 0 or not isinstance(failure, UsageError))
         self._leave(keep=failure is not None and (isinstance(failure, StoppedPacking) or going_on))
         if isinstance(failure, OSError) and failure.errno in FULL and not self._resumable:
-            raise UsageError(f"{self.out} cannot be written: {(failure.strerror or '').lower()}; make room") from None
+            raise UsageError(
+                f"{self.out} cannot be written: {(failure.strerror or '').lower()}; free some space"
+            ) from None
         if failure is not None and failure is not error:
             raise failure
 

@@ -1,4 +1,4 @@
-"""Labels of a data set's records: one, or all in one sweep, kept next to the data set and mapped from there."""
+"""Labels of a data set's records: one, or all at once, cached next to the data set and mapped from there."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ShardLabels:
     told_classes: int | None
 
     def decode(self, record: ImageRecord, shard: Shard, position: int) -> int:
-        """The label in an image's record; DamagedRecord where it is none of 0 … told_classes − 1."""
+        """The label in an image's record; DamagedRecord if it is not in 0 … told_classes − 1."""
         try:
             label = decode_label(record.labels, self.encoding)
         except ValueError as error:
@@ -58,7 +58,7 @@ class ShardLabels:
         return cached_arrays(place, about, files, lambda: [self._read(progress)])[0]
 
     def origin(self) -> tuple[dict[str, Any], list[Path]]:
-        """What the labels are made from, as ``cached_arrays`` takes it, and its files."""
+        """What the labels are computed from, as ``cached_arrays`` takes it, and its files."""
         files = [shard.file.path for shard in self.shards]
         files += [path.with_suffix(".idx") for path in files]
         about: dict[str, Any] = {"labels": self.told_classes, "encoding": self.encoding}
@@ -107,5 +107,5 @@ class ShardLabels:
 
 
 def cache_place(path: Path, name: str) -> Path:
-    """Where a cache of the data set at ``path`` is kept: in its folder, or beside its ``.rec``."""
+    """The cache file of the data set at ``path``: in its folder, or next to its ``.rec``."""
     return path / f"{name}.cache" if path.is_dir() else path.with_suffix(f".{name}.cache")

@@ -155,7 +155,7 @@ class RecordReader:
 
 
 def relabelled(head: bytes, old: LabelEncoding, label: int, new: LabelEncoding) -> bytes:
-    """An image record's head with another label; its ids stay, and further labels where the encoding has room."""
+    """An image record's head with another label; its ids stay, and further labels if the encoding can store them."""
     (flag,) = struct.unpack_from("<I", head)
     stored = encode_label(label, new)
     if isinstance(stored, tuple):

@@ -1,5 +1,5 @@
-"""The index: parsed once, kept as arrays beside the .idx, mapped and shared; rebuilt when it must be, never believed
-when damaged; and made anew from a .rec alone."""
+"""The index: parsed once, cached as arrays next to the .idx, mapped and shared; rebuilt when it must be, never believed
+when damaged; and rebuilt from a .rec alone."""
 
 import json
 import os
