@@ -1,4 +1,4 @@
-"""Data: from a person's images to the batches of a training run.
+"""Data: from image files to the batches of a training run.
 
     records/    RecordIO shards, their index and labels; one data set, or several as one
     packing/    images into shards: from a folder, a list, a table, other RecordIO

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Atomic writing: files and folders that are complete or do not exist."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from uuid import uuid4
 from .records.manifest import MANIFEST_NAME
 
 
+def unfinished_name(path: Path) -> Path:
+    """A new name next to ``path``, hidden, for what will be moved there when it is complete."""
+    return path.parent / f".{path.name}.{uuid4().hex[:8]}.partial"
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write to: that file takes ``path``'s place when the block ends well, else it goes."""
-    unfinished = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
+    """A temporary name next to ``path``: the file replaces ``path`` if the block succeeds, otherwise it is removed."""
+    unfinished = unfinished_name(path)
     try:
         yield unfinished
         os.replace(unfinished, path)

@@ -1,4 +1,4 @@
-"""The exceptions for what the person at the keyboard can mend."""
+"""The exceptions for errors that the user can fix."""
 
 from pathlib import Path
 

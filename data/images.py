@@ -10,7 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 Encoding = Literal["jpeg", "png"]
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".pgm"})
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".pgm")
 
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 _BACKGROUND = "white"  # behind transparent images

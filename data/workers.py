@@ -32,7 +32,7 @@ def default_workers() -> int:
 
 def end_unguarded_worker() -> None:
     """End this process where it is a worker that just starts: it imports the script that started it, and the script,
-    without a guard, does what the worker is there for. ``parallel_map`` tells the person, once and for all of them.
+    without a guard, does what the worker is there for. ``parallel_map`` reports it, once for all workers.
 
     Called before anything is done that several processes must not do.
     """
@@ -52,7 +52,7 @@ def parallel_map(
     Results come in the order of the tasks. At most 3 × workers chunks of ``chunk`` tasks are in flight, and fewer where
     results (bytes, or tuples with them) are so large that they would take more than ``IN_FLIGHT``: memory stays bounded
     however long ``tasks`` is. ``function`` must be picklable (a function of a module, or a functools.partial of one).
-    What it raises is raised here; WorkerDied where a worker process did, UsageError where none could begin.
+    What it raises is raised here; WorkerDied where a worker process did, UsageError if none could start.
     """
     workers = default_workers() if workers is None else workers
     if workers <= 1:

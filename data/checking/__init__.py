@@ -1,2 +1,2 @@
 """Whether a data set is whole: ``inspect`` walks every record, ``repair`` writes what is good as a new set,
-``rebuild`` makes a lost index, ``merged_index`` one index for readers of several shards."""
+``rebuild`` rebuilds a lost index, ``merged_index`` writes one index over all shards."""

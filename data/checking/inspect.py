@@ -115,7 +115,7 @@ def inspect_dataset(
     files with the sha256 in dataset.json. At most ``max_errors`` errors are listed, all are counted. repair:
     a new or empty directory to which the good images are copied as a data set (``repair.write_repaired``).
     progress counts images. UsageError where the data set cannot be opened at all: a file is missing, or an index
-    is none.
+    is invalid.
     """
     if repair is not None:
         check_output(Path(repair), overwrite=None)
@@ -149,8 +149,8 @@ def inspect_dataset(
     good = np.concatenate([*labels, np.empty(0, dtype=np.int64)])
     present, counts = np.unique(good, return_counts=True)
     counts = counts if len(counts) else np.zeros(1, dtype=np.int64)
-    told = dataset.told_classes
-    identities = told if told is not None else int(present.max(initial=-1)) + 1
+    declared = dataset.told_classes
+    identities = declared if declared is not None else int(present.max(initial=-1)) + 1
     if repair is not None:
         promised = dataset.image_size
         same = promised is not None and list(sizes) == [f"{promised[0]}x{promised[1]}"]
@@ -241,12 +241,14 @@ def _wrong_files(dataset: RecordDataset, covered: Counter[str] | None) -> Iterat
         path, entry = shard.file.path, entries.get(shard.file.path.name)
         if entry is not None and shard.file.size != entry.bytes:
             yield Damage(str(path), None, None, f"has {shard.file.size} bytes, {entry.bytes} by dataset.json")
-        elif entry is not None and len(shard.keys) != entry.images:
+            continue
+        if entry is not None and len(shard.keys) != entry.images:
             what = f"its index lists {len(shard.keys)} records, {entry.images} by dataset.json"
-            yield Damage(str(path), None, None, f"{what}: make it anew with --rebuild-index --force")
         elif covered is not None and covered[str(path)] < shard.file.size:
             what = f"its index leaves out {shard.file.size - covered[str(path)]} of its {shard.file.size} bytes"
-            yield Damage(str(path), None, None, f"{what}: make it anew with --rebuild-index --force")
+        else:
+            continue
+        yield Damage(str(path), None, None, f"{what}: rebuild it with --rebuild-index --force")
 
 
 def _check_image(dataset: RecordDataset, index: int, image: np.ndarray, decode: bool) -> str:
@@ -269,11 +271,11 @@ def _check_image(dataset: RecordDataset, index: int, image: np.ndarray, decode: 
 def _wrong_checksums(dataset: RecordDataset) -> Iterator[Damage]:
     if dataset.manifest is None:
         return
-    told = {entry.rec: entry.sha256 for entry in dataset.manifest.shards}
+    sums = {entry.rec: entry.sha256 for entry in dataset.manifest.shards}
     for shard in dataset.shards:
         with shard.file.path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != told[shard.file.path.name]:
-            expected = told[shard.file.path.name]
+        expected = sums[shard.file.path.name]
+        if found != expected:
             what = f"sha256 is {found[:12]}…, {expected[:12]}… by dataset.json: the file was changed"
             yield Damage(str(shard.file.path), None, None, what)

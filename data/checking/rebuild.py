@@ -1,4 +1,4 @@
-"""Makes a lost ``.idx`` from its ``.rec`` alone."""
+"""Rebuilds a lost ``.idx`` from its ``.rec`` alone."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..records.recordio import ImageRecord, RecordFile, unpack_image
 from ..workers import Progress
 
 _NO_ID = -1
-_LARGEST = 1 << 62  # id that is told apart from larger ones
+_LARGEST = 1 << 62  # larger ids are not distinguished
 _SMALLEST = 32  # bytes of an image record without an image
 
 
 class Rebuilt(NamedTuple):
-    """An index that was made: its ``records``, and at how many places the ``.rec`` is damaged."""
+    """A rebuilt index: its ``records``, and at how many places the ``.rec`` is damaged."""
 
     idx: Path
     records: int
@@ -147,11 +147,11 @@ def _misfits(ids: np.ndarray, step: int) -> np.ndarray:
     before, here, after = given[:-2], given[1:-1], given[2:]
     odd[1:-1] = (before < after) & ((here <= before) | (here >= after))
     ranks = np.argsort(np.argsort(given, kind="stable"))
-    beside = np.zeros(len(given), dtype=np.int64)  # neighbours that are one step away
-    beside[1:] += given[1:] - given[:-1] == step
-    beside[:-1] += given[1:] - given[:-1] == step
-    # Of equal ids, the one beside its neighbours comes first, then the one in its place.
-    order = np.lexsort((np.abs(ranks - np.arange(len(given))), -beside, given))
+    adjacent = np.zeros(len(given), dtype=np.int64)  # neighbours that are one step away
+    adjacent[1:] += given[1:] - given[:-1] == step
+    adjacent[:-1] += given[1:] - given[:-1] == step
+    # Of equal ids, the one adjacent to its neighbours comes first, then the one in its place.
+    order = np.lexsort((np.abs(ranks - np.arange(len(given))), -adjacent, given))
     double = np.zeros(len(given), dtype=bool)
     double[order[1:]] = given[order[1:]] == given[order[:-1]]
     rests, counts = np.unique(given % step, return_counts=True)

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 
+from ..atomic import unfinished_name
 from ..errors import UsageError
 from ..packing.writer import entry_of
 from ..records.dataset import RecordDataset
@@ -37,7 +37,7 @@ def write_repaired(
     a temporary name and renamed when complete. progress counts images.
     """
     place = out.resolve()
-    unfinished = place.parent / f".{place.name}.{uuid4().hex[:8]}.partial"
+    unfinished = unfinished_name(place)
     left_out = np.zeros(len(dataset), dtype=bool)
     left_out[list(bad)] = True
     if left_out.all():
@@ -92,7 +92,6 @@ def _write_about(
             **changed,
         )
     manifest.write(folder)
-    here = dataset.path if dataset.path.is_dir() else dataset.path.parent
     for name in ("property", LABEL_NAMES_NAME):
-        if (here / name).is_file():
-            shutil.copyfile(here / name, folder / name)
+        if (dataset.folder / name).is_file():
+            shutil.copyfile(dataset.folder / name, folder / name)

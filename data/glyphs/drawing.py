@@ -1,6 +1,5 @@
 """One photograph of a character: drawn in a font, then turned, sheared, scaled, shifted, blurred and lit at random."""
 
-import io
 import math
 from functools import lru_cache
 from typing import NamedTuple
@@ -8,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from ..images import encode_image
 
 _OVERSAMPLING = 2  # drawn larger and reduced at the end, which keeps thin strokes from breaking up
 _EM = 0.78  # of the image's side, before the random scale
@@ -35,9 +36,7 @@ def draw_glyph(photograph: Photograph, *, size: int, quality: int) -> tuple[int,
     mask = mask.transform(mask.size, Image.Transform.AFFINE, _affine(generator, side), Image.Resampling.BILINEAR)
     mask = mask.filter(ImageFilter.GaussianBlur(generator.uniform(0.0, 0.015) * side)).reduce(_OVERSAMPLING)
     picture = _light(np.asarray(mask, dtype=np.float32)[..., None] / np.float32(255), generator)
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "JPEG", quality=quality)
-    return photograph.label, file.getvalue()
+    return photograph.label, encode_image(Image.fromarray(picture), quality=quality, encoding="jpeg")
 
 
 @lru_cache(maxsize=64)

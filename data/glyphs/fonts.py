@@ -1,4 +1,4 @@
-"""Freely licensed fonts that draw Han characters or Hangul: finding them, and telling which may be trained on."""
+"""Freely licensed fonts that draw Han characters or Hangul: finding them, and deciding which to train on."""
 
 import os
 import re
@@ -122,7 +122,7 @@ def split_fonts(fonts: list[Font], heldout: Iterable[str] | None = None) -> tupl
 
 
 def _open(file: Path, named: bool) -> Font | None:
-    """The font in ``file``; None where it is of no use. What a person named may have any licence and few characters."""
+    """The font in ``file``; None if it cannot be used. If the user named it, any licence and few characters do."""
     from fontTools.ttLib import TTFont, TTLibError
 
     try:
@@ -130,7 +130,7 @@ def _open(file: Path, named: bool) -> Font | None:
     except (TTLibError, OSError) as error:
         if named:
             raise UsageError(f"{file} is not a font that can be read: {error}") from error
-        return None  # a broken file among the machine's own fonts is not this person's concern
+        return None  # a broken file among the machine's own fonts does not concern the user
     with face:
         names = face["name"]
         if not named and not _FREE_LICENCE.search(" ".join(names.getDebugName(i) or "" for i in (0, 13, 14))):

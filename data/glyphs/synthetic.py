@@ -10,6 +10,7 @@ from PIL import Image
 
 from ..errors import UsageError
 from ..images import encode_image
+from ..packing.options import both_sides
 from ..packing.summary import PackSummary
 from ..packing.writer import ShardedWriter
 from ..workers import Progress, end_unguarded_worker, parallel_map
@@ -39,7 +40,7 @@ def pack_synthetic(
     UsageError on impossible numbers and where ``out`` holds something.
     """
     end_unguarded_worker()
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = both_sides(size)
     wanted = {
         "identities": identities,
         "images_per_identity": images_per_identity,

@@ -112,7 +112,7 @@ def _fitted(images: Any, fn: Any, height: int, width: int) -> Any:
 def _within_cover(images: Any, start: Any, end: Any, fn: Any, types: Any, height: int, width: int) -> Any:
     """The corners of a part of what ``_fitted`` shows, as corners in the whole pictures; all are shares of the sides.
 
-    Else a picture of other proportions than height by width would be squeezed.
+    Otherwise a picture of other proportions than height by width would be squeezed.
     """
     from nvidia.dali import math
 
@@ -185,7 +185,7 @@ def as_numbers(drawn: np.ndarray) -> Any:
 
 
 def run_pipeline(pipeline: Any, device: torch.device) -> Tensor:
-    """The next batch as a tensor of the caller's own. RuntimeError where DALI fails; the pipeline is then done for."""
+    """The next batch as a tensor of the caller's own. RuntimeError if DALI fails: the pipeline is then unusable."""
     (images,) = pipeline.run(output_stream(device))  # by place: a name would be one of the pipeline's inputs
     return owned(torch.from_dlpack(images.as_tensor()), device)
 
@@ -222,7 +222,7 @@ def undecodable(images: Sequence[NDArray[np.uint8]], device: torch.device) -> li
 def import_dali() -> tuple[Any, Any, Any]:
     """DALI's fn, types and pipeline_def: imported when they are needed, because the rest of pfc works without them."""
     try:
-        # Else every batch is allocated anew and its pages zeroed by the system: a tenth of the time on a CPU.
+        # Otherwise every batch is newly allocated and its pages zeroed by the system: a tenth of the time on a CPU.
         os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "64k")
         with _IMPORTING:  # its modules import each other in a circle: two threads at it at once block each other
             from nvidia.dali import fn, pipeline_def, types

@@ -11,7 +11,7 @@ WINDOW = 10_000
 
 
 class DamageLimit:
-    """Stops a run whose data set is damaged in earnest.
+    """Ends a run when too large a share of its images is damaged.
 
     Args:
         share: largest share of damaged images: more than share · ``WINDOW`` among the last ``WINDOW`` images of a rank

@@ -1,6 +1,6 @@
-"""All of this room that depends on the device: where DALI decodes, and how a batch gets to where it is used.
+"""All device-dependent code of loading: where DALI decodes, and how a batch gets to where it is used.
 
-The CPU takes the same calls as a GPU; what differs between the two is said here and nowhere else.
+A CPU takes the same calls as a GPU; only this module knows what differs between the two.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def device_id(decoder: torch.device) -> int | None:
 
 
 def decoder_options(decoder: torch.device) -> dict[str, Any]:
-    """What ``fn.decoders.image`` is told so that both devices give nearly the same pictures."""
+    """Options of ``fn.decoders.image`` with which both devices give nearly the same pictures."""
     return {
         "device": "cpu" if decoder.type == "cpu" else "mixed",  # begins on the CPU and ends on the GPU
-        # The CPU always interpolates chroma between its samples ("fancy"); a GPU repeats them unless it is asked to.
+        # The CPU always interpolates chroma between its samples ("fancy"); a GPU repeats them by default.
         "jpeg_fancy_upsampling": True,
         # All JPEGs that a card's decoder in hardware can read, where it has one. DALI's default gives it 65 % of each
         # batch: which decoder rounds a picture would depend on the picture's place there, so on the size of the batch.

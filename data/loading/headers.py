@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import struct
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -22,99 +23,99 @@ _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _PNM_MAXIMUM = re.compile(rb"P[2356](?:\s+(?:#[^\n]*\n\s*)*(\d+)){3}")  # behind width and height
 _DECODABLE = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "PPM", "TIFF", "JPEG2000")  # by Pillow's names, as are
 _OTHER_MODES = {"PPM": ("F",), "TIFF": ("1", "LA", "I", "F"), "JPEG2000": ("LA",)}  # those that DALI does not know
-_SCAN = 0xDA
+_SCAN, _EXIF = 0xDA, 0xE1
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 … SOF15; the others are tables
 MOST_PIXELS = 1 << 27  # as in plain.c: a few bytes can claim any number, and a decoder allocates what they claim
 
 
+class _BadHeader(ValueError):
+    """What is wrong with a header."""
+
+
 def header_problem(image: np.ndarray) -> str | None:
-    """What is wrong with the header of an encoded image (uint8 [bytes]), None where DALI may be given it.
+    """What is wrong with the header of an encoded image (uint8 [bytes]), None if DALI may be given it.
 
     JPEG is read segment by segment up to its pixels; PNG chunk by chunk to its end. Any other format is decoded
     by Pillow, which takes long, but such data sets are rare.
     """
-    data = image.data
-    if data[:3] == _JPEG:
-        return _jpeg_problem(data)
-    if data[:8] == _PNG:
-        return _png_problem(data)
-    return pillow_problem(image)
+    parse = _parser(image.data)
+    if parse is None:
+        return pillow_problem(image)
+    try:
+        parse(image.data)
+    except _BadHeader as error:
+        return str(error)
+    return None
 
 
 def header_size(image: np.ndarray) -> tuple[int, int] | None:
-    """(height, width) by the header of an encoded image that has no ``header_problem``; None where a decoder may turn
-    the picture, by its EXIF data, and that would make another size of it."""
-    data = image.data
-    if data[:8] == _PNG:
-        width, height = struct.unpack_from(">II", data, 16)
-        return None if width != height and _png_has_exif(data) else (height, width)
-    if data[:3] != _JPEG:
+    """(height, width) by the header of an encoded image that has no ``header_problem``; None if a decoder may turn the
+    picture, by its EXIF data, and that would change its size."""
+    parse = _parser(image.data)
+    if parse is not None:
+        height, width, has_exif = parse(image.data)
+    else:
         with Image.open(io.BytesIO(bytes(image))) as picture:
-            return None if picture.getexif() and picture.height != picture.width else (picture.height, picture.width)
-    at, size, has_exif = 2, (0, 0), False
-    while (marker := data[at + 1]) != _SCAN:
-        if marker == 0xFF:
-            at += 1
-            continue
-        if marker in _FRAMES:
-            size = struct.unpack_from(">HH", data, at + 5)
-        has_exif |= marker == 0xE1
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return None if has_exif and size[0] != size[1] else size
+            height, width, has_exif = picture.height, picture.width, bool(picture.getexif())
+    return None if has_exif and height != width else (height, width)
 
 
-def _jpeg_problem(data: memoryview) -> str | None:
-    at, end, has_frame = 2, len(data), False
+def _parser(data: memoryview) -> Callable[[memoryview], tuple[int, int, bool]] | None:
+    """The function that reads height, width and whether there are EXIF data from the header, or raises _BadHeader."""
+    if data[:3] == _JPEG:
+        return _read_jpeg
+    return _read_png if data[:8] == _PNG else None
+
+
+def _read_jpeg(data: memoryview) -> tuple[int, int, bool]:
+    at, end, has_exif = 2, len(data), False
+    height = width = 0
     while at + _SEGMENT.size <= end:
         start, marker, length = _SEGMENT.unpack_from(data, at)
         if start != 0xFF or marker < 0xC0 or 0xD0 <= marker <= 0xD9:
-            return f"no JPEG marker at byte {at}"
+            raise _BadHeader(f"no JPEG marker at byte {at}")
         if marker == 0xFF:  # a fill byte
             at += 1
             continue
         if length < 2 or at + 2 + length > end:
-            return f"the JPEG segment at byte {at} is cut off"
+            raise _BadHeader(f"the JPEG segment at byte {at} is cut off")
         if marker == _SCAN:
-            return None if has_frame else "the JPEG has no frame header"
+            if not height:
+                raise _BadHeader("the JPEG has no frame header")
+            return height, width, has_exif
+        has_exif |= marker == _EXIF
         if marker in _FRAMES:
             if length < 8:
-                return "the JPEG frame header is cut off"
+                raise _BadHeader("the JPEG frame header is cut off")
             height, width, components = _FRAME.unpack_from(data, at + 5)
             if not (height and width and components in (1, 3, 4)):
-                return "the JPEG frame has no pixels"
+                raise _BadHeader("the JPEG frame has no pixels")
             if height * width > MOST_PIXELS:
-                return _too_large(height, width)
-            has_frame = True
+                raise _BadHeader(_too_large(height, width))
         at += 2 + length
-    return "the JPEG ends before its pixels"
+    raise _BadHeader("the JPEG ends before its pixels")
 
 
-def _png_problem(data: memoryview) -> str | None:
-    at, last = len(_PNG), len(data) - _CHUNK.size
+def _read_png(data: memoryview) -> tuple[int, int, bool]:
+    at, last, has_exif = len(_PNG), len(data) - _CHUNK.size, False
+    height = width = 0
     while at <= last:
         length, kind = _CHUNK.unpack_from(data, at)
         if at == len(_PNG):
             if kind != b"IHDR" or length != 13 or len(data) < at + 21:
-                return "the PNG does not begin with its header"
+                raise _BadHeader("the PNG does not begin with its header")
             width, height, depth, colour = _PNG_HEADER.unpack_from(data, at + 8)
             if not (width and height) or depth not in (1, 2, 4, 8, 16) or colour not in (0, 2, 3, 4, 6):
-                return "the PNG's header says nothing sensible"
+                raise _BadHeader("the PNG's header says nothing sensible")
             if height * width > MOST_PIXELS:
-                return _too_large(height, width)
+                raise _BadHeader(_too_large(height, width))
+        has_exif |= kind == b"eXIf"
+        if kind == b"IEND" and at + 12 <= len(data):
+            return height, width, has_exif
         if kind == b"IEND":
-            return None if at + 12 <= len(data) else "the PNG is cut off"
+            break
         at += _CHUNK.size + length + 4
-    return "the PNG is cut off"
-
-
-def _png_has_exif(data: memoryview) -> bool:
-    at = len(_PNG)
-    while at + _CHUNK.size <= len(data):
-        length, kind = _CHUNK.unpack_from(data, at)
-        if kind in (b"eXIf", b"IEND"):
-            return kind == b"eXIf"
-        at += _CHUNK.size + length + 4
-    return False
+    raise _BadHeader("the PNG is cut off")
 
 
 def _too_large(height: int, width: int) -> str:

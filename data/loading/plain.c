@@ -1,11 +1,12 @@
-/* Plain records: most records of most data sets, found many at once.
+/* Finds the images of plain records, many at once.
  *
- * A record is plain when it lies in one piece that ends where the index says that the next one starts, has one label,
- * and holds an image whose header DALI can be given (headers.py says why that is asked). Whatever is odd is left to
- * Python, which finds out what is wrong with it. Plain C without a header of Python: plain.py calls it with addresses.
- * Everything is read byte by byte or copied, and no byte is read that was not checked to lie in the file.
+ * records/plain_records.py says what a plain record is. Here it must also end where the index says that the next one
+ * starts, and hold an image that has no problem in its header (headers.py). All other records are left to Python.
+ * C without Python's headers: plain.py calls it with addresses. Everything is read byte by byte or copied, and no byte
+ * is read that was not checked to lie in the file.
  */
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -15,10 +16,18 @@
 #endif
 
 #define MAGIC 0xCED7230Au
-#define FRAME 8 /* magic, length */
 #define LARGEST (1 << 24) /* bytes: a record that seems longer is not read ahead */
-#define HEAD 24 /* flag, label, id and its second half */
 #define MOST_PIXELS (1 << 27) /* as headers.py says */
+
+/* The first bytes of a plain record: PLAIN in records/plain_records.py. */
+struct head {
+    uint32_t magic, length, flag;
+    float label;
+    uint64_t id, id2;
+};
+
+#define HEAD ((int64_t)sizeof(struct head))
+#define FRAME ((int64_t)offsetof(struct head, flag)) /* bytes that length does not count */
 
 /* One .rec file with its index; plain.py has the same fields. */
 struct shard {
@@ -204,24 +213,24 @@ static int64_t label_of(const struct shard *shard, int64_t sample, struct place 
         return -1;
     int64_t offset = shard->offsets[record];
     int64_t limit = record + 1 < shard->records ? shard->offsets[record + 1] : shard->size;
-    if (offset < 0 || offset >= limit || limit > shard->size || limit - offset <= FRAME + HEAD)
+    if (offset < 0 || offset >= limit || limit > shard->size || limit - offset <= HEAD)
         return -1;
     const uint8_t *at = shard->bytes + offset;
-    int64_t length = little(at + 4); /* its upper three bits are 0 in a record of one piece */
-    if (little(at) != MAGIC || length <= HEAD || length >> 29 || offset + FRAME + (length + 3) / 4 * 4 != limit)
+    struct head head;
+    memcpy(&head, at, HEAD);
+    int64_t bytes = FRAME + (int64_t)head.length; /* the upper three bits of length are 0 in a record of one piece */
+    if (head.magic != MAGIC || bytes <= HEAD || head.length >> 29 || offset + (bytes + 3) / 4 * 4 != limit)
         return -1;
-    float label;
-    memcpy(&label, at + 12, 4);
-    if (little(at + 8) || !(label >= 0 && label < shard->classes && label == (float)(int64_t)label))
+    float label = head.label;
+    if (head.flag || !(label >= 0 && label < shard->classes && label == (float)(int64_t)label))
         return -1;
-    uint64_t id = little(at + 16) | (uint64_t)little(at + 20) << 32;
-    if (shard->checks_keys && id != (uint64_t)key_of(shard, record))
+    if (shard->checks_keys && head.id != (uint64_t)key_of(shard, record))
         return -1;
-    int kind = image(at + FRAME + HEAD, length - HEAD, place);
-    if (kind == NO_IMAGE || holds_magic(at + FRAME, length))
+    int kind = image(at + HEAD, bytes - HEAD, place);
+    if (kind == NO_IMAGE || holds_magic(at + FRAME, bytes - FRAME))
         return -1;
-    place->begin = offset + FRAME + HEAD;
-    place->end = offset + FRAME + length;
+    place->begin = offset + HEAD;
+    place->end = offset + bytes;
     place->closed = kind == CLOSED;
     return shard->first_label + (int64_t)label;
 }

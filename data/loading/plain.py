@@ -1,7 +1,7 @@
-"""The short way to plain records: most records of most data sets, many at once, by the compiled passes of ``plain.c``.
+"""Reads plain records (``records.plain_records`` defines them) many at once, by the compiled passes of ``plain.c``.
 
-They are compiled when pfc is installed, if a C compiler is there. Without them no record is plain, and everything is
-read by ``RecordDataset.read``, one record after the other.
+The passes are compiled when pfc is installed, if there is a C compiler. Without them every record is read by
+``RecordDataset.read``, one after the other.
 """
 
 from __future__ import annotations
@@ -71,11 +71,8 @@ def compiled() -> ctypes.CDLL | None:
 
 
 class PlainRecords:
-    """Finds the samples whose records lie in one piece, which ends where the index says that the next one starts, with
-    one label and an image whose header can be read (``headers.header_problem``).
-
-    Everything else, and everything odd, is left to ``RecordDataset.read``, which finds out what is wrong with it.
-    """
+    """Finds the samples with plain records that end where the index says that the next one starts, and whose images
+    have no ``headers.header_problem``. All others are left to ``RecordDataset.read``."""
 
     def __init__(self, dataset: RecordDataset | JointDataset) -> None:
         self._shards: list[Shard] = []

@@ -36,7 +36,7 @@ class Slice:
         samples, visits, labels: int64 [b]; (sample, visit) names the picture, see ``Order.visits``.
         images: the encoded images.
         damaged: the samples that were replaced, with what is wrong with them.
-        fits: whether all images have the size that the reader was told; true where it was told none.
+        fits: whether all images have the reader's ``image_size``; true if it has none.
     """
 
     start: int

@@ -14,7 +14,7 @@ from ..records.joint import JointDataset
 from .orders import Integers, Order, counter_hash, permuted
 
 _IDENTITY_STREAM, _IMAGE_STREAM = 32, 33
-_VERSION = 1  # of the cache's content; in its name, as the index's
+_VERSION = 2  # of the cache's content; in its name, as the index's
 
 
 class Groups(NamedTuple):
@@ -60,9 +60,9 @@ def groups_of(dataset: RecordDataset | JointDataset) -> Groups:
 class BalancedOrder(Order):
     """Batches of P·K positions: P different identities, K images of each, next to each other.
 
-    The identities are gone through in a new random order again and again; those that do not fill a batch at the end of
-    a round (fewer than P, others in every round) wait for the next one. Of an identity's images the next K are taken at
-    each of its turns, in an order that is drawn anew when fewer than K are left; so K images of a turn are different
+    The identities are cycled, in a new random order in each round; those that do not fill a batch at the end of a
+    round (fewer than P, others in every round) wait for the next one. Of an identity's images the next K are taken at
+    each of its turns, in an order that is drawn again when fewer than K are left; so K images of a turn are different
     ones, except where an identity has fewer than K: it gives each of its images again until there are K. (A
     round in which an identity waits passes over K of its images.)
 

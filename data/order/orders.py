@@ -150,7 +150,7 @@ class Order(ABC):
         return count + epochs * (size // batch_size) + min(-(-rest // batch_size), size // batch_size)
 
     def upcoming(self, position: int) -> list["Window"]:
-        """The windows that are read at ``position`` and next, where samples come in blocks; none where they do not."""
+        """The windows that are read at ``position`` and next, if samples come in blocks; otherwise no windows."""
         return []
 
     def substitute(self, position: int, attempt: int) -> int:

@@ -1,21 +1,20 @@
-"""The choices that every kind of source has in common."""
+"""The options of packing that every kind of source has."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, get_args
+from typing import get_args
 
 from ..errors import UsageError
 from ..images import Encoding
 from ..workers import Progress
-from .selection import Filter
 from .storing import Storing
 
 
 @dataclass(frozen=True)
 class PackOptions:
-    """How to pack.
+    """How to pack; UsageError if the size, quality or encoding is impossible.
 
     size: height and width of the stored images in pixels; a number for squares, None for each image's own. An image is
     scaled until it covers the size, and the rest is cut off on both sides alike.
@@ -51,45 +50,24 @@ class PackOptions:
     strict: bool = False
     progress: Progress | None = None
 
-    def storing(self) -> Storing:
-        """The choices about the images' bytes; UsageError where they are impossible."""
+    def __post_init__(self) -> None:
         if not 1 <= self.quality <= 100:
             raise UsageError(f"quality {self.quality}: JPEG qualities go from 1 to 100")
         if self.encoding not in get_args(Encoding):
             raise UsageError(f"encoding {self.encoding!r}: it is one of {', '.join(get_args(Encoding))}")
-        size = self.size
-        if size is not None:
-            height, width = size = (size, size) if isinstance(size, int) else size
+        if self.size is not None:
+            height, width = both_sides(self.size)
             if height < 1 or width < 1:
                 raise UsageError(f"size {height}×{width}: height and width are at least 1 pixel")
             if self.keep_bytes:
                 raise UsageError(f"images cannot keep their bytes and become {height}×{width} too: choose one of both")
+
+    def storing(self) -> Storing:
+        """The options that concern the images' bytes."""
+        size = None if self.size is None else both_sides(self.size)
         return Storing(size, self.quality, self.encoding, self.keep_bytes, self.check)
 
-    def filter(self) -> Filter:
-        """The choices about identities."""
-        only, without = (None if path is None else Path(path) for path in (self.only, self.without))
-        return Filter(self.min_images, only, without, self.keep_labels)
 
-
-class PackArguments(TypedDict, total=False):
-    """The same as keyword arguments of the pack functions."""
-
-    size: int | tuple[int, int] | None
-    quality: int
-    encoding: Encoding
-    keep_bytes: bool
-    check: bool
-    min_images: int
-    only: str | Path | None
-    without: str | Path | None
-    keep_labels: bool
-    shards: int
-    images_per_shard: int | None
-    shuffle: bool
-    seed: int
-    workers: int | None
-    name: str | None
-    overwrite: bool
-    strict: bool
-    progress: Progress | None
+def both_sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width); a number stands for a square."""
+    return (size, size) if isinstance(size, int) else size

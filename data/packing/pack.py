@@ -2,7 +2,7 @@
 
 All functions take the keyword arguments that ``PackOptions`` explains, and give a ``PackSummary``. What is packed from
 one source with one seed is the same to the byte, whatever the number of workers and however often it was interrupted:
-a call that was interrupted goes on when it is made again. UsageError on everything that the caller can mend: a source
+an interrupted call continues when it is repeated. UsageError on everything that the caller can fix: a source
 that is not what it should be, impossible options, an ``out`` that holds something.
 """
 
@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Any
 
 from ..errors import UsageError
-from .options import PackArguments, PackOptions
+from .options import PackOptions
 from .run import check_apart, pack
 from .sources.folder import FolderSource
 from .sources.listing import ListSource
@@ -22,31 +22,27 @@ from .sources.table import table_source
 from .summary import PackSummary
 
 
-def pack_folder(src: str | Path, out: str | Path, **arguments: Unpack[PackArguments]) -> PackSummary:
+def pack_folder(src: str | Path, out: str | Path, **given: Any) -> PackSummary:
     """Pack ``src``, whose sub-folders are the identities; ``size`` is 112 by default.
 
     Labels are the places of the sub-folders' names in sorted order. Images are jpg, jpeg, png, bmp, webp, pgm, at any
     depth in a sub-folder. A sub-folder without an image is refused, unless ``min_images`` is given.
     """
     src, out = Path(src), Path(out)
-    options = _options_for_files(arguments)
+    options = _options_for_files(given)
     check_apart(out, [src], options)
-    store = options.storing()
-    return pack(FolderSource(src, allow_empty="min_images" in arguments), out, store, options)
+    return pack(FolderSource(src, allow_empty="min_images" in given), out, options)
 
 
-def pack_list(
-    src: str | Path, out: str | Path, *, root: str | Path | None = None, **arguments: Unpack[PackArguments]
-) -> PackSummary:
+def pack_list(src: str | Path, out: str | Path, *, root: str | Path | None = None, **given: Any) -> PackSummary:
     """Pack the images of ``src``, a list file as im2rec reads it: index TAB label [TAB more labels] TAB path.
 
     Paths are relative to ``root``, by default the list's own folder. ``size`` is 112 by default.
     """
     src, out = Path(src), Path(out)
-    options = _options_for_files(arguments)
+    options = _options_for_files(given)
     check_apart(out, [src], options)
-    store = options.storing()
-    return pack(ListSource(src, src.parent if root is None else Path(root)), out, store, options)
+    return pack(ListSource(src, src.parent if root is None else Path(root)), out, options)
 
 
 def pack_table(
@@ -56,7 +52,7 @@ def pack_table(
     root: str | Path | None = None,
     path_column: str | None = None,
     label_column: str = "label",
-    **arguments: Unpack[PackArguments],
+    **given: Any,
 ) -> PackSummary:
     """Pack the images of a table: .csv or .tsv with a header line, .parquet, or a folder of .parquet files.
 
@@ -64,13 +60,12 @@ def pack_table(
     or in Parquet the images themselves. ``label_column`` has whole numbers or names. ``size`` is 112 by default.
     """
     src, out = Path(src), Path(out)
-    options = _options_for_files(arguments)
+    options = _options_for_files(given)
     check_apart(out, [src], options)
-    store = options.storing()
     source = table_source(
         src, root=None if root is None else Path(root), path_column=path_column, label_column=label_column
     )
-    return pack(source, out, store, options)
+    return pack(source, out, options)
 
 
 def pack_recordio(
@@ -78,9 +73,9 @@ def pack_recordio(
     out: str | Path,
     *,
     joining: Joining = "apart",
-    **arguments: Unpack[PackArguments],
+    **given: Any,
 ) -> PackSummary:
-    """Pack one or several RecordIO data sets anew: other shards, another order, fewer identities, all in one.
+    """Repack one or several RecordIO data sets: other shards, another order, fewer identities, all in one.
 
     Images keep their bytes, and are not decoded unless ``check`` or ``size`` asks for it; of a record whose label stays
     only the id changes, to its new key. ``joining`` says whether the identities of several sets are all different
@@ -90,16 +85,13 @@ def pack_recordio(
     out = Path(out)
     if not paths:
         raise UsageError("no data set to pack: name at least one")
-    converting = arguments.get("size") is not None or "encoding" in arguments or "quality" in arguments
-    defaults: PackArguments = {"check": False, "keep_bytes": not converting}
-    given: PackArguments = {**defaults, **arguments}
-    options = PackOptions(**given)
+    converting = given.get("size") is not None or "encoding" in given or "quality" in given
+    defaults: dict[str, Any] = {"check": False, "keep_bytes": not converting}
+    options = PackOptions(**defaults | given)
     check_apart(out, paths, options)
-    store = options.storing()
-    return pack(RecordSource(paths, joining=joining), out, store, options)
+    return pack(RecordSource(paths, joining=joining), out, options)
 
 
-def _options_for_files(arguments: PackArguments) -> PackOptions:
-    defaults: PackArguments = {} if arguments.get("keep_bytes") else {"size": 112}
-    given: PackArguments = {**defaults, **arguments}
-    return PackOptions(**given)
+def _options_for_files(given: dict[str, Any]) -> PackOptions:
+    defaults: dict[str, Any] = {} if given.get("keep_bytes") else {"size": 112}
+    return PackOptions(**defaults | given)

@@ -22,7 +22,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # of 
 
 
 class StoppedPacking(UsageError):
-    """Packing stopped by something that can be mended; the same command then goes on."""
+    """Packing stopped by something that can be fixed; the same command then continues."""
 
 
 class PartialFolder:
@@ -89,7 +89,7 @@ class PartialFolder:
 
     @property
     def temporary(self) -> Path:
-        """A folder for what is not part of the result, and can be made again."""
+        """A folder for temporary files, which are not part of the result."""
         path = self.folder / "temporary"
         path.mkdir(exist_ok=True)
         return path

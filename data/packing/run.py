@@ -42,14 +42,15 @@ def check_apart(out: Path, sources: list[Path], options: PackOptions) -> None:
             raise UsageError(f"{out} and the source {source} lie one in the other: give a place outside")
 
 
-def pack(source: Source, out: Path, store: Storing, options: PackOptions) -> PackSummary:
+def pack(source: Source, out: Path, options: PackOptions) -> PackSummary:
     """Pack ``source`` into a data set at ``out``; UsageError where the options do not fit it, or nothing can be read.
 
     An image that cannot be read is named in the summary and in ``out``/skipped.tsv.
     """
     if options.strict and source.rejected:
         raise UsageError(f"{printable(': '.join(source.rejected[0]))} (packing is strict)")
-    chosen = select(source, options.filter())
+    store = options.storing()
+    chosen = select(source, options)
     shards = _count_shards(len(chosen.images), options)
     creation = store.to_dict() | {"shards": shards, "seed": options.seed} | _unusual(options)
     writer = ShardedWriter(
@@ -72,10 +73,10 @@ def pack(source: Source, out: Path, store: Storing, options: PackOptions) -> Pac
         raise StoppedPacking(f"packing into {out} stopped: {why}; the command then goes on where it stopped") from None
     except OSError as error:
         why = (error.strerror or str(error)).lower()
-        what = f"{out} cannot be written on: {why}; make room, then"
+        what = f"{out} cannot be written: {why}; free some space, then"
         if error.errno not in FULL:
             at = f" at {error.filename}" if error.filename else ""
-            what = printable(f"packing into {out} stopped{at}: {why}; when that is mended,")
+            what = printable(f"packing into {out} stopped{at}: {why}; when that is fixed,")
         raise StoppedPacking(f"{what} the same command goes on where it stopped") from None
     return _summary(writer, source, chosen, skipped, resumed_at)
 
@@ -202,7 +203,7 @@ def _key(source: Source, store: Storing, chosen: Selection, creation: dict[str, 
 
 
 class _SkipLog:
-    """Images that could not be read, kept on the disk beside what is written."""
+    """Images that could not be read, stored on the disk together with what is written."""
 
     def __init__(self, path: Path, size: int) -> None:
         self.entries: list[tuple[int, str]] = []

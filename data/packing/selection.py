@@ -9,22 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UsageError
+from .options import PackOptions
 from .sources.base import LazyTexts, Numbers, Source, some
-
-
-@dataclass(frozen=True)
-class Filter:
-    """What to pack of a source.
-
-    min_images: leave out identities that have fewer images. only, without: text files with an identity's name a
-    line: pack these alone, or all others. keep_labels: the labels stay the source's numbers; otherwise they are
-    0, 1, ... in the order of the identities that are left.
-    """
-
-    min_images: int = 1
-    only: Path | None = None
-    without: Path | None = None
-    keep_labels: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,22 +25,22 @@ class Selection:
     dropped_images: int
 
 
-def select(source: Source, wanted: Filter) -> Selection:
-    """Apply ``wanted`` to ``source``; UsageError where that is impossible or leaves nothing."""
-    if wanted.min_images < 1:
-        raise UsageError(f"min_images {wanted.min_images}: an identity has at least 1")
+def select(source: Source, options: PackOptions) -> Selection:
+    """The images of ``source`` that ``options`` choose, and their labels; UsageError if there are none."""
+    if options.min_images < 1:
+        raise UsageError(f"min_images {options.min_images}: an identity has at least 1")
     counts = np.bincount(source.codes[source.codes >= 0], minlength=len(source.names))
-    kept = counts >= wanted.min_images
-    if wanted.only is not None:
-        kept &= _named(source.names, wanted.only)
-    if wanted.without is not None:
-        kept &= ~_named(source.names, wanted.without)
+    kept = counts >= options.min_images
+    if options.only is not None:
+        kept &= _named(source.names, Path(options.only))
+    if options.without is not None:
+        kept &= ~_named(source.names, Path(options.without))
     if not kept.any():
-        left = f"with {wanted.min_images} image(s) or more, and not filtered out by name" if len(counts) else "at all"
+        left = f"with {options.min_images} image(s) or more, and not filtered out by name" if len(counts) else "at all"
         raise UsageError(f"{source.about}: no identity {left}: there is nothing to pack")
 
     labels = np.full(len(counts), -1, dtype=np.int64)
-    if not wanted.keep_labels:
+    if not options.keep_labels:
         identities = int(kept.sum())
         labels[kept] = np.arange(identities)
         names: Sequence[str] | None = source.names if identities == len(counts) else _Picked(source.names, kept)
@@ -81,7 +67,7 @@ def select(source: Source, wanted: Filter) -> Selection:
 
 
 def _named(names: Sequence[str], path: Path) -> np.ndarray:
-    """Which of ``names`` stand in the file; a line that is none of them is an error, since it is a slip."""
+    """Which of ``names`` the file lists; any other line is an error, since it must be a mistake."""
     try:
         lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     except OSError as error:

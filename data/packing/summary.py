@@ -1,4 +1,4 @@
-"""What a pack verb did, as a person reads it."""
+"""The summary that a pack verb prints."""
 
 from __future__ import annotations
 

@@ -12,9 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from uuid import uuid4
 
-from ..atomic import remove_replaced, replace_folder, restore_replaced, sync_folder
+from ..atomic import remove_replaced, replace_folder, restore_replaced, sync_folder, unfinished_name
 from ..errors import UsageError
 from ..records.labels import LabelEncoding, encode_label, encoding_for
 from ..records.manifest import LABEL_NAMES_NAME, MANIFEST_NAME, Manifest, ShardEntry, printable
@@ -29,7 +28,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class ShardedWriter:
     """Writes images into ``shards`` pairs of ``.rec`` and ``.idx`` under ``out``, with ``dataset.json``.
 
-    Use as a context manager. Everything goes to a temporary directory beside ``out``, which takes its place
+    Use as a context manager. Everything goes to a temporary directory next to ``out``, which takes its place
     when the block ends well; when it ends with an exception, nothing is left. Image j goes to shard j %
     shards under key j, so shards differ by one image at most and a key names one image of the whole set. The
     images come in the order in which they shall lie on disk: shuffle before.
@@ -82,8 +81,8 @@ class ShardedWriter:
         self.partial: PartialFolder | None = None
         self.resumed: dict[str, Any] | None = None
         self._resumable = resume_key is not None
-        token = "" if self._resumable else f".{uuid4().hex[:8]}"
-        self.folder = self._place.parent / f".{self._place.name}{token}.partial"
+        resumable = self._place.parent / f".{self._place.name}.partial"
+        self.folder = resumable if self._resumable else unfinished_name(self._place)
         starts: list[Any] = [None] * shards
         try:
             check_output(self.out, overwrite=overwrite)
@@ -153,7 +152,9 @@ class ShardedWriter:
         going_on = self._resumable and (self.images > 0 or not isinstance(failure, UsageError))
         self._leave(keep=failure is not None and (isinstance(failure, StoppedPacking) or going_on))
         if isinstance(failure, OSError) and failure.errno in FULL and not self._resumable:
-            raise UsageError(f"{self.out} cannot be written: {(failure.strerror or '').lower()}; make room") from None
+            raise UsageError(
+                f"{self.out} cannot be written: {(failure.strerror or '').lower()}; free some space"
+            ) from None
         if failure is not None and failure is not error:
             raise failure
 

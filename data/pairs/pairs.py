@@ -22,8 +22,6 @@ from .plain_pickle import RefusedError, load_plain
 if TYPE_CHECKING:
     from ..records.dataset import RecordDataset
 
-_LFW_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".pgm")
-
 
 @dataclass(frozen=True)
 class Pairs:
@@ -95,7 +93,7 @@ DEFAULT_PAIRS = 6000
 
 
 def make_pairs(dataset: RecordDataset, num_pairs: int | None, seed: int) -> Pairs:
-    """Choose pairs from a packed set: half of them match, none comes twice, and identities take turns.
+    """Choose pairs from a packed set: half of them match, no pair is repeated, and identities take turns.
 
     Args:
         dataset: at least two identities, one of them with two images.
@@ -142,7 +140,7 @@ def pairs_from_list(list_file: str | Path, root: str | Path) -> Pairs:
     ``root/name/name_0001.jpg``. Empty lines and LFW's first line, which counts, are skipped.
 
     Raises:
-        UsageError: naming file and line: a line of another form, an image that is missing or none.
+        UsageError: naming file and line: a line of another form, an image that is missing or cannot be read.
     """
     list_file, root = Path(list_file), Path(root)
     if not list_file.is_file():
@@ -185,7 +183,7 @@ def _matching(identities: list[np.ndarray], number: int, generator: np.random.Ge
 
 
 def _not_matching(identities: list[np.ndarray], number: int, generator: np.random.Generator) -> list[tuple[int, int]]:
-    """Distinct pairs across identities: in every round each identity meets the two beside it in a random circle."""
+    """Distinct pairs across identities: each round pairs each identity with its two neighbours in a random circle."""
     pairs: dict[tuple[int, int], None] = {}
     while len(pairs) < number:
         circle = generator.permutation(len(identities)).tolist()
@@ -211,8 +209,10 @@ def _parse_line(fields: list[str], root: Path, where: str) -> tuple[Path, Path, 
 
 
 def _lfw_path(root: Path, name: str, number: str, where: str) -> Path:
+    from ..images import SUFFIXES
+
     stem = root / name / f"{name}_{int(number):04d}"
-    for suffix in _LFW_SUFFIXES:
+    for suffix in SUFFIXES:
         if (path := stem.with_name(stem.name + suffix)).is_file():
             return path
     raise UsageError(f"{where}: there is no image {stem}.jpg (nor .png, ...): is {root} the right root?")

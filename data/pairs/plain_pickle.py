@@ -1,4 +1,4 @@
-"""Reading pickles from strangers: plain data is rebuilt, and nothing that they name is imported or called."""
+"""Reads untrusted pickles: plain data is rebuilt, and nothing that they name is imported or called."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _plain_names() -> dict[tuple[str, str], Callable[..., Any]]:
 
 
 class _Callable:
-    """What a pickle gets for a name: made anew each time, so that attributes it may set are gone with it."""
+    """What a pickle gets for a name: a new object each time, so that attributes that it sets do not persist."""
 
     __slots__ = ("_function",)
 
@@ -112,7 +112,7 @@ class _PlainUnpickler(pickle.Unpickler):
         self._left = len(data)
 
     def _new_bytes(self, text: str | bytes = b"", *_: object) -> bytes:
-        """How protocols up to 2 write bytes. A pickle may refer to a text again and again, each time for new bytes."""
+        """How protocols up to 2 write bytes. A pickle may refer to one text many times, each time for new bytes."""
         self._left -= len(text)
         if self._left < 0:
             raise RefusedError("more bytes than it holds")

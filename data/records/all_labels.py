@@ -1,4 +1,4 @@
-"""Labels of a data set's records: one, or all in one sweep, kept next to the data set and mapped from there."""
+"""Labels of a data set's records: one, or all at once, cached next to the data set and mapped from there."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from ..workers import Progress
 from .cache import cached_arrays, stamp
 from .index import Shard
 from .labels import FLOAT32_EXACT, LabelEncoding, decode_label
-from .recordio import MAGIC, ImageRecord
+from .plain_records import PLAIN, PLAIN_TWO, find_plain
+from .recordio import ImageRecord
 
 _BLOCK = 1 << 18  # images swept at a time
 WORTH_CACHING = 1 << 14  # images
-_VERSION = 2  # of the cache's content; in its name, as the index's
+_VERSION = 3  # of the cache's content; in its name, as the index's
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class ShardLabels:
     told_classes: int | None
 
     def decode(self, record: ImageRecord, shard: Shard, position: int) -> int:
-        """The label in an image's record; DamagedRecord where it is none of 0 … told_classes − 1."""
+        """The label in an image's record; DamagedRecord if it is not in 0 … told_classes − 1."""
         try:
             label = decode_label(record.labels, self.encoding)
         except ValueError as error:
@@ -57,7 +58,7 @@ class ShardLabels:
         return cached_arrays(place, about, files, lambda: [self._read(progress)])[0]
 
     def origin(self) -> tuple[dict[str, Any], list[Path]]:
-        """What the labels are made from, as ``cached_arrays`` takes it, and its files."""
+        """What the labels are computed from, as ``cached_arrays`` takes it, and its files."""
         files = [shard.file.path for shard in self.shards]
         files += [path.with_suffix(".idx") for path in files]
         about: dict[str, Any] = {"labels": self.told_classes, "encoding": self.encoding}
@@ -84,29 +85,21 @@ class ShardLabels:
         """Labels, int64, of the shard's images [first, stop): plain records together, the few others one by one."""
         places = slice(shard.first + first, shard.first + stop)
         labels = np.full(stop - first, -1, dtype=np.int64)
-        known = np.zeros(stop - first, dtype=bool)
-        # A record in one piece (cflag 0) with one label (flag 0) keeps it in its fourth 32-bit word, its id behind; two
-        # labels (flag 2) follow the id.
         two = self.encoding == "float32x2"
-        least = 40 if two else 32  # bytes, with the frame
-        offsets, keys = shard.offsets[places], np.asarray(shard.keys[places], dtype=np.int64)
-        words = shard.file.bytes[: shard.file.size // 4 * 4].view("<u4")
-        fits = np.flatnonzero((offsets % 4 == 0) & (offsets >= 0) & (offsets + least <= shard.file.size))
-        at = offsets[fits] // 4
-        plain = (words[at] == MAGIC) & (words[at + 1] >> 29 == 0) & (words[at + 1] >= least - 8)
-        plain &= words[at + 2] == (2 if two else 0)
+        plain, heads = find_plain(shard.file, shard.offsets[places], PLAIN_TWO if two else PLAIN)
+        parts = list(heads["labels"].T) if two else [heads["label"]]
+        valid = np.ones(len(plain), dtype=bool)
         if shard.ids_are_keys:
-            plain &= (words[at + 4] == keys[fits] & 0xFFFFFFFF) & (words[at + 5] == keys[fits] >> 32)
-        parts = [words[at + word].view("<f4") for word in ((8, 9) if two else (3,))]
+            keys = np.asarray(shard.keys[places], dtype=np.int64)[plain]
+            valid &= (keys >= 0) & (heads["id"] == keys.astype(np.uint64))
         for part in parts:
-            plain &= (part >= 0) & (part == np.floor(part)) & (part < FLOAT32_EXACT)
-        stored = np.zeros(np.count_nonzero(plain), dtype=np.int64)
+            valid &= (part >= 0) & (part == np.floor(part)) & (part < FLOAT32_EXACT)
+        stored = np.zeros(np.count_nonzero(valid), dtype=np.int64)
         for part in parts:
-            stored = stored * FLOAT32_EXACT + part[plain].astype(np.int64)
+            stored = stored * FLOAT32_EXACT + part[valid].astype(np.int64)
         inside = stored < (np.iinfo(np.int64).max if self.told_classes is None else self.told_classes)
-        labels[fits[plain][inside]] = stored[inside]
-        known[fits[plain][inside]] = True
-        for image in np.flatnonzero(~known):
+        labels[plain[valid][inside]] = stored[inside]
+        for image in np.flatnonzero(labels < 0):
             position = shard.first + first + int(image)
             with suppress(DamagedRecord):
                 labels[image] = self.decode(shard.read_image(position), shard, position)
@@ -114,5 +107,5 @@ class ShardLabels:
 
 
 def cache_place(path: Path, name: str) -> Path:
-    """Where a cache of the data set at ``path`` is kept: in its folder, or beside its ``.rec``."""
+    """The cache file of the data set at ``path``: in its folder, or next to its ``.rec``."""
     return path / f"{name}.cache" if path.is_dir() else path.with_suffix(f".{name}.cache")

@@ -1,12 +1,15 @@
-"""Arrays kept in a file and mapped into memory, so that the processes of a machine share them.
+"""Arrays kept in a cache file and mapped into memory, so that the processes of a machine share them.
 
-A cache is never missed: whoever finds none, an old one or a damaged one makes the arrays again; one process does, and
-the others wait for it. A good cache is never replaced: on a network file system a host loses what it has mapped of a
-file that another host replaces, and the next look at it ends the process (SIGBUS). The file is
+``cached_arrays`` returns the arrays of the file, or computes and stores them where there is no valid file. A lock file
+next to it lets one process compute while the others wait (``_turn``). It is only advisory: a process that shows no sign
+of life for ``PATIENCE`` seconds is not waited for any longer, and without file locks the work is merely done several
+times. A valid file is never replaced: a host that has mapped a file of a network file system loses the pages when
+another host replaces it, and the next access ends the process (SIGBUS). So the arrays are written under a temporary
+name, and renamed only if there still is no valid file.
 
-    8 bytes b"PFCCACHE" · u32 crc32 of all that follows · u32 length of the header
-    header, JSON: {"about": what the arrays were made from, "arrays": [[dtype, length], ...]}
-    the arrays, each from a multiple of 64 bytes on
+The file holds arrays in numpy's .npy format, each padded to a multiple of 64 bytes, then a CRC32 of all that. The first
+array is JSON text: what the others were computed from, with sizes and modification times of the source files. It is
+mapped by ``MappedFile`` since ``numpy.load(mmap_mode="r")`` keeps a descriptor open for each file.
 """
 
 from __future__ import annotations
@@ -14,9 +17,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
-import struct
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -24,22 +27,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 
+from ..atomic import unfinished_name
 from .mapped import MappedFile
 
-_START = struct.Struct("<8sII")
-_NAME = b"PFCCACHE"
-_ALIGN = 64
-_CRC_BLOCK = 1 << 24
-_SETTLED = 2.0  # seconds after which a file that changes again also gets another modification time
-
-
 PATIENCE = 300.0
-"""Seconds to wait for another process that makes the arrays, from its last sign of life on."""
+"""Seconds to wait for another process that computes the arrays, since its last sign of life."""
 _POLL = 0.05  # seconds
+_SETTLED = 2.0  # seconds after which a file that changes again also gets another modification time
+_ALIGN = 64  # bytes, as numpy aligns an array in its own file
+_HEADER = 1024  # bytes: more than the .npy header of a one-dimensional array has
+_CRC = 4  # bytes
 
 
 def stamp(path: Path) -> list[int]:
@@ -56,14 +56,14 @@ def settled(paths: Sequence[Path]) -> bool:
 def cached_arrays(
     path: Path, about: dict[str, Any], files: Sequence[Path], make: Callable[[], list[np.ndarray]]
 ) -> list[np.ndarray]:
-    """The arrays that are kept for ``path``, see ``load_arrays``; where there are none, those that ``make`` gives.
+    """The arrays of the cache file ``path``, see ``load_arrays``; if there is none, what ``make`` returns.
 
-    They are kept from then on, unless one of ``files``, which they are made from, has changed just now.
+    They are stored, unless one of ``files``, from which they are computed, has just changed.
     """
     arrays = load_arrays(path, about)
     if arrays is None and settled(files):
         with _turn(path):
-            arrays = load_arrays(path, about)  # another process may have made them
+            arrays = load_arrays(path, about)  # another process may have stored them
             if arrays is None:
                 arrays = make()
                 if settled(files):
@@ -73,10 +73,10 @@ def cached_arrays(
 
 @contextmanager
 def _turn(path: Path) -> Iterator[None]:
-    """Waits for a process that is making the cache of ``path``, until it has not touched the lock for ``PATIENCE``.
+    """Waits for a process that is computing the cache of ``path``, until it has not touched the lock for ``PATIENCE``.
 
-    The first comes alone. Those that waited for it come together: where it could not keep its arrays, none would find
-    another's. Where there are no locks, all come at once.
+    The first process holds the lock. Those that waited for it then run at the same time: if it could not store its
+    arrays, they could not store theirs either, and would only wait for each other. Without file locks all run at once.
     """
     lock = _first_lock(path)
     if lock is None:
@@ -106,7 +106,7 @@ def _turn(path: Path) -> Iterator[None]:
         yield
     finally:
         done.set()
-        with suppress(OSError):  # it is gone, or somebody else's by now
+        with suppress(OSError):  # already removed, or replaced by another process's
             if not given_up and os.path.samestat(place.stat(), os.fstat(descriptor)):
                 place.unlink()
         os.close(descriptor)
@@ -119,7 +119,7 @@ def _show_life(lock: Path, done: Event) -> None:
 
 
 def _first_lock(path: Path) -> tuple[Path, int] | None:
-    """The lock beside the first place where the cache may be kept: its file, open."""
+    """The lock file next to the first path where the cache can be stored, and its open descriptor."""
     for place in _places(path):
         with suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -129,9 +129,9 @@ def _first_lock(path: Path) -> tuple[Path, int] | None:
 
 
 def load_arrays(path: Path, about: dict[str, Any]) -> list[np.ndarray] | None:
-    """The arrays that ``store_arrays`` keeps for ``path``, mapped and read-only.
+    """The arrays that ``store_arrays`` stored for ``path``, mapped and read-only.
 
-    None where there are none, where they were made from something else than ``about``, or the file is not whole.
+    None if there is no file, if its arrays were computed from something else than ``about``, or if it is damaged.
     """
     for place in _places(path):
         arrays = _load(place, about)
@@ -141,10 +141,9 @@ def load_arrays(path: Path, about: dict[str, Any]) -> list[np.ndarray] | None:
 
 
 def store_arrays(path: Path, about: dict[str, Any], arrays: Sequence[np.ndarray]) -> list[np.ndarray] | None:
-    """Keep ``arrays`` at ``path``, or in the user's cache folder where its own may not be written to; a good cache that
-    is there by now stays.
+    """Store ``arrays`` at ``path``, or in the user's cache folder if that cannot be written; a valid file stays.
 
-    Returns them mapped from the file; None where they can be kept nowhere.
+    Returns them mapped from the file; None if they cannot be stored anywhere.
     """
     for place in _places(path):
         with suppress(OSError):
@@ -156,7 +155,7 @@ def store_arrays(path: Path, about: dict[str, Any], arrays: Sequence[np.ndarray]
 
 
 def _places(path: Path) -> list[Path]:
-    """``path`` itself, and its place in the user's cache folder."""
+    """Where the cache of ``path`` can be: ``path`` itself, and a file in the user's cache folder."""
     places = [path]
     with suppress(RuntimeError):  # a user without a home
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -166,19 +165,15 @@ def _places(path: Path) -> list[Path]:
 
 
 def _write(path: Path, about: dict[str, Any], arrays: Sequence[np.ndarray]) -> None:
-    header = json.dumps({"about": about, "arrays": [[array.dtype.str, len(array)] for array in arrays]}).encode()
-    unfinished = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
+    unfinished = unfinished_name(path)
     try:
         with unfinished.open("wb") as file:
-            file.write(_START.pack(_NAME, 0, len(header)))
-            crc = zlib.crc32(struct.pack("<I", len(header)))
-            for part in (header, *(np.ascontiguousarray(array).view(np.uint8).data for array in arrays if len(array))):
-                padding = bytes(-file.tell() % _ALIGN) if part is not header else b""
-                file.write(padding)
-                file.write(part)
-                crc = zlib.crc32(part, zlib.crc32(padding, crc))
-            file.seek(0)
-            file.write(_START.pack(_NAME, crc, len(header)))
+            for array in (_origin(about), *arrays):
+                np.save(file, array)
+                file.write(bytes(-file.tell() % _ALIGN))
+        crc = zlib.crc32(MappedFile(unfinished).view)
+        with unfinished.open("ab") as file:
+            file.write(crc.to_bytes(_CRC, "little"))
         if _load(path, about) is None:
             os.replace(unfinished, path)
     finally:
@@ -188,23 +183,24 @@ def _write(path: Path, about: dict[str, Any], arrays: Sequence[np.ndarray]) -> N
 def _load(path: Path, about: dict[str, Any]) -> list[np.ndarray] | None:
     try:
         mapped = MappedFile(path).view
-        name, crc, length = _START.unpack_from(mapped)
-        if name != _NAME:
-            return None
-        header = json.loads(bytes(mapped[_START.size : _START.size + length]))
-        if header["about"] != about:
-            return None
-    except (OSError, ValueError, KeyError, TypeError, struct.error):  # none, empty, or damaged
+    except (OSError, ValueError):  # missing or empty
         return None
-    found = zlib.crc32(struct.pack("<I", length))
-    for start in range(_START.size, len(mapped), _CRC_BLOCK):
-        found = zlib.crc32(mapped[start : start + _CRC_BLOCK], found)
-    if found != crc:
+    content = mapped[:-_CRC]
+    if zlib.crc32(content) != int.from_bytes(mapped[-_CRC:], "little"):
         return None
-    at = _START.size + length
     arrays: list[np.ndarray] = []
-    for dtype, count in header["arrays"]:
-        at += -at % _ALIGN if count else 0
-        arrays.append(np.frombuffer(mapped, dtype=dtype, count=count, offset=at if count else 0))
+    at = 0
+    while at < len(content):
+        header = io.BytesIO(content[at : at + _HEADER])
+        np.lib.format.read_magic(header)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+        at += header.tell()
+        arrays.append(np.ndarray(shape, dtype, content, at))
         at += arrays[-1].nbytes
-    return arrays
+        at += -at % _ALIGN
+    return arrays[1:] if arrays and np.array_equal(arrays[0], _origin(about)) else None
+
+
+def _origin(about: dict[str, Any]) -> np.ndarray:
+    """``about`` as the first array of the file, uint8."""
+    return np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)

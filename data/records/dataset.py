@@ -107,7 +107,7 @@ class RecordDataset:
                     f"{rec} has {shard.file.size} bytes, {entry.bytes} by its dataset.json: changed; "
                     f"copy or pack it again, or save what is good: pfc inspect {folder} --repair OUT"
                 )
-            # An index made anew from a file that was cut short cannot know what was lost.
+            # An index rebuilt from a truncated file cannot list the lost records.
             if strict and len(shard.keys) != entry.images and shard.file.size == entry.bytes:
                 raise UsageError(
                     f"{folder / entry.idx} lists {len(shard.keys)} records, {entry.images} by its dataset.json; "
@@ -127,6 +127,11 @@ class RecordDataset:
     def __len__(self) -> int:
         return self._starts[-1]
 
+    @property
+    def folder(self) -> Path:
+        """The directory that holds the shards."""
+        return self.path if self.path.is_dir() else self.path.parent
+
     @cached_property
     def num_classes(self) -> int:
         """How many identities there are: labels are 0 … num_classes − 1.
@@ -141,8 +146,8 @@ class RecordDataset:
     def read(self, index: int) -> tuple[int, np.ndarray]:
         """Label and encoded image (uint8 [bytes], read-only) of image ``index``.
 
-        DamagedRecord (a UsageError) with file, key and offset where the record is damaged or its label is none
-        of 0 … num_classes − 1. IndexError where index is not in [0, len).
+        DamagedRecord (a UsageError) with file, key and offset if the record is damaged or its label is not
+        in 0 … num_classes − 1. IndexError where index is not in [0, len).
         """
         shard, position = self.locate(index)
         record = shard.read_image(position)
@@ -156,7 +161,7 @@ class RecordDataset:
         """All labels [len], read-only: int32, or int64 where there are identities from 2³¹ on.
 
         Reads the first bytes of every record (progress counts them), and of a large data set only once: the labels
-        are then kept beside it and mapped from there as long as its files do not change. DamagedRecord at the first
+        are then cached next to it and mapped from there as long as its files do not change. DamagedRecord at the first
         record whose label cannot be read; or, with ``damaged=-1``, that number in its place.
         """
         labels = self.shard_labels.all(progress)
@@ -174,7 +179,7 @@ class RecordDataset:
 
     def identity_names(self) -> list[str] | None:
         """The name of each label's identity, as ``pfc pack`` saved them; None where it did not."""
-        path = (self.path if self.path.is_dir() else self.path.parent) / LABEL_NAMES_NAME
+        path = self.folder / LABEL_NAMES_NAME
         if not path.is_file():
             return None
         try:
@@ -204,5 +209,5 @@ def _read_property(folder: Path) -> tuple[int | None, tuple[int, int] | None]:
         if min(classes, height, width) < 0:
             raise ValueError
     except ValueError:
-        raise UsageError(f"{path} should be one line 'num_classes,height,width': mend or remove it") from None
+        raise UsageError(f"{path} should be one line 'num_classes,height,width': correct or remove it") from None
     return classes, (height, width)

@@ -26,7 +26,7 @@ _BLOCK = 1 << 26  # bytes of text parsed at a time: so many that malloc gives th
 _WORTH_CACHING = 1 << 16  # bytes of text: less is parsed as fast as a cache opens
 _LARGEST = (1 << 63) - 1
 _SEARCHED = 1 << 16  # offsets that are compared at a time
-_VERSION = 1  # of the cache's content; in its name, so that two versions of pfc do not replace each other's
+_VERSION = 2  # of the cache's content; in its name, so that two versions of pfc do not replace each other's
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Shard:
     ``keys``: int64 or uint32 [records], or a range where they are evenly spaced; ``offsets``: int64 [records],
     bytes. Both are mapped from the index's cache where there is one. ``header`` is the InsightFace header record,
     None where there is none. ``ids_are_keys``: each record also carries its key as its id, as MXNet's tools and
-    pfc write it, so that a record under another's key is found out.
+    pfc write it, so that a record under another's key is detected.
     """
 
     file: RecordFile
@@ -123,7 +123,7 @@ def open_shard(rec: Path, idx: Path, *, strict: bool = True) -> Shard:
 def load_index(rec: Path, idx: Path) -> tuple[Sequence[int] | np.ndarray, np.ndarray]:
     """Keys (a range where evenly spaced) and offsets of ``idx`` in ascending order of the keys; each key once.
 
-    A large index is kept as arrays beside ``idx``, and mapped from there as long as neither file changes.
+    A large index is cached as arrays next to ``idx``, and mapped from there as long as neither file changes.
     """
     try:
         small = idx.stat().st_size < _WORTH_CACHING
@@ -156,7 +156,7 @@ def read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([block[:, 0] for block in blocks]), np.concatenate([block[:, 1] for block in blocks])
 
 
-_REBUILD = "bring the index that was written with its .rec, or make it anew: pfc inspect --rebuild-index --force"
+_REBUILD = "bring the index that was written with its .rec, or rebuild it: pfc inspect --rebuild-index --force"
 
 
 def _blocks_of_lines(path: Path) -> Iterator[bytes]:
@@ -190,7 +190,7 @@ def _sorted(keys: np.ndarray, offsets: np.ndarray, idx: Path) -> tuple[np.ndarra
         steps = np.diff(keys)
     if np.any(steps == 0):
         twice = keys[:-1][steps == 0][0]
-        raise UsageError(f"{idx}: key {twice} stands there more than once; {_REBUILD}")
+        raise UsageError(f"{idx}: key {twice} is listed more than once; {_REBUILD}")
     return keys, offsets
 
 
@@ -250,7 +250,7 @@ def _layout(whole: Shard) -> tuple[ImageRecord | None, int, int]:
     """The header record, and the positions [first, end) of the images.
 
     InsightFace's header record stands under key 0 and has labels and no image; identity records without images end the
-    file. Where the header is damaged, they alone tell the convention. Otherwise every record is an image (im2rec).
+    file. Where the header is damaged, they alone show the convention. Otherwise every record is an image (im2rec).
     """
     records = len(whole.keys)
     every_one = None, 0, records

@@ -1,5 +1,6 @@
 """Several data sets as one, in a joint label space."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -27,7 +28,7 @@ class JointDataset:
         self.name = "+".join(part.name for part in self.sets)
         sizes = {part.image_size for part in self.sets}
         self.image_size = sizes.pop() if len(sizes) == 1 else None
-        self._starts = np.cumsum([0] + [len(part) for part in self.sets])
+        self._starts = [0, *accumulate(map(len, self.sets))]
 
     @property
     def told_classes(self) -> int | None:
@@ -51,11 +52,11 @@ class JointDataset:
         return sets[0] if len(sets) == 1 else JointDataset(sets)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def read(self, index: int) -> tuple[int, np.ndarray]:
         """Joint label and encoded image (uint8 [bytes], read-only); errors as of ``RecordDataset.read``."""
-        which, within = self._of(index)
+        which, within = self.set_of(index)
         label, image = self.sets[which].read(within)
         return label + self._first_labels[which], image
 
@@ -72,11 +73,12 @@ class JointDataset:
 
     def locate(self, index: int) -> tuple[Shard, int]:
         """The shard that holds image ``index``, and its record's position there."""
-        which, within = self._of(index)
+        which, within = self.set_of(index)
         return self.sets[which].locate(within)
 
-    def _of(self, index: int) -> tuple[int, int]:
+    def set_of(self, index: int) -> tuple[int, int]:
+        """Which of the sets holds image ``index``, and the image's number there."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        which = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return which, index - int(self._starts[which])
+        which = bisect_right(self._starts, index) - 1
+        return which, index - self._starts[which]

@@ -145,8 +145,8 @@ class RecordFile:
     def read(self, offset: int, *, key: int | None = None, listed: Callable[[int], bool] | None = None) -> np.ndarray:
         """The payload (uint8 [bytes], read-only) of the record at ``offset``.
 
-        ``listed`` tells whether the index lists a record at a place: it is asked where a record ends and none
-        starts, which is either's damage.
+        ``listed`` returns whether the index lists a record at an offset. It is called if no record starts where this
+        one ends: then one of the two is damaged.
         """
         return self._read(offset, key, listed)[0]
 
@@ -196,7 +196,7 @@ class RecordFile:
         else:
             raise DamagedRecord(self.path, key, offset, "the middle of a record, not its start")
         followed = end >= self.size or self.starts_record(end)
-        # Otherwise this length is damaged or the next record's start: the picture's end or the index may tell.
+        # Otherwise this length or the next record's start is damaged: the image's end or the index may show which.
         if not (followed or _is_finished(payload) or (listed is not None and listed(end))):
             what = f"damaged: no record follows where it should end, at byte {end}"
             raise DamagedRecord(self.path, key, offset, what)
@@ -231,18 +231,18 @@ def _is_finished(payload: np.ndarray) -> bool:
 
 
 def cut_back(file: IO[bytes], path: Path, size: int) -> None:
-    """Cut off what was written behind the first ``size`` bytes; UsageError where the file is shorter."""
+    """Cut off what was written after the first ``size`` bytes; UsageError where the file is shorter."""
     there = os.fstat(file.fileno()).st_size
     if there < size:
         raise UsageError(
             f"{path} has {there} bytes, the interrupted packing had written {size}: some were lost, so it cannot be "
-            f"continued: remove {path.parent} and pack anew"
+            f"continued: remove {path.parent} and pack again"
         )
     file.truncate(size)
 
 
 class RecordWriter:
-    """Writes one ``.rec`` file and the ``.idx`` beside it.
+    """Writes one ``.rec`` file and the ``.idx`` next to it.
 
     Attributes: ``records`` and ``size`` (bytes) written so far; ``sha256``, the hexadecimal digest of the
     ``.rec``. Neither file may exist, except to go on with them: ``start`` is then what ``sync`` returned, and

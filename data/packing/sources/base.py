@@ -1,4 +1,4 @@
-"""What packing wants to know of a source, in a form that stays small at tens of millions of images."""
+"""The interface of a source of images, in a form that stays small at tens of millions of images."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Source(ABC):
         """What to call an image in a message."""
 
     def content(self) -> Iterator[bytes]:
-        """What tells this source from another: the listing, not the images themselves."""
+        """What distinguishes this source from others: the listing, not the images themselves."""
         yield self.about.encode("utf-8", "surrogateescape")
         yield self.codes.tobytes()
         for name in self.names:

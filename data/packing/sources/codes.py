@@ -34,7 +34,7 @@ def whole_number(text: bytes | str) -> int | None:
 def codes_of(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The labels that occur, int64 [K] ascending, and int32 [N], where each of ``labels`` (int64 [N]) stands there.
 
-    A negative label is none, its code −1.
+    A negative label stands for no identity, and its code is −1.
     """
     top = int(labels.max(initial=-1))
     if top < max(1 << 20, 4 * len(labels)):  # a table costs less than sorting
@@ -45,8 +45,8 @@ def codes_of(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         codes[-1] = -1
         return np.flatnonzero(table), codes[labels]
     numbers, codes = np.unique(labels, return_inverse=True)
-    none = int(np.searchsorted(numbers, 0))
-    return numbers[none:], np.maximum(codes.astype(np.int32) - none, -1)
+    negative = int(np.searchsorted(numbers, 0))
+    return numbers[negative:], np.maximum(codes.astype(np.int32) - negative, -1)
 
 
 def names_of(numbers: np.ndarray, known: list[str] | None) -> Sequence[str]:
@@ -59,7 +59,7 @@ def names_of(numbers: np.ndarray, known: list[str] | None) -> Sequence[str]:
 def label_text(where: str, label: Any) -> str:
     """The label of a table's row as text: a number as 7, whether it is an integer or a float.
 
-    UsageError where there is none (null, empty, NaN), or where a number is no whole one from 0 on.
+    UsageError if it is missing (null, empty, NaN), or a number that is negative or not whole.
     """
     if label is None or label == "" or label != label:
         raise UsageError(f"{where} has no label")

@@ -83,7 +83,7 @@ def _identity(folder: str) -> tuple[int, int]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder, or a link to one; a link to itself is none."""
+    """Whether it is a folder, or a link to one; a link to itself is not one."""
     try:
         return entry.is_dir()
     except OSError as error:

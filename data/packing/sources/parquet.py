@@ -34,7 +34,7 @@ def find_parquet(path: Path) -> list[Path]:
 
 
 def open_parquet(path: Path) -> Any:
-    """pyarrow's ParquetFile; UsageError where pyarrow is missing or the file is none."""
+    """pyarrow's ParquetFile; UsageError where pyarrow is missing or the file is not Parquet."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
@@ -57,7 +57,7 @@ def holds_images(kind: Any) -> bool:
 
 
 def label_names(schema: Any, column: str) -> list[str] | None:
-    """The names of label numbers, which Hugging Face's data sets keep beside the columns."""
+    """The names of label numbers, which Hugging Face's data sets store in the schema."""
     try:
         about = json.loads((schema.metadata or {})[b"huggingface"])
         names = about["info"]["features"][column]["names"]

@@ -15,6 +15,7 @@ import numpy as np
 
 from ...errors import DamagedRecord, UsageError
 from ...records.dataset import RecordDataset
+from ...records.joint import JointDataset
 from ...records.labels import LabelEncoding, decode_label, encode_label, encoding_for
 from ...records.manifest import printable
 from ...records.recordio import RecordFile, unpack_image
@@ -37,7 +38,7 @@ class RecordSource(Source):
 
     def __init__(self, paths: Sequence[Path], *, joining: Joining = "apart") -> None:
         self.sets = [RecordDataset.open(path) for path in paths]
-        self._starts = [0, *accumulate(len(dataset) for dataset in self.sets)]
+        self._joint = JointDataset(self.sets)
         self.about = printable(", ".join(f"recordio {path.resolve()}" for path in paths))
         self._recs = list(dict.fromkeys(shard.file.path for dataset in self.sets for shard in dataset.shards))
         self._in_file = {
@@ -48,8 +49,7 @@ class RecordSource(Source):
         self._rec_number = {rec: number for number, rec in enumerate(self._recs)}
         if len(self._recs) < sum(len(dataset.shards) for dataset in self.sets):
             raise UsageError("one of the sources is given twice: name each data set once")
-        sizes = {dataset.image_size for dataset in self.sets}
-        self.image_size = sizes.pop() if len(sizes) == 1 else None
+        self.image_size = self._joint.image_size
 
         each = [codes_of(dataset.labels(damaged=-1)) for dataset in self.sets]
         names = [
@@ -81,9 +81,8 @@ class RecordSource(Source):
         return RecordReader(self._recs, store, encoding_for(identities), shuffled)
 
     def task(self, image: int, label: int) -> RecordTask:
-        at = bisect_right(self._starts, image) - 1
-        dataset = self.sets[at]
-        shard, position = dataset.locate(image - self._starts[at])
+        which, within = self._joint.set_of(image)
+        shard, position = self.sets[which].locate(within)
         offset, offsets = int(shard.offsets[position]), self._in_file[shard.file.path]
         following = int(np.searchsorted(offsets, offset, side="right"))
         return RecordTask(
@@ -91,7 +90,7 @@ class RecordSource(Source):
             int(shard.keys[position]),
             offset,
             int(offsets[following]) if following < len(offsets) else shard.file.size,
-            dataset.label_encoding,
+            self.sets[which].label_encoding,
             label,
         )
 
@@ -106,9 +105,8 @@ class RecordSource(Source):
                 yield f"{shard.file.path.resolve()} {shard.file.size}\0".encode("utf-8", "surrogateescape")
 
     def _why(self, image: int) -> str:
-        at = bisect_right(self._starts, image) - 1
         try:
-            self.sets[at].read(image - self._starts[at])
+            self._joint.read(image)
         except DamagedRecord as error:
             return error.reason
         raise AssertionError(f"image {image} was damaged, and is not any more")
@@ -157,7 +155,7 @@ class RecordReader:
 
 
 def relabelled(head: bytes, old: LabelEncoding, label: int, new: LabelEncoding) -> bytes:
-    """An image record's head with another label; its ids stay, and further labels where the encoding has room."""
+    """An image record's head with another label; its ids stay, and further labels if the encoding can store them."""
     (flag,) = struct.unpack_from("<I", head)
     stored = encode_label(label, new)
     if isinstance(stored, tuple):

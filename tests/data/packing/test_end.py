@@ -259,7 +259,7 @@ def test_a_writer_on_a_full_disk_ends_in_one_line(
 
     monkeypatch.setattr(RecordWriter, name, full)
     line = refusal(pack_synthetic, tmp_path / "out", identities=2, images_per_identity=2, size=16)
-    assert line == f"{tmp_path / 'out'} cannot be written: {os.strerror(number).lower()}; make room"
+    assert line == f"{tmp_path / 'out'} cannot be written: {os.strerror(number).lower()}; free some space"
     assert list(tmp_path.iterdir()) == []
 
 

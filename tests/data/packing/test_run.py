@@ -288,7 +288,7 @@ def test_a_full_disk_is_one_line_and_no_loss(tmp_path: Path) -> None:
         try:
             pack_it(root, tmp_path / "out")
         except UsageError as error:
-            os._exit(0 if "make room, then the same command goes on" in str(error) else 1)
+            os._exit(0 if "free some space, then the same command goes on" in str(error) else 1)
         os._exit(2)
 
     process = fork.Process(target=run)

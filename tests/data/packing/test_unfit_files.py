@@ -71,7 +71,7 @@ def test_packed_set_with_swapped_or_shortened_files(tmp_path: Path) -> None:
         ("0 0 1 32\n", "is no index"),
         ("0\n0\n1\n32\n", "is no index"),
         ("0\t0\n1\n32\t2\t64\n", "is no index"),
-        ("0\t0\n0\t32\n", "key 0 stands there more than once"),
+        ("0\t0\n0\t32\n", "key 0 is listed more than once"),
         ("0\t-4\n", "does not belong"),
         ("0\t99999999999999999999\n", "does not belong"),
         ("0\t2\n", "does not belong"),

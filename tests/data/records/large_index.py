@@ -58,7 +58,7 @@ def write(folder: Path) -> None:
 def main(folder: Path) -> None:
     if not (folder / "train.idx").exists():
         write(folder)
-    cache = folder / "train.idx.1.cache"
+    cache = folder / "train.idx.2.cache"
     cache.unlink(missing_ok=True)
     opened: list[subprocess.Popen[str]] = []
     for what in ("first opening", "from the cache", "beside it"):

@@ -1,5 +1,5 @@
-"""The index: parsed once, kept as arrays beside the .idx, mapped and shared; rebuilt when it must be, never believed
-when damaged; and made anew from a .rec alone."""
+"""The index: parsed once, cached as arrays next to the .idx, mapped and shared; rebuilt when it must be, never believed
+when damaged; and rebuilt from a .rec alone."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def mapped(array: np.ndarray) -> bool:
 def test_the_cache_gives_what_the_text_says(home: Path, tmp_path: Path, keys: list[int] | range) -> None:
     folder = write(tmp_path / "s", keys)
     check(folder, keys)
-    assert sorted(path.name for path in folder.iterdir()) == ["a.idx", "a.idx.1.cache", "a.rec", "labels.2.cache"]
+    assert sorted(path.name for path in folder.iterdir()) == ["a.idx", "a.idx.2.cache", "a.rec", "labels.3.cache"]
     (folder / "a.idx").chmod(0)  # nothing but the cache can tell now
     check(folder, keys)
     assert not home.exists()
@@ -87,7 +87,7 @@ def test_the_cache_gives_what_the_text_says(home: Path, tmp_path: Path, keys: li
 def test_a_record_costs_16_bytes_at_most_and_nothing_of_them_is_private(home: Path, tmp_path: Path) -> None:
     folder = write(tmp_path / "s", np.random.default_rng(0).permutation(5 * RECORDS)[:RECORDS].tolist())
     RecordDataset.open(folder).labels()
-    sizes = [(folder / name).stat().st_size for name in ("a.idx.1.cache", "labels.2.cache")]
+    sizes = [(folder / name).stat().st_size for name in ("a.idx.2.cache", "labels.3.cache")]
     assert sum(sizes) <= 16 * RECORDS + 2048
     ds = RecordDataset.open(folder)
     keys, offsets = ds.shards[0].keys, ds.shards[0].offsets
@@ -118,14 +118,14 @@ def test_opening_a_million_records_takes_no_memory_of_its_own(tmp_path: Path) ->
     count, peak = map(int, out.stdout.split())
     assert count == records
     assert peak < records / 4  # bytes: no array of one byte a record, not even for a moment
-    assert (tmp_path / "a.idx.1.cache").stat().st_size < 8 * records + 1024
+    assert (tmp_path / "a.idx.2.cache").stat().st_size < 8 * records + 1024
 
 
 @pytest.mark.parametrize("name", ["a.idx", "a.rec"])
 def test_a_changed_file_makes_the_cache_anew(home: Path, tmp_path: Path, name: str) -> None:
     folder = write(tmp_path / "s")
     check(folder)
-    before = (folder / "a.idx.1.cache").stat().st_ino
+    before = (folder / "a.idx.2.cache").stat().st_ino
     if name == "a.idx":
         lines = (folder / name).read_text().splitlines(keepends=True)
         lines[5], lines[6] = "5\t" + lines[6].split("\t")[1], "6\t" + lines[5].split("\t")[1]
@@ -136,7 +136,7 @@ def test_a_changed_file_makes_the_cache_anew(home: Path, tmp_path: Path, name: s
         (folder / name).write_bytes(stored)
     os.utime(folder / name, ns=(0, 10**18 + 1))
     ds = RecordDataset.open(folder)
-    assert (folder / "a.idx.1.cache").stat().st_ino != before
+    assert (folder / "a.idx.2.cache").stat().st_ino != before
     if name == "a.idx":
         with pytest.raises(DamagedRecord, match=r"key 5 .* says that it is key 6"):
             ds.read(5)
@@ -152,7 +152,7 @@ def test_a_file_that_has_just_been_written_is_not_cached(home: Path, tmp_path: P
     assert sorted(path.name for path in folder.iterdir()) == ["a.idx", "a.rec"]
 
 
-@pytest.mark.parametrize("name", ["a.idx.1.cache", "labels.2.cache"])
+@pytest.mark.parametrize("name", ["a.idx.2.cache", "labels.3.cache"])
 def test_a_damaged_cache_is_never_believed(home: Path, tmp_path: Path, name: str) -> None:
     folder = write(tmp_path / "s")
     check(folder)
@@ -161,10 +161,11 @@ def test_a_damaged_cache_is_never_believed(home: Path, tmp_path: Path, name: str
     places = [*range(0, 300, 7), *rng.integers(0, len(good), 10).tolist()]
     damaged = [good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :] for at in places]
     damaged += [b"", good[:7], good[:40], good[: len(good) // 2], good[:-1], good + b"\0", b"x" * 1000]
+    damaged += [bytes(1), bytes(4)]
     for stored in damaged:
         (folder / name).write_bytes(stored)
-        load = _index if name == "a.idx.1.cache" else _labels
-        assert load(folder) == ([5, 6, 7, 8] if name == "a.idx.1.cache" else [5, 6, 0, 1])
+        load = _index if name == "a.idx.2.cache" else _labels
+        assert load(folder) == ([5, 6, 7, 8] if name == "a.idx.2.cache" else [5, 6, 0, 1])
         assert (folder / name).read_bytes() == good
 
 
@@ -180,7 +181,7 @@ def test_a_folder_that_cannot_be_written_has_its_cache_with_the_user(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write(tmp_path / "s")
-    for name in ("a.idx.1.cache", "labels.2.cache"):
+    for name in ("a.idx.2.cache", "labels.3.cache"):
         (folder / name).mkdir()  # in the way, for root too
     check(folder)
     assert len(list(home.iterdir())) == 2
@@ -199,6 +200,20 @@ def test_arrays_of_another_origin_are_not_taken(tmp_path: Path) -> None:
     assert not kept[0].flags.writeable
     assert load_arrays(tmp_path / "x", {"of": "that"}) is None
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_numpy_reads_a_cache_and_its_arrays_are_aligned(tmp_path: Path) -> None:
+    arrays = [np.arange(5, dtype=np.uint32), np.empty(0, dtype=np.uint8), np.arange(7, dtype=np.int64)]
+    descriptors = len(os.listdir("/proc/self/fd"))
+    kept = store_arrays(tmp_path / "x", {"of": "this"}, arrays)
+    assert kept is not None
+    assert all(array.ctypes.data % 64 == 0 for array in kept)
+    assert len(os.listdir("/proc/self/fd")) == descriptors, "a set may have more shards than descriptors"
+    with (tmp_path / "x").open("rb") as file:
+        assert np.load(file).tobytes() == b'{"of": "this"}'
+        for array in arrays:
+            file.seek(-file.tell() % 64, os.SEEK_CUR)
+            assert np.array_equal(np.load(file), array)
 
 
 def test_a_record_before_a_destroyed_one_is_good_by_the_index(home: Path, tmp_path: Path) -> None:
