@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..device import block_bytes
 from .exponentials import exponentials
+from .probabilities import UnshiftedLogSumExp
 from .products import ComputeDtype, operand_dtype, products_in
 from .rows import OwnClasses, SampledRows
-from .unshifted import UnshiftedLogSumExp
 
 
 def block_rows(weight: Tensor) -> int:

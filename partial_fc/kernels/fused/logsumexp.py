@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ...device import multiplies_to_float32, selected
+from ..probabilities import UnshiftedLogSumExp
 from ..products import ComputeDtype, as_operand, products_in, stored_dtype
 from ..rows import OwnClasses, SampledRows
-from ..unshifted import UnshiftedLogSumExp
 from .powers import TILES, powers
 from .rows import normalized_rows
 

@@ -22,18 +22,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import device
-from .functions import angle, psi, softplus
-from .kernels import NegativesKernel
-from .kernels.blocked import LogSumExpBlocked
-from .kernels.cosines import LogSumExp, SumOfSquares
-from .kernels.gram import SumOfSquaresByGram, pays
-from .kernels.keeping import KeepBudget
-from .kernels.products import ComputeDtype, stored_dtype
-from .kernels.unshifted import MAX_SCALE
+from .. import device
+from ..kernels import NegativesKernel
+from ..kernels.blocked import LogSumExpBlocked
+from ..kernels.cosines import LogSumExp, SumOfSquares
+from ..kernels.gram import SumOfSquaresByGram, pays
+from ..kernels.keeping import KeepBudget
+from ..kernels.probabilities import MAX_SCALE
+from ..kernels.products import ComputeDtype, stored_dtype
+from .base import angle, psi, softplus
 
 if TYPE_CHECKING:
-    from .kernels.fused.logsumexp import LogSumExpFused
+    from ..kernels.fused.logsumexp import LogSumExpFused
 
 _LARGEST_SCALE = 256.0  # exp(±2·scale) stays inside float64, in which the ranks add their sums
 
@@ -98,7 +98,7 @@ class LogSumExpObjective(Objective):
     def fused_kernel(self, weight: Tensor, compute_dtype: ComputeDtype, budget: KeepBudget) -> "LogSumExpFused | None":
         if self.scale > MAX_SCALE or not device.fits(weight, stored_dtype(compute_dtype)):
             return None
-        from .kernels.fused.logsumexp import LogSumExpFused  # which needs Triton
+        from ..kernels.fused.logsumexp import LogSumExpFused  # which needs Triton
 
         return LogSumExpFused(compute_dtype, self.scale, self.filter, budget)
 
@@ -185,7 +185,7 @@ class CosFace(LogSumExpObjective):
 class ArcFace(LogSumExpObjective):
     """Additive angular margin: softplus(ℓ − s·ψ(θ_y + m)) (Deng et al. 2019, equation 3).
 
-    Its slope by z_y carries the factor sin(θ_y + m)/sin θ_y, bounded as |z_y| → 1 (see ``functions.angle``).
+    Its slope by z_y carries the factor sin(θ_y + m)/sin θ_y, bounded as |z_y| → 1 (see ``base.angle``).
 
     Args:
         scale: s, in (0, 256].
