@@ -12,10 +12,9 @@ from torch.distributed.tensor import DTensor
 from . import device as devices
 from .centers import ClassShard, as_dtensor, initial_rows, read_rows, write_rows
 from .exchange import Exchange
-from .kernels.keeping import KeepBudget
+from .kernels.probabilities import KeepBudget
 from .kernels.products import ComputeDtype
-from .kernels.rows import OwnClasses, SampledRows
-from .kernels.unit import normalize, normalize_backward
+from .kernels.rows import OwnClasses, SampledRows, normalize, normalize_backward
 from .objectives import Objective
 from .row_gradient import RowGradient, StepGradient
 from .sampling import ClassSample, sample_batch, sample_classes

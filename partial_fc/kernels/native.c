@@ -15,7 +15,7 @@
 /* Rows asked of the memory before they are needed: with 2 KiB rows at random places the hardware guesses too late. */
 #define AHEAD 8
 #define LINE 16 /* floats of a cache line */
-#define SHORTEST 1e-10f /* a shorter row counts as zero: kernels/unit.py */
+#define SHORTEST 1e-10f /* a shorter row counts as zero: kernels/rows.py */
 #define TINIEST -87.0f /* exp of less is no normal float */
 
 INLINE float *row_of(float *matrix, const int64_t *index, int64_t row, int64_t dim)

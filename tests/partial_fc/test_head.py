@@ -16,7 +16,7 @@ from pfc.partial_fc import PartialFC, RowSGD, objectives
 from pfc.partial_fc.kernels import blocked
 from pfc.partial_fc.kernels.cosines import SumOfSquares
 from pfc.partial_fc.kernels.gram import SumOfSquaresByGram
-from pfc.partial_fc.kernels.keeping import KeepBudget
+from pfc.partial_fc.kernels.probabilities import KeepBudget
 from tests.partial_fc.cases import (
     OBJECTIVES,
     SETTINGS,

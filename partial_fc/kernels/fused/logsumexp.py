@@ -1,7 +1,7 @@
 """ℓ = log Σ exp(scale·z) on a GPU: the twin of ``blocked.LogSumExpBlocked``, with the same numbers.
 
-A block of rows is read once in float32, and normalised and rounded for the tensor cores (``fused_rows.py``); one
-product with the embeddings makes p = exp(scale·z) and its sums (``fused_powers.py``); a second, pᵀ·ŵ, adds to U. Then
+A block of rows is read once in float32, and normalised and rounded for the tensor cores (``rows.py``); one
+product with the embeddings makes p = exp(scale·z) and its sums (``powers.py``); a second, pᵀ·ŵ, adds to U. Then
 ∂loss/∂ŵ = p · (coefficient·unit) is made for a block when the row update wants it, from the p that were kept or are
 made again. Every product adds in float32. Cosines and logits are never written; p alone is, in the products' dtype.
 
