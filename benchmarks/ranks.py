@@ -50,6 +50,23 @@ class Rank:
             dist.barrier()
             self.synchronize()
 
+    def time_steps(
+        self, step: Callable[..., object], steps: int, warmup: int, prepare: Callable[[], tuple[Any, ...]] = tuple
+    ) -> list[float]:
+        """Seconds of each of ``steps`` calls of ``step(*prepare())``, after ``warmup`` untimed ones.
+
+        All ranks begin each of them together; ``prepare`` is not timed.
+        """
+        seconds = []
+        for _ in range(warmup + steps):
+            arguments = prepare()
+            self.wait()
+            begin = time.perf_counter()
+            step(*arguments)
+            self.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        return seconds[warmup:]
+
     def reset_peak(self) -> int:
         """Forgets the peak memory so far; returns the bytes that are taken now."""
         if self.device.type != "cpu":

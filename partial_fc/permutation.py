@@ -4,9 +4,14 @@ import torch
 from torch import Tensor
 
 ROUNDS = 8  # up to 4 let some pairs of a small block meet measurably more often than others; the rest is margin
-FEWEST_BITS = 5  # below, a Feistel network is measurably uneven
+_FEWEST_BITS = 5  # below, a Feistel network is measurably uneven
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
+
+
+def bits_of(size: int) -> int:
+    """Width in bits of the network that permutes [0, size)."""
+    return max(_FEWEST_BITS, (size - 1).bit_length())
 
 
 def permute(places: Tensor, size: int, key: Tensor) -> Tensor:
@@ -20,7 +25,7 @@ def permute(places: Tensor, size: int, key: Tensor) -> Tensor:
         size: ≥ 1.
         key: int64, one for all or [..., 1]; 32 bits of it count.
     """
-    bits = max(FEWEST_BITS, (size - 1).bit_length())
+    bits = bits_of(size)
     keys = mix(key + torch.arange(1, 2 * ROUNDS, 2, device=key.device).view(-1, *[1] * key.ndim)).unbind()
     if size == 1 << bits:
         return _feistel(places, bits, keys)

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
 
+from ...partial_fc import PartialFC
+from ...partial_fc.objectives import CosFace
 from ..ceilings import rank_ceilings
 from ..head.case import HeadCase
 from ..head.heads import build, with_sgd
@@ -99,7 +101,10 @@ def table(run: GpuRun) -> None:
 def pfc_step(run: GpuRun, rate: float, keep_gib: float, *, fused: bool = True) -> Iterator[Step]:
     """A whole step of pfc's head in bfloat16, to be called inside."""
     options = run.options
-    module = run.head(options.classes, options.dim, rate, torch.bfloat16, int(keep_gib * 2**30))
+    module = PartialFC(
+        options.classes, options.dim, objective=CosFace(), sample_rate=rate, device=run.device,
+        compute_dtype=torch.bfloat16, keep_bytes=int(keep_gib * 2**30),
+    )  # fmt: skip
     head, batches = with_sgd(module), run.batches()
 
     def step() -> None:

@@ -40,6 +40,11 @@ class Work:
     rows: float
     ways: tuple[Way, ...]
 
+    def floor(self, ceilings: Ceilings, precision: str) -> float:
+        """Seconds of the cheapest way: operations at the products' rate, bytes at the memory's, nothing overlapped."""
+        rate = ceilings.products[precision]
+        return min(way.operations / rate + way.bytes / ceilings.bandwidth for way in self.ways)
+
 
 def expected_rows(classes: int, ranks: int, rate: float, batch: int) -> float:
     """K of the rank with most rows: the share ``rate`` of its classes, and of the others those that the batch brings.
@@ -48,24 +53,6 @@ def expected_rows(classes: int, ranks: int, rate: float, batch: int) -> float:
     """
     here = -(-classes // ranks)
     return here * (rate + (1 - rate) * (1 - (1 - 1 / classes) ** batch))
-
-
-def work(case: "HeadCase") -> Work:
-    """The work of a step on the rank with most rows."""
-    rows = expected_rows(case.classes, case.ranks, case.rate, case.batch)
-    update = 4 * 5 * rows * case.dim
-    product = 2 * case.batch * rows * case.dim
-    kept = 2 * case.batch * rows * _ITEM[case.precision]
-    ways = [Way(3 * product, update + kept), Way(4 * product, update)]
-    if case.objective == "p2sgrad":
-        ways.append(Way(4 * (rows + case.batch) * case.dim**2, update))
-    return Work(rows, tuple(ways))
-
-
-def floor(work: Work, ceilings: Ceilings, precision: str) -> float:
-    """Seconds of the cheapest way: operations at the products' rate plus bytes at the memory's, nothing overlapped."""
-    rate = ceilings.products[precision]
-    return min(way.operations / rate + way.bytes / ceilings.bandwidth for way in work.ways)
 
 
 @dataclass(frozen=True)
@@ -101,7 +88,14 @@ class HeadCase:
     @property
     def work(self) -> Work:
         """What a step must do on the rank with most rows, whoever does it."""
-        return work(self)
+        rows = expected_rows(self.classes, self.ranks, self.rate, self.batch)
+        update = 4 * 5 * rows * self.dim
+        product = 2 * self.batch * rows * self.dim
+        kept = 2 * self.batch * rows * _ITEM[self.precision]
+        ways = [Way(3 * product, update + kept), Way(4 * product, update)]
+        if self.objective == "p2sgrad":
+            ways.append(Way(4 * (rows + self.batch) * self.dim**2, update))
+        return Work(rows, tuple(ways))
 
 
 @dataclass(frozen=True)
@@ -154,7 +148,7 @@ class Line:
     def floor(self) -> float:
         """Seconds below which this machine cannot do the step."""
         assert self.ceilings is not None
-        return floor(self.case.work, self.ceilings, self.case.precision)
+        return self.case.work.floor(self.ceilings, self.case.precision)
 
     @property
     def phases(self) -> dict[str, dict[str, float]]:

@@ -34,6 +34,11 @@ def normalize_backward(gradient: Tensor, normalized: Tensor, inverse: Tensor) ->
     return ((wide - along * unit) * inverse).to(gradient.dtype)
 
 
+def stored_rows(matrix: Tensor, index: Tensor | None, start: int, stop: int) -> Tensor:
+    """Rows [n, ...] of the places [start, stop) of a step: a view where it uses all rows (no index), else a copy."""
+    return matrix[start:stop] if index is None else matrix.index_select(0, index[start:stop])
+
+
 class SampledRows:
     """K rows of the shard's matrix.
 
@@ -53,14 +58,8 @@ class SampledRows:
     def __len__(self) -> int:
         return len(self.weight) if self.index is None else len(self.index)
 
-    def block(self, start: int, stop: int) -> Tensor:
-        """The stored rows of the places [start, stop), [n, D]: a view where the step uses all rows, else a copy."""
-        if self.index is None:
-            return self.weight[start:stop]
-        return self.weight.index_select(0, self.index[start:stop])
-
     def measure(self, start: int, stop: int, buffer: Tensor | None = None) -> Tensor:
-        """The same, and their inverse norms are known from here on.
+        """``stored_rows`` of the places [start, stop), [n, D]; their inverse norms are known from here on.
 
         Args:
             buffer: [≥ n, D], where a copy may be put.
@@ -72,7 +71,7 @@ class SampledRows:
                 copy = copy[: stop - start]
             native.measure_rows(self.weight, self.index, start, stop, copy, self.inverse)
             return self.weight[start:stop] if copy is None else copy
-        rows = self.block(start, stop)
+        rows = stored_rows(self.weight, self.index, start, stop)
         self.inverse[start:stop] = inverse_norms(rows)
         return rows
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...device import selected
-from ...permutation import FEWEST_BITS, ROUNDS
+from ...permutation import ROUNDS, bits_of
 
 _ROUNDS = tl.constexpr(ROUNDS)
 _PLACES = 512  # of a block, per program
@@ -66,10 +66,6 @@ def permuted(count: int, size: int, key: int, device: torch.device) -> Tensor:
     with selected(device):
         permute_kernel[(triton.cdiv(count, 128),)](values, count, size, bits_of(size), key, PLACES=128)
     return values
-
-
-def bits_of(size: int) -> int:
-    return max(FEWEST_BITS, (size - 1).bit_length())
 
 
 @triton.jit(do_not_specialize=["first_block", "start", "stop", "key", "last_block", "last_size", "last_bits"])

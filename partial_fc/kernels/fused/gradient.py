@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...device import selected
 from ...row_gradient import RowGradient
-from ...row_update import OnePassRule, RowRule
+from ...row_update import RowRule
 from ...sampling import Draw
 from .logsumexp import FusedPowers
 from .update import FusedBlock, OwnSlopes, block_rows
@@ -55,7 +55,7 @@ class FusedGradient:
         factor = factor.to(weight.dtype)
         with selected(weight.device):
             for block in self._blocks(others, factor, broken):
-                if isinstance(rule, OnePassRule):
+                if rule.step_rows is not None:
                     rule.step_rows(block, weight, state)
                     continue
                 rows = [block.rows(tensor) for tensor in tensors]

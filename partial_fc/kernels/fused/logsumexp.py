@@ -88,7 +88,10 @@ class FusedPowers:
     def _make(self, start: int, stop: int, sums: Tensor | None) -> tuple[Tensor, Tensor]:
         """p [n, B] and ŵ [n, D] of the places [start, stop), with zeros behind up to a whole number of ``_PAD``."""
         padded = _padded(stop - start)
-        power = self._empty(padded) if self.kept is None else self.kept[start : start + padded]
+        if self.kept is None:
+            power = self.compute_unit.new_empty(padded, len(self.unit))
+        else:
+            power = self.kept[start : start + padded]
         rows = normalized_rows(self.rows, start, stop, padded, self.compute_dtype)
         index = None if self.rows.index is None else self.rows.index[start:stop]
         powers(
@@ -105,9 +108,6 @@ class FusedPowers:
             ceiling=self.ceiling,
         )
         return power, rows
-
-    def _empty(self, rows: int) -> Tensor:
-        return self.compute_unit.new_empty(rows, len(self.unit))
 
 
 def _padded(rows: int) -> int:
