@@ -36,7 +36,7 @@ class StepFigures:
         seconds: of each timed step, on the slowest rank.
         phases: seconds a step of each of ``PHASES``, on average over ranks and steps.
         alone: seconds of a step of the head and its optimizer alone, the median on the slowest rank.
-        peak_bytes: of the hungriest rank.
+        peak_bytes: of the rank that takes most.
         images: of all ranks in one step.
     """
 

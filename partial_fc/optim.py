@@ -36,7 +36,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     """
 
     step_rows: Any = None
-    _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf and asks nothing of the host
+    _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf without a host synchronisation
 
     def __init__(self, head: PartialFC, defaults: dict[str, Any]) -> None:
         super().__init__([head.weight, head.gradient_scale], defaults)
@@ -74,7 +74,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             raise RuntimeError("these gradients are applied already: call zero_grad() after every step")
         self.head.gradients_applied = True
         side_stream = self.head.side_stream
-        if side_stream is None:  # gradients that nobody's backward pass gave
+        if side_stream is None:  # gradients that come from no backward pass of the head
             self._step(gradients)
             return loss
         late = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)  # GradScaler's, of all gradients

@@ -1,4 +1,4 @@
-"""Random numbers that are functions of their place: hashes, and permutations of which one asks for single values."""
+"""Counter-based random numbers: hashes, and keyed permutations that are evaluated at single places."""
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def permute(places: Tensor, size: int, key: Tensor) -> Tensor:
     keys = mix(key + torch.arange(1, 2 * ROUNDS, 2, device=key.device).view(-1, *[1] * key.ndim)).unbind()
     if size == 1 << bits:
         return _feistel(places, bits, keys)
-    onward = _feistel(torch.arange(1 << bits, device=key.device), bits, keys)  # a look is cheaper than the network
+    onward = _feistel(torch.arange(1 << bits, device=key.device), bits, keys)  # a look-up is cheaper than the network
     places = onward.take_along_dim(places, dim=-1)
     while bool((outside := places >= size).any()):
         places = torch.where(outside, onward.take_along_dim(places, dim=-1), places)

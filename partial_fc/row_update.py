@@ -29,11 +29,11 @@ class RowRule(Protocol):
 
 
 @runtime_checkable
-class WalksItself(Protocol):
-    """A gradient that knows a way into the rows of its own."""
+class AppliesItself(Protocol):
+    """A gradient with an update loop of its own."""
 
     def adds(self, others: Sequence[RowGradient]) -> bool:
-        """Whether it knows one for the sum with these too."""
+        """Whether it can apply the sum with these too."""
         ...
 
     def apply(
@@ -54,7 +54,7 @@ def apply(
         broken: bool []; on a GPU, where the host does not know it, a step that is broken leaves all as it was.
     """
     gradient, *others = gradients
-    if isinstance(gradient, WalksItself) and gradient.adds(others):
+    if isinstance(gradient, AppliesItself) and gradient.adds(others):
         gradient.apply(others, tensors, rule, factor, broken)
         return
     weight, *state = tensors

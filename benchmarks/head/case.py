@@ -3,9 +3,9 @@
 What a step must do: operations and bytes, and the time that they take at the machine's ceilings.
 B global batch, D dimension, K rows used on this rank; per rank and step. The rows are read once for the loss. The row
 update reads and writes them and SGD's momentum: 5·K·D numbers in float32. The products are three (cosines, embeddings'
-gradient, rows' gradient), 6·B·K·D operations; the third needs the probabilities again, which are either kept, B·K
-numbers of the products' precision written and read, or made once more, 2·B·K·D operations. P2SGrad may take the
-Gram matrix in place of the cosines: 4·K·D² + 4·B·D² operations, and nothing kept.
+gradient, rows' gradient), 6·B·K·D operations; the third needs the probabilities again, which are either stored, B·K
+numbers of the products' precision written and read, or recomputed, 2·B·K·D operations. P2SGrad may take the
+Gram matrix in place of the cosines: 4·K·D² + 4·B·D² operations, and nothing stored.
 
 Not counted: exponentials, the exchange between the ranks, the sample, and all that is done to numbers in the cache.
 """
@@ -34,7 +34,7 @@ class Work:
 
     Attributes:
         rows: K, the expected number of rows that the rank uses.
-        ways: the ways to do it; the first is the one with three products and kept probabilities.
+        ways: the ways to do it; the first is the one with three products and stored probabilities.
     """
 
     rows: float
@@ -104,7 +104,7 @@ class Measurement:
 
     Attributes:
         seconds: of each timed step, on the slowest rank.
-        peak_bytes: of the hungriest rank.
+        peak_bytes: of the rank that takes most.
         phases: part of the step → kind of work → seconds, from steps profiled apart (``phases.py``).
     """
 

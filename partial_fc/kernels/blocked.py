@@ -2,11 +2,11 @@
 
 The pass reads a block of stored centers once. In the cache it measures their norms, multiplies with the embeddings,
 takes p = exp(scale·z), and adds to both sums that the step needs: Σ p, and U = Σ p·ŵ, from which ∂loss/∂unit follows
-without a second pass, since ∂ℓ/∂x̂ = scale·U/Σp. The rows' own gradients are made block by block when the row optimizer
-asks, from the p that were kept or, where these would not fit ``keep_bytes``, from the same product made again.
+without a second pass, since ∂ℓ/∂x̂ = scale·U/Σp. The rows' gradients are computed block by block in the row update,
+from the stored p or, where p would not fit ``keep_bytes``, from p recomputed by the same product.
 
-Counted for K rows: with p kept 6·B·K·D operations, K·D read once here and once by the optimizer, B·K written and read;
-made again 8·B·K·D, and nothing of size B·K anywhere.
+Counted for K rows: with p stored 6·B·K·D operations, K·D read once here and once by the optimizer, B·K written and
+read; with p recomputed 8·B·K·D, and nothing of size B·K anywhere.
 """
 
 import torch

@@ -1,4 +1,4 @@
-/* The passes over rows and probabilities that torch makes one after the other, made at once, in float32 on a CPU.
+/* The passes over rows and probabilities that take torch several operations each, as one, in float32 on a CPU.
  *
  * Plain C without a header of Python or torch: native.py calls it with addresses and splits the rows among threads.
  * Every function walks `count` rows of `dim` floats. Row i of the matrices that are sharded (centers and optimizer

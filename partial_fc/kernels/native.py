@@ -1,4 +1,4 @@
-"""The compiled passes of ``native.c``, for float32 on a CPU; torch makes the same ones where they are not there.
+"""The compiled passes of ``native.c``, for float32 on a CPU; without them torch's own operations do the same.
 
 They are compiled when pfc is installed, if a C compiler is there: once for every kind of processor that ``VARIANTS``
 names, and the best that this one can run is taken. ``None`` in place of a library is an ordinary state: no compiler, no

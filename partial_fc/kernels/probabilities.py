@@ -26,7 +26,7 @@ def probability_bytes(batch: int, rows: int, compute_dtype: torch.dtype) -> int:
 class KeepBudget:
     """The memory for kept probabilities: of all passes together whose gradients wait for the row update.
 
-    What was given out counts for as long as it exists, so nobody has to say when a gradient was used or forgotten.
+    Memory that was given out counts for as long as its tensor exists, so it need not be returned.
 
     Args:
         limit: bytes.

@@ -124,7 +124,7 @@ class OwnClasses:
 
     @cached_property
     def _listed(self) -> list[int]:
-        """On a GPU the one thing of a step that the plain kernels wait for, besides the number of classes sampled."""
+        """On a GPU the plain kernels' only host synchronisation of a step, apart from the number of classes sampled."""
         return self._ascending[0].tolist()
 
     @cached_property

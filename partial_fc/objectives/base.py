@@ -52,7 +52,7 @@ class Objective(ABC):
         """
 
     def fused_kernel(self, weight: Tensor, compute_dtype: ComputeDtype, budget: KeepBudget) -> "LogSumExpFused | None":
-        """The same for the centers ``weight`` [rows, D] on a GPU, made to ask nothing of the host; None for none."""
+        """The same for the centers ``weight`` [rows, D] on a GPU, without host synchronisation; None for none."""
         return None
 
 

@@ -62,7 +62,7 @@ def test_loss_and_gradients_are_the_oracles(setting: str, world_size: int, dtype
 
 @pytest.mark.parametrize("world_size", WORLDS)
 @pytest.mark.parametrize("setting", [setting for setting in SETTINGS if setting != "p2sgrad"])
-@pytest.mark.parametrize("path", ["probabilities made again", "plain kernel, at a larger scale"])
+@pytest.mark.parametrize("path", ["probabilities recomputed", "plain kernel, at a larger scale"])
 def test_every_other_path_is_the_oracles_too(setting: str, world_size: int, path: str) -> None:
     name, parameters = SETTINGS[setting]
     again = path.startswith("probabilities")

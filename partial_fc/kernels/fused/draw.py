@@ -2,7 +2,7 @@
 
 The permutation of ``permutation.py`` runs inside: forwards for the ids that a block gives, backwards for the classes of
 the batch, since a class is among the random ones exactly where its place in its block's permutation is below the
-block's count. So nothing is sorted, and nothing asks how many classes there are.
+block's count. So nothing is sorted, and the host never waits for the number of classes.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
