@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pfc.data import pack_synthetic
 from pfc.launch.cli import main
 
 SMALL = ["--classes", "300", "--dim", "16", "--batch", "8", "--steps", "2", "--warmup", "1", "--rounds", "1"]
@@ -42,9 +43,10 @@ def test_step_on_made_up_batches(tmp_path: Path, capfd: pytest.CaptureFixture[st
 
 
 @pytest.mark.usefixtures("forked")
-def test_step_with_the_data_set(folder: Path, tmp_path: Path) -> None:
+def test_step_with_the_data_set(tmp_path: Path) -> None:
     config, file = tmp_path / "run.yaml", tmp_path / "step.json"
-    config.write_text(STEP.format(train=folder / "set", size="", classes=""))
+    pack_synthetic(tmp_path / "set", identities=6, images_per_identity=4, size=32, workers=1)
+    config.write_text(STEP.format(train=tmp_path / "set", size="", classes=""))
     options = ["--nproc", "1", "--steps", "1", "--warmup", "1", "--no-dense", "--data", "--json", str(file)]
     assert main(["bench", "step", str(config), *options]) == 0
     found: dict[str, Any] = json.loads(file.read_text())
