@@ -1,4 +1,4 @@
-"""Measurements of speed, each beside a baseline in the same run and beside the floor that this machine allows.
+"""Measurements of speed, each compared with a baseline in the same run and with the floor that this machine allows.
 
 ``head/`` times the head and needs torch alone (``python -m pfc.benchmarks.head --help``), ``gpu/`` its GPU path on
 one card (``python benchmarks/gpu --help``), ``step`` the whole training step, ``data`` loading. ``ceilings`` are the

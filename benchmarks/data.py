@@ -1,7 +1,7 @@
-"""Images per second of loading alone: pfc's pipeline beside DALI's own reader and a plain torch DataLoader.
+"""Images per second of loading alone: pfc's pipeline compared with DALI's own reader and a plain torch DataLoader.
 
 All loaders decode the same images on the same number of threads into float32 [b, 3, H, W] in [-1, 1], half of them
-mirrored. They take turns, a few batches each, so that a machine that grows slower or faster meets all of them alike;
+mirrored. They take turns, a few batches each, so that drifts of the machine's speed affect all of them alike;
 ratios are of the same turn.
 """
 
@@ -26,7 +26,7 @@ _BLOCK, _WINDOW = 1024, 8192
 BASELINE = "DALI's reader, shuffled"
 PEER = "torch DataLoader, Pillow"
 _IDLE = 1.0
-"""Seconds after the DataLoader's turn, for its processes to prepare what they prepare ahead and fall silent."""
+"""Seconds after the DataLoader's turn, for its processes to finish what they prefetch and become idle."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def measure_loaders(
         threads: decoding threads of DALI; worker processes of the DataLoader.
         device: where the tensors end.
         place: where DALI decodes, as ``data.decode`` says.
-        tell: is told what is measured.
+        tell: called with a line that says what is measured.
     """
     size = dataset.image_size
     assert size is not None
@@ -91,7 +91,7 @@ def measure_loaders(
         busy: dict[str, list[float]] = {name: [] for name in loaders}
         for turn in range(rounds + 1):
             names = list(loaders)
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody is always first
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:  # none is always first
                 loader = loaders[name]
                 tell(f"turn {turn} of {rounds}: {name}")
                 # What a loader prepared while it was not its turn does not count.

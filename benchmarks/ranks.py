@@ -50,6 +50,23 @@ class Rank:
             dist.barrier()
             self.synchronize()
 
+    def time_steps(
+        self, step: Callable[..., object], steps: int, warmup: int, prepare: Callable[[], tuple[Any, ...]] = tuple
+    ) -> list[float]:
+        """Seconds of each of ``steps`` calls of ``step(*prepare())``, after ``warmup`` untimed ones.
+
+        All ranks begin each of them together; ``prepare`` is not timed.
+        """
+        seconds = []
+        for _ in range(warmup + steps):
+            arguments = prepare()
+            self.wait()
+            begin = time.perf_counter()
+            step(*arguments)
+            self.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        return seconds[warmup:]
+
     def reset_peak(self) -> int:
         """Forgets the peak memory so far; returns the bytes that are taken now."""
         if self.device.type != "cpu":
@@ -129,9 +146,9 @@ def _serve(number: int, size: int, threads: int, folder: str, function: Callable
         dist.destroy_process_group()
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
-        told = {"type": type(error).__name__, "message": lines[0], "time": time.time()}
-        torch.save(told, os.path.join(folder, f"error-{number}.pt"))
-        os._exit(1)  # the parent tells it in one line
+        details = {"type": type(error).__name__, "message": lines[0], "time": time.time()}
+        torch.save(details, os.path.join(folder, f"error-{number}.pt"))
+        os._exit(1)  # the parent reports it in one line
 
 
 def _cause(folder: Path, exit_codes: Sequence[int | None]) -> RankDied:
@@ -141,7 +158,7 @@ def _cause(folder: Path, exit_codes: Sequence[int | None]) -> RankDied:
             memory = "; the machine may have run out of memory" if code == -signal.SIGKILL else ""
             return RankDied(f"a rank was killed by {signal.Signals(-code).name}{memory}")
     errors = sorted(
-        (torch.load(path, weights_only=True) for path in folder.glob("error-*.pt")), key=lambda told: told["time"]
+        (torch.load(path, weights_only=True) for path in folder.glob("error-*.pt")), key=lambda details: details["time"]
     )
     if not errors:
         return RankDied(f"a rank ended with exit code {next(code for code in exit_codes if code)}")

@@ -17,7 +17,7 @@ from ..engine.ranks.distributed import World
 from ..engine.training_step import TrainingStep
 from .ceilings import DTYPES
 from .head.dense import DenseHead
-from .head.heads import LR, MOMENTUM, WEIGHT_DECAY
+from .head.heads import LR, MOMENTUM, WEIGHT_DECAY, Head
 from .ranks import Rank, run
 
 PHASES: tuple[str, ...] = ("data", "backbone forward", "head forward", "backward", "optimizers")
@@ -36,7 +36,7 @@ class StepFigures:
         seconds: of each timed step, on the slowest rank.
         phases: seconds a step of each of ``PHASES``, on average over ranks and steps.
         alone: seconds of a step of the head and its optimizer alone, the median on the slowest rank.
-        peak_bytes: of the hungriest rank.
+        peak_bytes: of the rank that takes most.
         images: of all ranks in one step.
     """
 
@@ -118,13 +118,7 @@ def _measure(rank: Rank, tree: dict[str, Any], head: str, steps: int, warmup: in
     training = TrainingStep(config, parts, world)
     training.backbone.train()
     batches = _Loaded(config, world) if with_data else _MadeUp(config, world)
-    seconds = []
-    for _ in range(warmup + steps):
-        rank.wait()
-        begin = time.perf_counter()
-        _step(config, training, batches)
-        rank.synchronize()
-        seconds.append(time.perf_counter() - begin)
+    seconds = rank.time_steps(lambda: _step(config, training, batches), steps, warmup)
     peak = rank.peak() - before
     clock = _Clock(rank)
     clock.listen(training.backbone, "backbone forward")
@@ -136,7 +130,7 @@ def _measure(rank: Rank, tree: dict[str, Any], head: str, steps: int, warmup: in
     phases = {name: total / _MARKED for name, total in clock.phases.items()}
     clock.stop()
     alone = _alone(rank, config, parts, steps, warmup)
-    return {"seconds": seconds[warmup:], "phases": phases, "peak": peak, "alone": alone}
+    return {"seconds": seconds, "phases": phases, "peak": peak, "alone": alone}
 
 
 def _step(
@@ -153,19 +147,14 @@ def _step(
 
 def _alone(rank: Rank, config: Config, parts: build.Parts, steps: int, warmup: int) -> float:
     """Seconds of a step of the head with its optimizer, on random embeddings: the median."""
-    classes, seconds = config.head.num_classes or 1, []
     size, dim = config.data.batch_size, config.backbone.embedding_dim
-    for _ in range(warmup + steps):
+
+    def batch() -> tuple[Tensor, Tensor]:
         embeddings = torch.randn(size, dim, device=rank.device, requires_grad=True)
-        labels = torch.randint(0, classes, (size,), device=rank.device)
-        rank.wait()
-        begin = time.perf_counter()
-        parts.head(embeddings, labels).backward()
-        parts.head_optimizer.step()
-        parts.head_optimizer.zero_grad()
-        rank.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds[warmup:])
+        return embeddings, torch.randint(0, config.head.num_classes or 1, (size,), device=rank.device)
+
+    head = Head(parts.head, parts.head_optimizer)
+    return statistics.median(rank.time_steps(head.step, steps, warmup, prepare=batch))
 
 
 def _dense_parts(config: Config, world: World) -> build.Parts:

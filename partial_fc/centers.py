@@ -1,4 +1,4 @@
-"""The sharded matrix of class centers: which rows are this rank's, how they begin, how they are read and written."""
+"""The sharded matrix of class centers: which rows are this rank's, how they are initialised, read and written."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """All that the head does differently on a GPU and on a CPU. What is not here takes the same calls on both.
 
-Beside it only ``kernels/native.py`` asks what a device is: its passes read the memory of a CPU.
+Apart from this module only ``kernels/native.py`` distinguishes devices: its passes read the memory of a CPU.
 """
 
 import functools
@@ -51,12 +51,12 @@ def runs_on(device: torch.device) -> bool:
 
 
 def own_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Inside, products are made in the dtype that they are asked in, whatever autocast the caller has around it."""
+    """Inside, products keep the dtype of their operands, whatever autocast the caller has around it."""
     return torch.autocast(device.type, enabled=False)
 
 
 def is_recorded(device: torch.device) -> bool:
-    """Whether what is done now is recorded, to be done again as it is: a CUDA graph."""
+    """Whether a CUDA graph is being captured, to be replayed as it is."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -71,7 +71,7 @@ def streams(device: torch.device) -> ModuleType:
 
 
 def default_keep_bytes(device: torch.device) -> int:
-    """The memory that the probabilities may take where nobody said: a sixteenth of a GPU's, 1 GiB of a host's."""
+    """The memory that the probabilities may take by default: a sixteenth of a GPU's, 1 GiB of a host's."""
     if device.type == "cpu":
         return 1 << 30
     return torch.get_device_module(device).get_device_properties(device).total_memory // 16

@@ -12,10 +12,9 @@ from torch.distributed.tensor import DTensor
 from . import device as devices
 from .centers import ClassShard, as_dtensor, initial_rows, read_rows, write_rows
 from .exchange import Exchange
-from .kernels.keeping import KeepBudget
+from .kernels.probabilities import KeepBudget
 from .kernels.products import ComputeDtype
-from .kernels.rows import OwnClasses, SampledRows
-from .kernels.unit import normalize, normalize_backward
+from .kernels.rows import OwnClasses, SampledRows, normalize, normalize_backward
 from .objectives import Objective
 from .row_gradient import RowGradient, StepGradient
 from .sampling import ClassSample, sample_batch, sample_classes
@@ -52,7 +51,7 @@ class PartialFC(nn.Module):
     * in ``embeddings.grad`` W times the gradient of that mean by this rank's samples, W the number of ranks: after
       DistributedDataParallel has averaged over the ranks, the backbone's gradient is exactly that of the mean;
     * in ``head.row_gradients`` the gradient by the centers used, which a row optimizer (``pfc.partial_fc.RowSGD``)
-      makes block by block as it applies it, from the centers as they are then: nothing else may change them between
+      computes block by block as it applies it, from the centers as they are then: nothing else may change them between
       the forward pass and the optimizer's step. There is no dense gradient. Several backward passes add up, as
       everywhere in torch: for the average of n micro-batches divide each loss by n. An optimizer step uses them up:
     ``zero_grad`` must follow before the next one.
@@ -71,7 +70,7 @@ class PartialFC(nn.Module):
             to 2⁻¹¹ of itself, so a negative's cosine by less than 0.001 and its logit at scale 64 by less than 0.0625
             (mostly a hundredth of that), where bfloat16 operands are off by 2⁻⁹. A CPU makes them in float32.
         keep_bytes: how much the probabilities [B, K] of a step may take between the forward pass and the row update,
-            in bytes, those of all its backward passes together; above it they are computed again, one more matrix
+            in bytes, those of all its backward passes together; above it they are recomputed, one more matrix
             product for less memory. A sixteenth of a GPU's memory when None, 1 GiB on a CPU.
         payload_dtype: what embeddings and their gradients travel in between the ranks, such as bfloat16 for half the
             bytes; embeddings in their own dtype and gradients in ``center_dtype`` when None.
@@ -119,7 +118,7 @@ class PartialFC(nn.Module):
         """This rank's centers [rows, D]. Its ``grad`` stays None: see ``row_gradients``. On a GPU, see too
         ``wait_for_update``."""
         self.budget = KeepBudget(devices.default_keep_bytes(self.weight.device) if keep_bytes is None else keep_bytes)
-        """Of ``keep_bytes``, and what is kept now."""
+        """The limit ``keep_bytes``, and what is stored now."""
         self.gradient_scale = nn.Parameter(torch.ones((), device=self.weight.device))
         """Its ``grad`` is the sum of what the losses were multiplied with before backward, NaN on every rank where a
         gradient of any rank is not finite. Row optimizers divide by what GradScaler makes of it; so leave the head's
@@ -214,7 +213,7 @@ class PartialFC(nn.Module):
             found = str(labels.dtype).removeprefix("torch.")
             raise ValueError(f"labels must be int64 [{len(embeddings)}], found {found} {list(labels.shape)}")
         if self.training and min(self.sample_rate, self.batch_rate) < 1 and devices.is_recorded(self.weight.device):
-            raise RuntimeError("a CUDA graph would repeat one sample for ever: leave the head out of it")
+            raise RuntimeError("a CUDA graph would repeat one class sample at every replay: leave the head out of it")
         with devices.own_precision(self.weight.device):
             return _HeadLoss.apply(embeddings, self.weight, labels.contiguous(), self, torch.is_grad_enabled())  # type: ignore[return-value]
 
@@ -370,7 +369,7 @@ class _HeadLoss(torch.autograd.Function):
         embedding_grad = embedding_grad.to(ctx.embedding_dtype)
         if not ctx.needs_input_grad[1]:  # frozen centers
             return embedding_grad
-        # ⑦ ∂loss/∂rows, when the row optimizer asks for them
+        # ⑦ ∂loss/∂rows, computed in the row update
         slopes = own_slope * unit
         if ctx.kernel_is_fused:
             from .kernels.fused.gradient import FusedGradient

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from . import device as devices
 from .centers import as_dtensor, read_rows
@@ -37,7 +36,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     """
 
     step_rows: Any = None
-    _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf and asks nothing of the host
+    _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf without a host synchronisation
 
     def __init__(self, head: PartialFC, defaults: dict[str, Any]) -> None:
         super().__init__([head.weight, head.gradient_scale], defaults)
@@ -75,7 +74,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             raise RuntimeError("these gradients are applied already: call zero_grad() after every step")
         self.head.gradients_applied = True
         side_stream = self.head.side_stream
-        if side_stream is None:  # gradients that nobody's backward pass gave
+        if side_stream is None:  # gradients that come from no backward pass of the head
             self._step(gradients)
             return loss
         late = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)  # GradScaler's, of all gradients
@@ -86,23 +85,21 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
 
     def _step(self, gradients: list[RowGradient]) -> None:
         with devices.own_precision(self.head.weight.device):
-            self._apply(gradients)
-
-    def _apply(self, gradients: list[RowGradient]) -> None:
-        factor, broken = self._scaling()
-        self._skipped += broken
-        if devices.host_sees(broken.device) and broken:
-            return
-        tensors = [self.head.weight.data, *self._row_state().values()]
-        apply(gradients, tensors, self, factor, broken)
+            factor, broken = self._scaling()
+            self._skipped += broken
+            if devices.host_sees(broken.device) and broken:
+                return
+            tensors = [self.head.weight.data, *self._row_state().values()]
+            apply(gradients, tensors, self, factor, broken)
 
     def state_dict(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """``state``: name → DTensor [C, ...] with Shard(0); ``param_groups``: the hyper-parameters.
 
         Every state is there from the start, so that a checkpoint can be read into a fresh optimizer.
         """
-        self.head.wait_for_update()
-        state = {name: self._as_dtensor(local) for name, local in self._row_state().items()}
+        head = self.head
+        head.wait_for_update()
+        state = {name: as_dtensor(local, head.num_classes, head.exchange) for name, local in self._row_state().items()}
         groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
         return {"state": state, "param_groups": groups}
 
@@ -148,9 +145,6 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             if name not in state:
                 state[name] = torch.zeros(self.head.shard.rows, *shape, dtype=weight.dtype, device=weight.device)
         return state
-
-    def _as_dtensor(self, local: Tensor) -> DTensor:
-        return as_dtensor(local, self.head.num_classes, self.head.exchange)
 
 
 class RowSGD(RowOptimizer):

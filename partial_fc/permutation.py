@@ -1,12 +1,17 @@
-"""Random numbers that are functions of their place: hashes, and permutations of which one asks for single values."""
+"""Counter-based random numbers: hashes, and keyed permutations that are evaluated at single places."""
 
 import torch
 from torch import Tensor
 
 ROUNDS = 8  # up to 4 let some pairs of a small block meet measurably more often than others; the rest is margin
-FEWEST_BITS = 5  # below, a Feistel network is measurably uneven
+_FEWEST_BITS = 5  # below, a Feistel network is measurably uneven
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
+
+
+def bits_of(size: int) -> int:
+    """Width in bits of the network that permutes [0, size)."""
+    return max(_FEWEST_BITS, (size - 1).bit_length())
 
 
 def permute(places: Tensor, size: int, key: Tensor) -> Tensor:
@@ -20,11 +25,11 @@ def permute(places: Tensor, size: int, key: Tensor) -> Tensor:
         size: ≥ 1.
         key: int64, one for all or [..., 1]; 32 bits of it count.
     """
-    bits = max(FEWEST_BITS, (size - 1).bit_length())
+    bits = bits_of(size)
     keys = mix(key + torch.arange(1, 2 * ROUNDS, 2, device=key.device).view(-1, *[1] * key.ndim)).unbind()
     if size == 1 << bits:
         return _feistel(places, bits, keys)
-    onward = _feistel(torch.arange(1 << bits, device=key.device), bits, keys)  # a look is cheaper than the network
+    onward = _feistel(torch.arange(1 << bits, device=key.device), bits, keys)  # a look-up is cheaper than the network
     places = onward.take_along_dim(places, dim=-1)
     while bool((outside := places >= size).any()):
         places = torch.where(outside, onward.take_along_dim(places, dim=-1), places)

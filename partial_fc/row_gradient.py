@@ -1,4 +1,4 @@
-"""The gradient by the centers that a step used, made a block of rows at a time when somebody asks for it."""
+"""The gradient by the centers that a step used, computed a block of rows at a time on demand."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -15,9 +15,9 @@ class RowGradient(Protocol):
 
     Attributes:
         index: places of the rows in the shard, int64 [K], ascending, each once; None for all of them.
-        inverse: inverse norms of the rows, [K, 1], where ``raw_block`` is (∂loss/∂ŵ)/‖w‖ and the way through
-            normalising is still to be gone; None where it is ∂loss/∂rows already.
-        needs_rows: whether ``raw_block`` wants the centers.
+        inverse: inverse norms of the rows, [K, 1], where ``raw_block`` is (∂loss/∂ŵ)/‖w‖ and the backward of
+            normalising is still to be applied; None where it is ∂loss/∂rows already.
+        needs_rows: whether ``raw_block`` needs the centers.
     """
 
     @property
@@ -39,7 +39,7 @@ class RowGradient(Protocol):
 
 
 class StepGradient:
-    """That of one step: the negatives' part by the kernel, each sample's own class, and the way through normalising.
+    """That of one step: the negatives' part by the kernel, and each sample's own class.
 
     Args:
         rows: the centers that the step used.
@@ -118,7 +118,7 @@ class GradientSum:
         return values
 
     def _cuts(self) -> list[list[int]]:
-        """For each gradient how many of its rows stand before each block; asked of a GPU once, for all of them."""
+        """For each gradient how many of its rows stand before each block; on a GPU one synchronisation for all."""
         there = [places for places in self.places if places is not None]
         if not there:
             return [[] for _ in self.places]

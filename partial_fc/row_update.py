@@ -9,12 +9,19 @@ from torch import Tensor
 from . import device as devices
 from .kernels import native
 from .kernels.blocked import block_rows
-from .kernels.row_step import RowStep
+from .kernels.rows import stored_rows
 from .row_gradient import GradientSum, RowGradient, project
 
 
 class RowRule(Protocol):
-    """What an optimizer does to rows."""
+    """What an optimizer does to rows.
+
+    Attributes:
+        step_rows: ``step_rows(rows: RowStep, weight, state)`` does the same as ``update`` for some rows of the whole
+            shard's matrix [N, D] and its state [N, ...], in one pass; None where no such pass exists for the rule.
+    """
+
+    step_rows: Any
 
     def update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
         """Steps rows [n, D] and their state [n, ...] in place; the gradient [n, D] may be overwritten."""
@@ -22,20 +29,11 @@ class RowRule(Protocol):
 
 
 @runtime_checkable
-class OnePassRule(Protocol):
-    """A rule that compiled and fused passes know too."""
-
-    def step_rows(self, rows: RowStep, weight: Tensor, state: list[Tensor]) -> None:
-        """The same for some rows of the whole shard's matrix [N, D] and its state [N, ...], in one pass."""
-        ...
-
-
-@runtime_checkable
-class WalksItself(Protocol):
-    """A gradient that knows a way into the rows of its own."""
+class AppliesItself(Protocol):
+    """A gradient with an update loop of its own."""
 
     def adds(self, others: Sequence[RowGradient]) -> bool:
-        """Whether it knows one for the sum with these too."""
+        """Whether it can apply the sum with these too."""
         ...
 
     def apply(
@@ -56,22 +54,22 @@ def apply(
         broken: bool []; on a GPU, where the host does not know it, a step that is broken leaves all as it was.
     """
     gradient, *others = gradients
-    if isinstance(gradient, WalksItself) and gradient.adds(others):
+    if isinstance(gradient, AppliesItself) and gradient.adds(others):
         gradient.apply(others, tensors, rule, factor, broken)
         return
     weight, *state = tensors
-    compiled = rule if isinstance(rule, OnePassRule) and native.supports(weight) else None
-    number = float(factor) if compiled else 1.0
+    compiled = rule.step_rows if native.supports(weight) else None
+    number = 1.0 if compiled is None else float(factor)
     size = block_rows(weight)
     if others:
         gradient = GradientSum(gradients, size)
     for start in range(0, len(gradient), size):
         stop = min(start + size, len(gradient))
-        if compiled:
-            rows = _rows(weight, gradient.index, start, stop) if gradient.needs_rows else None
+        if compiled is not None:
+            rows = stored_rows(weight, gradient.index, start, stop) if gradient.needs_rows else None
             values = gradient.raw_block(start, stop, rows).to(weight.dtype).contiguous()
             step = native.CompiledStep(gradient.index, start, stop, values, gradient.inverse, number)
-            compiled.step_rows(step, weight, state)
+            compiled(step, weight, state)
         else:
             _by_torch(gradient, start, stop, tensors, rule, factor, broken)
 
@@ -85,7 +83,7 @@ def _by_torch(
     factor: Tensor,
     broken: Tensor,
 ) -> None:
-    weight, *state = [_rows(tensor, gradient.index, start, stop) for tensor in tensors]
+    weight, *state = [stored_rows(tensor, gradient.index, start, stop) for tensor in tensors]
     values = gradient.raw_block(start, stop, weight)
     if gradient.inverse is not None:
         project(values, weight, gradient.inverse[start:stop])
@@ -101,8 +99,3 @@ def _by_torch(
             tensor.index_copy_(0, gradient.index[start:stop], rows)
         elif on_device:
             tensor[start:stop] = rows
-
-
-def _rows(matrix: Tensor, index: Tensor | None, start: int, stop: int) -> Tensor:
-    """Rows [n, ...] of the places [start, stop): a view where the step uses all rows, else a copy."""
-    return matrix[start:stop] if index is None else matrix.index_select(0, index[start:stop])

@@ -41,7 +41,7 @@ class ClassSample:
 
     @cached_property
     def classes(self) -> Tensor:
-        """Their global ids, int64 [K], ascending; made when somebody asks."""
+        """Their global ids, int64 [K], ascending; computed at the first access."""
         if self.rows is None:
             return torch.arange(self.shard.start, self.shard.stop, device=self.columns.device)
         return self.rows[self.rows >= 0].sort().values + self.shard.start
@@ -160,9 +160,9 @@ def _random_classes(shard: ClassShard, rate: float, seed: int, step: int, device
 
 
 def _permuted(count: int, size: int, key: Tensor, device: torch.device) -> Tensor:
-    """The first ``count`` values of a permutation of [0, size), made by the host, who knows all that they depend on.
+    """The first ``count`` values of a permutation of [0, size), computed on the host, which knows all they depend on.
 
-    The walk along a cycle asks whether it is at its end; so a GPU is not asked.
+    The walk along a cycle tests on the host whether it has ended, which on a GPU would be a synchronisation.
     """
     return permute(torch.arange(count), size, key).to(device, non_blocking=True)
 

@@ -28,7 +28,7 @@ class SideStream:
         self._mark: Any = None  # an event; a CPU has none
         self._scale: tuple[Tensor | None, int] = None, 0
         self._done: Any = None
-        self._beside: Any = None  # the stream that went on
+        self._main: Any = None  # the stream that went on meanwhile
         self._in_use: tuple[Any, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -49,15 +49,15 @@ class SideStream:
 
         Args:
             scale: as it is now.
-            in_use: what else holds memory that it reads; kept until the next ``join``.
+            in_use: what else holds memory that it reads; referenced until the next ``join``.
             late: whether it needs something that came after the mark.
         """
         marked, version = self._scale
-        self._beside = self._current()
+        self._main = self._current()
         if scale is marked and marked is not None and marked._version == version and not late:
             self._stream.wait_event(self._mark)
         else:
-            self._stream.wait_stream(self._beside)
+            self._stream.wait_stream(self._main)
         self._in_use += (scale, *in_use)
         try:
             with self._streams.stream(self._stream):
@@ -72,7 +72,7 @@ class SideStream:
         current = self._current()
         if self._done is not None:
             current.wait_event(self._done)
-        if self._beside is None or current == self._beside:  # memory that is freed goes back to that stream
+        if self._main is None or current == self._main:  # memory that is freed goes back to that stream
             self._in_use = ()
         self._scale = None, 0
 

@@ -1,6 +1,6 @@
 """What the parts of ``benchmarks/gpu/__main__.py`` share: its options, its findings, heads and batches, and the clock.
 
-This file and the other ``gpu_*.py`` import torch and Triton alone, as does all that they import.
+This folder imports torch and Triton alone, as does all that it imports.
 """
 
 import gc
@@ -18,9 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...partial_fc import PartialFC
 from ...partial_fc import device as head_device
-from ...partial_fc.objectives import CosFace
 from ..ranks import Rank
 
 Step = Callable[[], object]
@@ -90,24 +88,18 @@ class GpuRun:
         runs_on = head_device.runs_on if fused and self.gpu else lambda _: fused
         return patch.object(head_device, "runs_on", runs_on)
 
-    def head(self, classes: int, dim: int, rate: float, dtype: torch.dtype, keep_bytes: int) -> PartialFC:
-        return PartialFC(
-            classes, dim, objective=CosFace(), sample_rate=rate, device=self.device, compute_dtype=dtype,
-            keep_bytes=keep_bytes,
-        )  # fmt: skip
-
-    def batch(self, step: int, classes: int, dim: int, batch: int) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, D] and labels int64 [B], of which two are the same; another batch each step."""
-        generator = torch.Generator().manual_seed(step)
-        embeddings = torch.randn(batch, dim, generator=generator).to(self.device).requires_grad_()
-        labels = torch.randint(0, classes, (batch,), generator=generator)
-        labels[1] = labels[0]
-        return embeddings, labels.to(self.device)
-
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endlessly a few batches of the timed heads, made before: their making is no part of a step."""
-        options = self.options
-        made = [self.batch(step, options.classes, options.dim, options.batch) for step in range(4)]
+        """Endlessly a few batches of the timed heads, made before: their making is no part of a step.
+
+        Embeddings [B, D] and labels int64 [B], of which two are the same.
+        """
+        options, made = self.options, []
+        for seed in range(4):
+            generator = torch.Generator().manual_seed(seed)
+            embeddings = torch.randn(options.batch, options.dim, generator=generator).to(self.device).requires_grad_()
+            labels = torch.randint(0, options.classes, (options.batch,), generator=generator)
+            labels[1] = labels[0]
+            made.append((embeddings, labels.to(self.device)))
         while True:
             for embeddings, labels in made:
                 embeddings.grad = None

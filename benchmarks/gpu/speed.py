@@ -1,4 +1,4 @@
-"""How fast one card's head is: beside the card's ceilings, the plain path, the dense head and the peer's."""
+"""How fast one card's head is: compared with the card's ceilings, the plain path, the dense head and the peer's."""
 
 import statistics
 import tempfile
@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
 
+from ...partial_fc import PartialFC
+from ...partial_fc.objectives import CosFace
 from ..ceilings import rank_ceilings
 from ..head.case import HeadCase
 from ..head.heads import build, with_sgd
@@ -34,7 +36,7 @@ def steps(run: GpuRun) -> None:
     rates, keep = run.options.rates, run.options.keep_gib
     lines: list[tuple[str, float, Callable[[], AbstractContextManager[Step]]]] = [
         *(("pfc", rate, partial(pfc_step, run, rate, keep)) for rate in rates),
-        *(("pfc, p made again", rate, partial(pfc_step, run, rate, 0.0)) for rate in rates),
+        *(("pfc, p recomputed", rate, partial(pfc_step, run, rate, 0.0)) for rate in rates),
         *(("pfc, plain path", rate, partial(pfc_step, run, rate, keep, fused=False)) for rate in rates),
     ]
     if run.options.peer is not None:
@@ -78,7 +80,7 @@ def profile(run: GpuRun) -> None:
 
 
 def table(run: GpuRun) -> None:
-    """A line for each head and rate: time, memory, the three products' share of the ceiling; pfc beside the peer."""
+    """A line for each head and rate: time, memory, the three products' share of the ceiling; pfc's ratio to peers."""
     rate_of = run.results.get("bf16_tflops", 0.0)
     by_name = {(entry["head"], entry["rate"]): entry for entry in run.results["steps"]}
     for (name, rate), entry in by_name.items():
@@ -99,12 +101,15 @@ def table(run: GpuRun) -> None:
 def pfc_step(run: GpuRun, rate: float, keep_gib: float, *, fused: bool = True) -> Iterator[Step]:
     """A whole step of pfc's head in bfloat16, to be called inside."""
     options = run.options
-    module = run.head(options.classes, options.dim, rate, torch.bfloat16, int(keep_gib * 2**30))
+    module = PartialFC(
+        options.classes, options.dim, objective=CosFace(), sample_rate=rate, device=run.device,
+        compute_dtype=torch.bfloat16, keep_bytes=int(keep_gib * 2**30),
+    )  # fmt: skip
     head, batches = with_sgd(module), run.batches()
 
     def step() -> None:
         head.step(*next(batches))
-        module.wait_for_update()  # or the update would run beside what comes next, and not be timed
+        module.wait_for_update()  # or the update would overlap with what comes next, and not be timed
 
     with run.path(fused=fused):
         yield step

@@ -3,9 +3,9 @@
 What a step must do: operations and bytes, and the time that they take at the machine's ceilings.
 B global batch, D dimension, K rows used on this rank; per rank and step. The rows are read once for the loss. The row
 update reads and writes them and SGD's momentum: 5·K·D numbers in float32. The products are three (cosines, embeddings'
-gradient, rows' gradient), 6·B·K·D operations; the third needs the probabilities again, which are either kept, B·K
-numbers of the products' precision written and read, or made once more, 2·B·K·D operations. P2SGrad may take the
-Gram matrix in place of the cosines: 4·K·D² + 4·B·D² operations, and nothing kept.
+gradient, rows' gradient), 6·B·K·D operations; the third needs the probabilities again, which are either stored, B·K
+numbers of the products' precision written and read, or recomputed, 2·B·K·D operations. P2SGrad may take the
+Gram matrix in place of the cosines: 4·K·D² + 4·B·D² operations, and nothing stored.
 
 Not counted: exponentials, the exchange between the ranks, the sample, and all that is done to numbers in the cache.
 """
@@ -34,11 +34,16 @@ class Work:
 
     Attributes:
         rows: K, the expected number of rows that the rank uses.
-        ways: the ways to do it; the first is the one with three products and kept probabilities.
+        ways: the ways to do it; the first is the one with three products and stored probabilities.
     """
 
     rows: float
     ways: tuple[Way, ...]
+
+    def floor(self, ceilings: Ceilings, precision: str) -> float:
+        """Seconds of the cheapest way: operations at the products' rate, bytes at the memory's, nothing overlapped."""
+        rate = ceilings.products[precision]
+        return min(way.operations / rate + way.bytes / ceilings.bandwidth for way in self.ways)
 
 
 def expected_rows(classes: int, ranks: int, rate: float, batch: int) -> float:
@@ -48,24 +53,6 @@ def expected_rows(classes: int, ranks: int, rate: float, batch: int) -> float:
     """
     here = -(-classes // ranks)
     return here * (rate + (1 - rate) * (1 - (1 - 1 / classes) ** batch))
-
-
-def work(case: "HeadCase") -> Work:
-    """The work of a step on the rank with most rows."""
-    rows = expected_rows(case.classes, case.ranks, case.rate, case.batch)
-    update = 4 * 5 * rows * case.dim
-    product = 2 * case.batch * rows * case.dim
-    kept = 2 * case.batch * rows * _ITEM[case.precision]
-    ways = [Way(3 * product, update + kept), Way(4 * product, update)]
-    if case.objective == "p2sgrad":
-        ways.append(Way(4 * (rows + case.batch) * case.dim**2, update))
-    return Work(rows, tuple(ways))
-
-
-def floor(work: Work, ceilings: Ceilings, precision: str) -> float:
-    """Seconds of the cheapest way: operations at the products' rate plus bytes at the memory's, nothing overlapped."""
-    rate = ceilings.products[precision]
-    return min(way.operations / rate + way.bytes / ceilings.bandwidth for way in work.ways)
 
 
 @dataclass(frozen=True)
@@ -101,7 +88,14 @@ class HeadCase:
     @property
     def work(self) -> Work:
         """What a step must do on the rank with most rows, whoever does it."""
-        return work(self)
+        rows = expected_rows(self.classes, self.ranks, self.rate, self.batch)
+        update = 4 * 5 * rows * self.dim
+        product = 2 * self.batch * rows * self.dim
+        kept = 2 * self.batch * rows * _ITEM[self.precision]
+        ways = [Way(3 * product, update + kept), Way(4 * product, update)]
+        if self.objective == "p2sgrad":
+            ways.append(Way(4 * (rows + self.batch) * self.dim**2, update))
+        return Work(rows, tuple(ways))
 
 
 @dataclass(frozen=True)
@@ -110,7 +104,7 @@ class Measurement:
 
     Attributes:
         seconds: of each timed step, on the slowest rank.
-        peak_bytes: of the hungriest rank.
+        peak_bytes: of the rank that takes most.
         phases: part of the step → kind of work → seconds, from steps profiled apart (``phases.py``).
     """
 
@@ -154,7 +148,7 @@ class Line:
     def floor(self) -> float:
         """Seconds below which this machine cannot do the step."""
         assert self.ceilings is not None
-        return floor(self.case.work, self.ceilings, self.case.precision)
+        return self.case.work.floor(self.ceilings, self.case.precision)
 
     @property
     def phases(self) -> dict[str, dict[str, float]]:

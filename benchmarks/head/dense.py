@@ -1,4 +1,4 @@
-"""The head that one writes first, sharded: all logits, their gradients, and a dense gradient of the whole matrix."""
+"""The straightforward head, sharded: all logits, their gradients, and a dense gradient of the whole matrix."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ class DenseHead(nn.Module):
         self.shard = ClassShard.of(num_classes, dist.get_rank(), dist.get_world_size())
         self.weight = nn.Parameter(torch.randn(self.shard.rows, embedding_dim, device=device) * 0.01)
         self.gradient_scale = nn.Parameter(torch.ones((), device=device))
-        """Its ``grad`` tells the training step whether the gradient is finite, as that of ``PartialFC`` does."""
+        """From its ``grad`` the training step sees whether the gradient is finite, as with ``PartialFC``."""
         self.sample_rate = 1.0
         self.dtype = dtype
 

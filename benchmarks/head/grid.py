@@ -1,4 +1,4 @@
-"""The head's benchmark: every combination of what was asked for, beside its baselines, in rounds."""
+"""The head's benchmark: every combination of the options, with its baselines, in rounds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from .case import HeadCase, Line
 from .measure import measure
 from .memory import why_not
 
-Tell = Callable[[int, int, str], None]
-"""Is told (measurements done, of how many, what is measured now)."""
+Progress = Callable[[int, int, str], None]
+"""Called with (measurements done, of how many, what is measured now)."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class HeadGrid:
         threads: of each rank, on a CPU.
         steps: timed steps of a line and round.
         warmup: untimed steps before them.
-        rounds: how often all lines are measured, one after the other, so that a machine that grows slower or faster
-            meets all of them alike.
+        rounds: how often all lines are measured, one after the other, so that drifts of the machine's speed
+            affect all of them alike.
         dense: whether the dense head is measured too.
         peer: folder of the common implementation's head, measured too; none when empty.
     """
@@ -125,7 +125,7 @@ class HeadResults:
         }
 
 
-def measure_grid(grid: HeadGrid, tell: Tell) -> HeadResults:
+def measure_grid(grid: HeadGrid, progress: Progress) -> HeadResults:
     """Measures all lines and, before and after those of a number of ranks, the machine.
 
     A line that fails, or a baseline that does not fit into memory, has its ``error`` set and leaves the others alone.
@@ -141,7 +141,7 @@ def measure_grid(grid: HeadGrid, tell: Tell) -> HeadResults:
 
     def next_is(what: str) -> None:
         nonlocal done
-        tell(done, total, what)
+        progress(done, total, what)
         done += 1
 
     for ranks in dict.fromkeys(grid.ranks):
@@ -158,7 +158,7 @@ def measure_grid(grid: HeadGrid, tell: Tell) -> HeadResults:
         for line in mine:
             line.ceilings = best
         every.append(best)
-    tell(total, total, "done")
+    progress(total, total, "done")
     return HeadResults(grid, every, lines)
 
 

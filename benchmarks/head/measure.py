@@ -1,6 +1,5 @@
 """Times whole steps of one head (forward, backward, row update), and then profiles a few more."""
 
-import time
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ _PROFILED = 2
 """Steps that are profiled, after the timed ones."""
 
 
-def measure(case: HeadCase, *, steps: int = 7, warmup: int = 2, threads: int = 1) -> Measurement:
+def measure(case: HeadCase, *, steps: int, warmup: int, threads: int) -> Measurement:
     """Runs one case in processes of its own, so that its peak memory is its own.
 
     Args:
@@ -40,14 +39,6 @@ def _measure(rank: Rank, case: HeadCase, steps: int, warmup: int) -> dict[str, A
 
     before = rank.reset_peak()
     head = build(case, rank.device)
-    seconds = []
-    for index in range(warmup + steps):
-        embeddings, labels = batch()
-        rank.wait()
-        begin = time.perf_counter()
-        head.step(embeddings, labels)
-        rank.synchronize()
-        if index >= warmup:
-            seconds.append(time.perf_counter() - begin)
+    seconds = rank.time_steps(head.step, steps, warmup, prepare=batch)
     peak = rank.peak() - before
     return {"seconds": seconds, "peak": peak, "phases": profiled(head, rank, batch, _PROFILED)}

@@ -1,4 +1,4 @@
-"""Whether a case fits into memory, counted before it is started rather than found out by the kernel."""
+"""Whether a case fits into memory, estimated before it is started rather than left to the out-of-memory killer."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from .case import HeadCase, expected_rows
 
 _BASE = 256 << 20
-"""What a rank takes besides, on a CPU: libraries' buffers, blocks."""
+"""What a rank takes in addition, on a CPU: libraries' buffers, blocks."""
 _KEEP = 1 << 30
 """The most that the probabilities take; the head's default."""
 _SHARE = 0.95

@@ -26,9 +26,9 @@ def report(results: HeadResults) -> list[str]:
         "products": lambda case: case.precision,
         "objective": lambda case: case.objective,
     }
-    told = dict(zip(options, (grid.dim, grid.batch, grid.ranks, grid.precision, grid.objective), strict=True))
-    varies = {name for name, values in told.items() if len(set(values)) > 1} | ({"products"} if grid.peer else set())
-    same = [f"{name} {values[0]}" for name, values in told.items() if name not in varies]
+    asked = dict(zip(options, (grid.dim, grid.batch, grid.ranks, grid.precision, grid.objective), strict=True))
+    varies = {name for name, values in asked.items() if len(set(values)) > 1} | ({"products"} if grid.peer else set())
+    same = [f"{name} {values[0]}" for name, values in asked.items() if name not in varies]
     columns = {
         "head": lambda case: case.head,
         "classes": lambda case: f"{case.classes:,}",

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from ...data import JointDataset, RecordDataset
-from ...partial_fc.kernels.keeping import default_keep_bytes, probability_bytes
+from ...partial_fc.device import default_keep_bytes
+from ...partial_fc.kernels.probabilities import MAX_SCALE, probability_bytes
 from ...partial_fc.kernels.products import operand_dtype, rounds_to_bfloat16
-from ...partial_fc.kernels.unshifted import MAX_SCALE
 from ...partial_fc.objectives import LogSumExpObjective
 from ..build import decoding_threads, products_of
 from ..checkpoint import Found

@@ -15,10 +15,10 @@ from .rows import OwnClasses, SampledRows
 
 
 class UnitGradient(Protocol):
-    """(∂loss/∂ŵ)/‖w‖ over the negatives, what the way through normalising asks for; by blocks of rows.
+    """(∂loss/∂ŵ)/‖w‖ over the negatives, the form that the backward of normalising takes; by blocks of rows.
 
     Attributes:
-        needs_rows: whether ``block`` wants the centers.
+        needs_rows: whether ``block`` needs the centers.
     """
 
     needs_rows: bool
@@ -42,7 +42,7 @@ class NegativesKernel(Protocol):
             unit: normalised embeddings [B, D].
             rows: the centers [K, D] as they are stored; their inverse norms are measured on the way.
             own: the samples' own classes, which are no negatives.
-            backward: whether ``backward`` will follow. Where it will not, less may be computed and kept.
+            backward: whether ``backward`` will follow. Where it will not, less may be computed and stored.
         """
         ...
 

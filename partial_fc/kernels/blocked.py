@@ -2,21 +2,21 @@
 
 The pass reads a block of stored centers once. In the cache it measures their norms, multiplies with the embeddings,
 takes p = exp(scale·z), and adds to both sums that the step needs: Σ p, and U = Σ p·ŵ, from which ∂loss/∂unit follows
-without a second pass, since ∂ℓ/∂x̂ = scale·U/Σp. The rows' own gradients are made block by block when the row optimizer
-asks, from the p that were kept or, where these would not fit ``keep_bytes``, from the same product made again.
+without a second pass, since ∂ℓ/∂x̂ = scale·U/Σp. The rows' gradients are computed block by block in the row update,
+from the stored p or, where p would not fit ``keep_bytes``, from p recomputed by the same product.
 
-Counted for K rows: with p kept 6·B·K·D operations, K·D read once here and once by the optimizer, B·K written and read;
-made again 8·B·K·D, and nothing of size B·K anywhere.
+Counted for K rows: with p stored 6·B·K·D operations, K·D read once here and once by the optimizer, B·K written and
+read; with p recomputed 8·B·K·D, and nothing of size B·K anywhere.
 """
 
 import torch
 from torch import Tensor
 
 from ..device import block_bytes
-from .exponentials import exponentials
+from . import native
+from .probabilities import UnshiftedLogSumExp
 from .products import ComputeDtype, operand_dtype, products_in
 from .rows import OwnClasses, SampledRows
-from .unshifted import UnshiftedLogSumExp
 
 
 def block_rows(weight: Tensor) -> int:
@@ -85,7 +85,7 @@ class _Powers:
                 products.copy_(block @ self.columns)
         here = self.own.within(start, stop)
         own = None if here is None else (self.own.places[here] - start, self.own.samples[here])
-        exponentials(products, self.rows.inverse[start:stop], self.scale, self.ceiling, own, total)
+        _exponentials(products, self.rows.inverse[start:stop], self.scale, self.ceiling, own, total)
         if kept is None or kept is products:
             return products.to(self.dtype)
         return kept.copy_(products)
@@ -104,3 +104,32 @@ class _Powers:
         with products_in(self.compute_dtype, self.unit.device):
             product = torch.mm(power, self.weighted_unit, out=self.gradients[: stop - start] if small else None)
         return product.to(self.unit.dtype)
+
+
+def _exponentials(
+    products: Tensor, inverse: Tensor, scale: float, ceiling: float, own: tuple[Tensor, Tensor] | None, total: Tensor
+) -> None:
+    """In place, from w·x̂ to p/‖w‖, and the sum of p over the rows: the one pass over the products of a block.
+
+    Args:
+        products: w·x̂ [n, B] of stored rows with normalised embeddings; p/‖w‖ when it returns, where p = exp(scale·z),
+            z = w·x̂/‖w‖, and p = 0 for negatives with z > ``ceiling`` and for each sample's own class.
+        inverse: 1/‖w‖ [n, 1].
+        scale: at most 64, so that p needs no shift.
+        ceiling: infinity where no negative is left out.
+        own: the own classes' places in the block and in the batch, int64 [m] each; None where there are none.
+        total: float64 [B], to which Σ p over the rows is added.
+    """
+    if native.supports(products):
+        if own is not None:
+            products[own] = -torch.inf
+        native.exponentials(products, inverse, scale, ceiling, total)
+        return
+    products.mul_(inverse * scale)
+    if ceiling < torch.inf:
+        products.masked_fill_(products > ceiling * scale, -torch.inf)
+    products.exp_()
+    if own is not None:
+        products[own] = 0.0
+    total += products.sum(dim=0)
+    products.mul_(inverse)

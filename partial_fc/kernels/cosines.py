@@ -1,5 +1,7 @@
 """The plain kernels: all cosines [B, K] of a step at once. The reference of every faster one."""
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,7 @@ from .products import ComputeDtype, operand_dtype, products_in, summed_at_once
 from .rows import OwnClasses, SampledRows
 
 
-class _CosinesKernel:
+class _CosinesKernel(ABC):
     """Keeps the cosines between forward and backward; backward turns them into slopes in place.
 
     Args:
@@ -32,6 +34,16 @@ class _CosinesKernel:
             cosines.scatter_(1, place, torch.where(here, value, cosines.gather(1, place)))
         self.saved.keep(cosines, compute_unit, compute_rows, rows.inverse)
         return cosines
+
+    def backward(self, total: Tensor, slope: Tensor) -> tuple[Tensor, "_Slopes"]:
+        cosines, unit, rows, inverse = self.saved.take()
+        slopes = self._slopes(cosines, total, slope).to(unit.dtype)
+        unit_gradient = self._unit_gradient(slopes, rows).to(cosines.dtype)
+        return unit_gradient, _Slopes(slopes, unit, inverse, self.compute_dtype)
+
+    @abstractmethod
+    def _slopes(self, cosines: Tensor, total: Tensor, slope: Tensor) -> Tensor:
+        """∂loss/∂z [B, K] from z, in place; the other arguments are those of ``backward``."""
 
     def _unit_gradient(self, slopes: Tensor, rows: Tensor) -> Tensor:
         """∂loss/∂unit, float64 [B, D], from ∂loss/∂z [B, K] and the normalised rows [K, D]."""
@@ -84,13 +96,9 @@ class LogSumExp(_CosinesKernel):
     def finish(self, summed: Tensor) -> Tensor:
         return summed.log()
 
-    def backward(self, total: Tensor, slope: Tensor) -> tuple[Tensor, _Slopes]:
-        cosines, unit, rows, inverse = self.saved.take()
-        dtype = cosines.dtype
-        shift = total.clamp_min(-1e4).to(dtype)[:, None]  # no negative at all: exp(−∞) stays 0
-        slopes = cosines.mul_(self.scale).sub_(shift).exp_().mul_((slope * self.scale).to(dtype)[:, None])
-        slopes = slopes.to(unit.dtype)
-        return self._unit_gradient(slopes, rows).to(dtype), _Slopes(slopes, unit, inverse, self.compute_dtype)
+    def _slopes(self, cosines: Tensor, total: Tensor, slope: Tensor) -> Tensor:
+        shift = total.clamp_min(-1e4).to(cosines.dtype)[:, None]  # no negative at all: exp(−∞) stays 0
+        return cosines.mul_(self.scale).sub_(shift).exp_().mul_((slope * self.scale).to(cosines.dtype)[:, None])
 
 
 class SumOfSquares(_CosinesKernel):
@@ -102,8 +110,5 @@ class SumOfSquares(_CosinesKernel):
     def finish(self, summed: Tensor) -> Tensor:
         return summed
 
-    def backward(self, total: Tensor, slope: Tensor) -> tuple[Tensor, _Slopes]:
-        cosines, unit, rows, inverse = self.saved.take()
-        dtype = cosines.dtype
-        slopes = cosines.mul_((2.0 * slope).to(dtype)[:, None]).to(unit.dtype)
-        return self._unit_gradient(slopes, rows).to(dtype), _Slopes(slopes, unit, inverse, self.compute_dtype)
+    def _slopes(self, cosines: Tensor, total: Tensor, slope: Tensor) -> Tensor:
+        return cosines.mul_((2.0 * slope).to(cosines.dtype)[:, None])

@@ -1,4 +1,4 @@
-/* The passes over rows and probabilities that torch makes one after the other, made at once, in float32 on a CPU.
+/* The passes over rows and probabilities that take torch several operations each, as one, in float32 on a CPU.
  *
  * Plain C without a header of Python or torch: native.py calls it with addresses and splits the rows among threads.
  * Every function walks `count` rows of `dim` floats. Row i of the matrices that are sharded (centers and optimizer
@@ -15,7 +15,7 @@
 /* Rows asked of the memory before they are needed: with 2 KiB rows at random places the hardware guesses too late. */
 #define AHEAD 8
 #define LINE 16 /* floats of a cache line */
-#define SHORTEST 1e-10f /* a shorter row counts as zero: kernels/unit.py */
+#define SHORTEST 1e-10f /* a shorter row counts as zero: kernels/rows.py */
 #define TINIEST -87.0f /* exp of less is no normal float */
 
 INLINE float *row_of(float *matrix, const int64_t *index, int64_t row, int64_t dim)

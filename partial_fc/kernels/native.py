@@ -1,4 +1,4 @@
-"""The compiled passes of ``native.c``, for float32 on a CPU; torch makes the same ones where they are not there.
+"""The compiled passes of ``native.c``, for float32 on a CPU; without them torch's own operations do the same.
 
 They are compiled when pfc is installed, if a C compiler is there: once for every kind of processor that ``VARIANTS``
 names, and the best that this one can run is taken. ``None`` in place of a library is an ordinary state: no compiler, no
@@ -39,7 +39,8 @@ def passes() -> ctypes.CDLL | None:
     if os.environ.get("PFC_COMPILED") == "0":
         return None
     abilities = list(VARIANTS)
-    ability = torch.backends.cpu.get_cpu_capability() if _is_x86() else "DEFAULT"
+    x86 = os.uname().machine in ("x86_64", "AMD64")
+    ability = torch.backends.cpu.get_cpu_capability() if x86 else "DEFAULT"
     able = abilities.index(ability if ability in abilities else "DEFAULT")
     for suffix in list(VARIANTS.values())[able:]:
         for path in sorted(Path(__file__).parent.glob(f"_native{suffix}.*so")):
@@ -77,9 +78,9 @@ def measure_rows(
     index = None if index is None else index.contiguous()
 
     def walk(first: int, last: int) -> None:
-        place = _Place(index, first)
+        begin, places = _begin(index, first)
         target = None if out is None else _row(out, first - start)
-        function(_row(matrix, place.start), place.index, last - first, dim, target, _row(inverse, first))
+        function(_row(matrix, begin), places, last - first, dim, target, _row(inverse, first))
 
     _each_thread(start, stop, walk)
 
@@ -128,21 +129,21 @@ class CompiledStep(RowStep):
         function, dim = getattr(_functions(), f"pfc_{rule}"), self.gradient.shape[1]
 
         def walk(first: int, last: int) -> None:
-            place = _Place(self.index, first)
-            rows = [None if tensor is None else _row(tensor, place.start) for tensor in tensors]
+            begin, places = _begin(self.index, first)
+            rows = [None if tensor is None else _row(tensor, begin) for tensor in tensors]
             gradient = _row(self.gradient, first - self.start)
             inverse = None if self.inverse is None else _row(self.inverse, first)
-            function(*rows, place.index, last - first, dim, gradient, inverse, self.factor, *numbers)
+            function(*rows, places, last - first, dim, gradient, inverse, self.factor, *numbers)
 
         _each_thread(self.start, self.stop, walk)
 
 
-class _Place:
-    """Where a walk begins: at an address in the index, with places counted from row 0; without an index at a row."""
+def _begin(index: Tensor | None, first: int) -> tuple[int, int | None]:
+    """Where a walk begins: the row that places count from, and the address of its first place in the index.
 
-    def __init__(self, index: Tensor | None, first: int) -> None:
-        self.start = first if index is None else 0
-        self.index = None if index is None else index.data_ptr() + index.element_size() * first
+    Without an index the places are those of the rows from ``first`` on.
+    """
+    return (first, None) if index is None else (0, index.data_ptr() + index.element_size() * first)
 
 
 def _row(tensor: Tensor, row: int) -> int:
@@ -154,10 +155,6 @@ def _functions() -> ctypes.CDLL:
     loaded = passes()
     assert loaded is not None
     return loaded
-
-
-def _is_x86() -> bool:
-    return os.uname().machine in ("x86_64", "AMD64")
 
 
 def _each_thread(start: int, stop: int, walk: Callable[[int, int], None]) -> None:

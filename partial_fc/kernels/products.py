@@ -1,12 +1,12 @@
-"""In what numbers matrix products are made.
+"""The precision of the matrix products: dtypes of their operands, and torch's settings.
 
 bfloat16 products of a GPU multiply bfloat16 operands and add in float32. On a CPU torch rounds the result of such a
-product to bfloat16 as well, up to 0.25 of a logit at scale 64; so there the operands stay float32, and oneDNN is told
-that it may multiply them in bfloat16: it adds, and answers, in float32. Not every processor with bfloat16 units follows
-the permission (AMD's Zen 4 does not), so whether it does is measured.
+product to bfloat16 as well, up to 0.25 of a logit at scale 64; so there the operands stay float32, and oneDNN is
+allowed to multiply them in bfloat16: it accumulates in float32, and returns it. Not every processor with bfloat16 units
+makes use of that (AMD's Zen 4 does not), so whether it does is measured.
 
-"tf32" products are a GPU's: its tensor cores take float32 operands and read 10 bits of each mantissa. A CPU makes them
-in float32. Products in float32 are float32 on both, whatever torch was told for those of others.
+"tf32" products are a GPU's: its tensor cores take float32 operands and read 10 bits of each mantissa. A CPU computes
+them in float32. Products in float32 are float32 on both, whatever torch's settings are for other code.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ ComputeDtype = torch.dtype | Literal["tf32"]
 
 
 def stored_dtype(compute_dtype: ComputeDtype) -> torch.dtype:
-    """What operands of a GPU's products, and their results where they are kept, are stored in."""
+    """What operands of a GPU's products, and their results where they stay in memory, are stored in."""
     return torch.float32 if compute_dtype == "tf32" else compute_dtype
 
 
@@ -56,7 +56,7 @@ def rounds_to_bfloat16(device: torch.device) -> bool:
 
 @contextmanager
 def products_in(compute_dtype: ComputeDtype, device: torch.device) -> Iterator[None]:
-    """Inside, products of operands of ``operand_dtype`` are made in ``compute_dtype``; where ``rounds_to_bfloat16``
+    """Inside, products of operands of ``operand_dtype`` are computed in ``compute_dtype``; where ``rounds_to_bfloat16``
     says no, in float32."""
     if multiplies_to_float32(device):
         settings, precision = torch.backends.cuda.matmul, "tf32" if compute_dtype == "tf32" else "ieee"
@@ -71,7 +71,7 @@ def products_in(compute_dtype: ComputeDtype, device: torch.device) -> Iterator[N
 def _set(settings: Any, precision: str) -> Iterator[None]:
     """Of torch's settings for float32 operands, which are one for the whole process; restored as they were."""
     before = settings.fp32_precision
-    if before == precision or (before, precision) == ("none", "ieee"):  # where nobody said anything it is that
+    if before == precision or (before, precision) == ("none", "ieee"):  # unset is "ieee"
         yield
         return
     settings.fp32_precision = precision

@@ -1,12 +1,42 @@
-"""The centers that a step uses, read a block at a time where they are stored."""
+"""The centers that a step uses, read a block at a time where they are stored, and rows scaled to length 1."""
 
 from bisect import bisect_left
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from . import native
-from .unit import inverse_norms
+
+_SHORTEST = 1e-10  # times the largest p = e^64 its inverse still fits float32
+
+
+def inverse_norms(rows: Tensor) -> Tensor:
+    """1/‖row‖ of rows [N, D], [N, 1]; 0 for a row shorter than 10⁻¹⁰, which counts as zero."""
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return torch.where(norms > _SHORTEST, norms.reciprocal(), 0.0)
+
+
+def normalize(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [N, D] scaled to length 1, and their inverse norms [N, 1]; a row of zeros stays so, with inverse norm 0."""
+    inverse = inverse_norms(rows)
+    return rows * inverse, inverse
+
+
+def normalize_backward(gradient: Tensor, normalized: Tensor, inverse: Tensor) -> Tensor:
+    """The gradient by the rows themselves, from the one by the normalised rows: (g − (g·n) n)/‖row‖.
+
+    In float64, and with n's own length, 1 to a few roundings only: the part of g along n, which is to vanish, may be a
+    hundred times longer than what stays (P2SGrad's is).
+    """
+    wide, unit = gradient.double(), normalized.double()
+    along = (wide * unit).sum(dim=1, keepdim=True) / unit.square().sum(dim=1, keepdim=True).clamp_min(0.5)
+    return ((wide - along * unit) * inverse).to(gradient.dtype)
+
+
+def stored_rows(matrix: Tensor, index: Tensor | None, start: int, stop: int) -> Tensor:
+    """Rows [n, ...] of the places [start, stop) of a step: a view where it uses all rows (no index), else a copy."""
+    return matrix[start:stop] if index is None else matrix.index_select(0, index[start:stop])
 
 
 class SampledRows:
@@ -28,14 +58,8 @@ class SampledRows:
     def __len__(self) -> int:
         return len(self.weight) if self.index is None else len(self.index)
 
-    def block(self, start: int, stop: int) -> Tensor:
-        """The stored rows of the places [start, stop), [n, D]: a view where the step uses all rows, else a copy."""
-        if self.index is None:
-            return self.weight[start:stop]
-        return self.weight.index_select(0, self.index[start:stop])
-
     def measure(self, start: int, stop: int, buffer: Tensor | None = None) -> Tensor:
-        """The same, and their inverse norms are known from here on.
+        """``stored_rows`` of the places [start, stop), [n, D]; their inverse norms are known from here on.
 
         Args:
             buffer: [≥ n, D], where a copy may be put.
@@ -47,7 +71,7 @@ class SampledRows:
                 copy = copy[: stop - start]
             native.measure_rows(self.weight, self.index, start, stop, copy, self.inverse)
             return self.weight[start:stop] if copy is None else copy
-        rows = self.block(start, stop)
+        rows = stored_rows(self.weight, self.index, start, stop)
         self.inverse[start:stop] = inverse_norms(rows)
         return rows
 
@@ -100,7 +124,7 @@ class OwnClasses:
 
     @cached_property
     def _listed(self) -> list[int]:
-        """On a GPU the one thing of a step that the plain kernels wait for, besides the number of classes sampled."""
+        """On a GPU the plain kernels' only host synchronisation of a step, apart from the number of classes sampled."""
         return self._ascending[0].tolist()
 
     @cached_property

@@ -4,7 +4,6 @@ import pytest
 
 from pfc.benchmarks.ceilings import Ceilings
 from tests.commands import forkserver
-from tests.launch.conftest import folder as folder
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def test_every_part_runs_with_torch_and_triton_alone(tmp_path: Path) -> None:
     }  # fmt: skip
     assert found["failures"] == []
     assert found["sweep"].keys() == {"tiles", "best", "blocks"}
-    heads = ["pfc", "pfc, p made again", "pfc, plain path", "peer", "peer, fp16"]
+    heads = ["pfc", "pfc, p recomputed", "pfc, plain path", "peer", "peer, fp16"]
     lines = [(entry["head"], entry["rate"]) for entry in found["steps"]]
     assert lines == [*((head, 0.5) for head in heads), ("dense", 1.0)]
     assert all(entry.keys() == {"head", "rate", "ms", "times", "peak", "share_of_bf16"} for entry in found["steps"])

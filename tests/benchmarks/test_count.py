@@ -5,22 +5,22 @@ import torch
 
 from pfc.benchmarks import ceilings
 from pfc.benchmarks.ceilings import Ceilings
-from pfc.benchmarks.head.case import HeadCase, expected_rows, floor, work
+from pfc.benchmarks.head.case import HeadCase, expected_rows
 from pfc.benchmarks.head.phases import kind_of
 from pfc.benchmarks.ranks import Rank
 
 
 def test_operations_and_bytes_are_those_counted_by_hand() -> None:
     # C=1000 on 2 ranks at rate 1: K = 500 rows of 16 numbers, B = 8.
-    whole = work(HeadCase("pfc", 1000, dim=16, batch=8))
+    whole = HeadCase("pfc", 1000, dim=16, batch=8).work
     assert whole.rows == 500
     three, four = whole.ways
     assert three.operations == 6 * 8 * 500 * 16 == 384_000
     assert four.operations == 8 * 8 * 500 * 16 == 512_000
     assert four.bytes == 4 * 5 * 500 * 16 == 160_000  # the rows read twice and written, momentum read and written
     assert three.bytes == four.bytes + 2 * 4 * 8 * 500  # and the probabilities written and read
-    assert work(HeadCase("pfc", 1000, dim=16, batch=8, precision="bf16")).ways[0].bytes == 160_000 + 2 * 2 * 8 * 500
-    gram = work(HeadCase("pfc", 1000, dim=16, batch=8, objective="p2sgrad")).ways[2]
+    assert HeadCase("pfc", 1000, dim=16, batch=8, precision="bf16").work.ways[0].bytes == 160_000 + 2 * 2 * 8 * 500
+    gram = HeadCase("pfc", 1000, dim=16, batch=8, objective="p2sgrad").work.ways[2]
     assert (gram.operations, gram.bytes) == (4 * 500 * 256 + 4 * 8 * 256, 160_000)
 
 
@@ -34,9 +34,9 @@ def test_the_batch_brings_its_classes_into_the_sample() -> None:
 def test_the_floor_takes_the_cheaper_way() -> None:
     case = HeadCase("pfc", 1000, dim=16, batch=8)
     fast_memory = Ceilings(2, {"float32": 1e6}, 1e12)
-    assert floor(case.work, fast_memory, "float32") == pytest.approx(0.384 + 192_000e-12)
+    assert case.work.floor(fast_memory, "float32") == pytest.approx(0.384 + 192_000e-12)
     fast_products = Ceilings(2, {"float32": 1e12}, 1e6)
-    assert floor(case.work, fast_products, "float32") == pytest.approx(0.160 + 512_000e-12)
+    assert case.work.floor(fast_products, "float32") == pytest.approx(0.160 + 512_000e-12)
 
 
 def test_ceilings_are_measured_by_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pfc.data import pack_synthetic
 from pfc.launch.cli import main
 
 SMALL = ["--classes", "300", "--dim", "16", "--batch", "8", "--steps", "2", "--warmup", "1", "--rounds", "1"]
@@ -41,9 +42,10 @@ def test_step_on_made_up_batches(tmp_path: Path, capfd: pytest.CaptureFixture[st
         assert line["peak_bytes"] > 0
 
 
-def test_step_with_the_data_set(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_step_with_the_data_set(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config, file = tmp_path / "run.yaml", tmp_path / "step.json"
-    config.write_text(STEP.format(train=folder / "set", size="", classes=""))
+    pack_synthetic(tmp_path / "set", identities=6, images_per_identity=4, size=32, workers=1)
+    config.write_text(STEP.format(train=tmp_path / "set", size="", classes=""))
     options = ["--nproc", "1", "--steps", "1", "--warmup", "1", "--no-dense", "--data", "--json", str(file)]
     assert main(["bench", "step", str(config), *options]) == 0
     assert capfd.readouterr().err == ""  # not the profiler's lines

@@ -12,7 +12,7 @@ from torch import Tensor
 from pfc.partial_fc import PartialFC, RowAdagrad, RowAdamW, RowOptimizer, RowSGD, device, objectives
 from pfc.partial_fc.centers import ClassShard
 from pfc.partial_fc.kernels.blocked import LogSumExpBlocked
-from pfc.partial_fc.kernels.keeping import KeepBudget
+from pfc.partial_fc.kernels.probabilities import KeepBudget
 from pfc.partial_fc.kernels.products import ComputeDtype
 from pfc.partial_fc.kernels.rows import OwnClasses, SampledRows
 from pfc.partial_fc.row_gradient import RowGradient, StepGradient, project

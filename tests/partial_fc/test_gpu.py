@@ -261,7 +261,7 @@ def test_a_cuda_graph_of_a_sampled_step_is_refused() -> None:
     embeddings, labels = batches(3001, 64, 32, 1)[0]
     head(embeddings, labels)
     torch.cuda.synchronize()
-    with pytest.raises(RuntimeError, match="one sample for ever"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with pytest.raises(RuntimeError, match="at every replay"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         head(embeddings, labels)
 
 

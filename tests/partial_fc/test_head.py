@@ -16,7 +16,7 @@ from pfc.partial_fc import PartialFC, RowSGD, objectives
 from pfc.partial_fc.kernels import blocked
 from pfc.partial_fc.kernels.cosines import SumOfSquares
 from pfc.partial_fc.kernels.gram import SumOfSquaresByGram
-from pfc.partial_fc.kernels.keeping import KeepBudget
+from pfc.partial_fc.kernels.probabilities import KeepBudget
 from tests.partial_fc.cases import (
     OBJECTIVES,
     SETTINGS,
@@ -62,7 +62,7 @@ def test_loss_and_gradients_are_the_oracles(setting: str, world_size: int, dtype
 
 @pytest.mark.parametrize("world_size", WORLDS)
 @pytest.mark.parametrize("setting", [setting for setting in SETTINGS if setting != "p2sgrad"])
-@pytest.mark.parametrize("path", ["probabilities made again", "plain kernel, at a larger scale"])
+@pytest.mark.parametrize("path", ["probabilities recomputed", "plain kernel, at a larger scale"])
 def test_every_other_path_is_the_oracles_too(setting: str, world_size: int, path: str) -> None:
     name, parameters = SETTINGS[setting]
     again = path.startswith("probabilities")

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from pfc.partial_fc import PartialFC, RowOptimizer, objectives
 from pfc.partial_fc.kernels import native
-from pfc.partial_fc.kernels.rows import SampledRows
-from pfc.partial_fc.kernels.unit import inverse_norms
+from pfc.partial_fc.kernels.rows import SampledRows, inverse_norms
 from pfc.partial_fc.row_update import apply
 from tests.partial_fc.cases import Given
 from tests.partial_fc.test_optim import ROW_OPTIMIZERS

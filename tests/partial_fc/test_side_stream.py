@@ -140,7 +140,7 @@ def test_what_an_update_that_failed_had_begun_is_waited_for(calls: Calls) -> Non
     def fail(_: list) -> None:
         raise RuntimeError("out of memory")
 
-    optimizer._apply = fail
+    optimizer._step = fail
     with pytest.raises(RuntimeError, match="out of memory"):
         optimizer.step()
     assert calls[-1][:2] == ("side", "record")

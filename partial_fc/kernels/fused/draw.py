@@ -2,7 +2,7 @@
 
 The permutation of ``permutation.py`` runs inside: forwards for the ids that a block gives, backwards for the classes of
 the batch, since a class is among the random ones exactly where its place in its block's permutation is below the
-block's count. So nothing is sorted, and nothing asks how many classes there are.
+block's count. So nothing is sorted, and the host never waits for the number of classes.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...device import selected
-from ...permutation import FEWEST_BITS, ROUNDS
+from ...permutation import ROUNDS, bits_of
 
 _ROUNDS = tl.constexpr(ROUNDS)
 _PLACES = 512  # of a block, per program
@@ -66,10 +66,6 @@ def permuted(count: int, size: int, key: int, device: torch.device) -> Tensor:
     with selected(device):
         permute_kernel[(triton.cdiv(count, 128),)](values, count, size, bits_of(size), key, PLACES=128)
     return values
-
-
-def bits_of(size: int) -> int:
-    return max(FEWEST_BITS, (size - 1).bit_length())
 
 
 @triton.jit(do_not_specialize=["first_block", "start", "stop", "key", "last_block", "last_size", "last_bits"])

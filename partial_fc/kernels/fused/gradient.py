@@ -1,4 +1,4 @@
-"""The row gradient of a step on a GPU, whose rows may be padded, and its way into the rows without the host."""
+"""The row gradient of a step on a GPU, whose rows may be padded, and its update without host synchronisation."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...device import selected
 from ...row_gradient import RowGradient
-from ...row_update import OnePassRule, RowRule
+from ...row_update import RowRule
 from ...sampling import Draw
 from .logsumexp import FusedPowers
 from .update import FusedBlock, OwnSlopes, block_rows
@@ -19,7 +19,7 @@ SUM_NUMBERS = 1 << 24
 
 
 class FusedGradient:
-    """That of one step with the fused kernels; as a ``RowGradient``, for those who look at it, without the padding.
+    """That of one step with the fused kernels; as a ``RowGradient``, for inspection, without the padding.
 
     Args:
         negatives: the negatives' part.
@@ -55,7 +55,7 @@ class FusedGradient:
         factor = factor.to(weight.dtype)
         with selected(weight.device):
             for block in self._blocks(others, factor, broken):
-                if isinstance(rule, OnePassRule):
+                if rule.step_rows is not None:
                     rule.step_rows(block, weight, state)
                     continue
                 rows = [block.rows(tensor) for tensor in tensors]
@@ -83,7 +83,7 @@ class FusedGradient:
             here = None if index is None else index[start:stop]
             yield FusedBlock(slopes, start, here, self.rows.inverse[start:stop], factor, broken)
 
-    # As a RowGradient. Where the rows stand is known to the device alone: no step asks.
+    # As a RowGradient, which no step uses: where the rows stand is known to the device alone.
 
     @cached_property
     def _places(self) -> Tensor | None:

@@ -1,24 +1,24 @@
 """ℓ = log Σ exp(scale·z) on a GPU: the twin of ``blocked.LogSumExpBlocked``, with the same numbers.
 
-A block of rows is read once in float32, and normalised and rounded for the tensor cores (``fused_rows.py``); one
-product with the embeddings makes p = exp(scale·z) and its sums (``fused_powers.py``); a second, pᵀ·ŵ, adds to U. Then
-∂loss/∂ŵ = p · (coefficient·unit) is made for a block when the row update wants it, from the p that were kept or are
-made again. Every product adds in float32. Cosines and logits are never written; p alone is, in the products' dtype.
+A block of rows is read once in float32, and normalised and rounded for the tensor cores (``rows.py``); one
+product with the embeddings makes p = exp(scale·z) and its sums (``powers.py``); a second, pᵀ·ŵ, adds to U. Then
+∂loss/∂ŵ = p · (coefficient·unit) is computed for a block in the row update, from p stored or recomputed. Every product
+accumulates in float32. Cosines and logits are never written; p alone is, in the products' dtype.
 
 Attention keeps its two products in one kernel. Here the sum U of a tile of 64 samples at D = 512 would take half the
 registers of a multiprocessor, and each such tile would read, normalise and round all rows again, 16 times for a batch
 of 1024: more than the two products cost. Written once, in blocks about as large as the cache, p costs less.
 
-No shape depends on the device's numbers, nothing asks for them, and each offset into the stored rows has 64 bits.
+No shape depends on values on the device, so the host never waits for them. Offsets into the stored rows have 64 bits.
 """
 
 import torch
 from torch import Tensor
 
 from ...device import multiplies_to_float32, selected
+from ..probabilities import UnshiftedLogSumExp
 from ..products import ComputeDtype, as_operand, products_in, stored_dtype
 from ..rows import OwnClasses, SampledRows
-from ..unshifted import UnshiftedLogSumExp
 from .powers import TILES, powers
 from .rows import normalized_rows
 
@@ -29,7 +29,7 @@ BLOCK_NUMBERS = 1 << 27
 
 
 class LogSumExpFused(UnshiftedLogSumExp):
-    """The same numbers as ``cosines.LogSumExp``. Rows whose index is −1 are none.
+    """The same numbers as ``cosines.LogSumExp``. An index of −1 stands for no row.
 
     Products in float32, "tf32" or bfloat16.
     """
@@ -88,7 +88,10 @@ class FusedPowers:
     def _make(self, start: int, stop: int, sums: Tensor | None) -> tuple[Tensor, Tensor]:
         """p [n, B] and ŵ [n, D] of the places [start, stop), with zeros behind up to a whole number of ``_PAD``."""
         padded = _padded(stop - start)
-        power = self._empty(padded) if self.kept is None else self.kept[start : start + padded]
+        if self.kept is None:
+            power = self.compute_unit.new_empty(padded, len(self.unit))
+        else:
+            power = self.kept[start : start + padded]
         rows = normalized_rows(self.rows, start, stop, padded, self.compute_dtype)
         index = None if self.rows.index is None else self.rows.index[start:stop]
         powers(
@@ -105,9 +108,6 @@ class FusedPowers:
             ceiling=self.ceiling,
         )
         return power, rows
-
-    def _empty(self, rows: int) -> Tensor:
-        return self.compute_unit.new_empty(rows, len(self.unit))
 
 
 def _padded(rows: int) -> int:

@@ -55,7 +55,7 @@ def powers(
         rows: normalised rows [N, D]; unit: normalised embeddings [B, D]; both float32 or bfloat16.
         columns: each sample's own class, int64 [B], counted as the places of the whole step are.
         index: −1 where a row is none, int64 [count]; None where all are.
-        sums: Σ over each tile's rows before rounding, float32 [⌈N/tile⌉, B]; None where nobody asks.
+        sums: Σ over each tile's rows before rounding, float32 [⌈N/tile⌉, B]; None where they are not needed.
         first: the place of the first row among all; count: rows that are no padding.
         compute_dtype: of the product: that of the operands, or "tf32".
     """

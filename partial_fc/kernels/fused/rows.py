@@ -54,7 +54,7 @@ def normalize_kernel(
     inside = column[None, :] < dim
     values = tl.load(weight + row[:, None] * dim + column[None, :], mask=exists[:, None] & inside, other=0.0)
     norm = tl.sqrt(tl.sum(values * values, axis=1))
-    scale = tl.where(norm > 1e-10, 1.0 / norm, 0.0)  # as unit.inverse_norms
+    scale = tl.where(norm > 1e-10, 1.0 / norm, 0.0)  # as rows.inverse_norms
     tl.store(inverse + place, scale, mask=place < count)
     target = unit + place[:, None].to(tl.int64) * dim + column[None, :]
     values *= scale[:, None]

@@ -1,8 +1,8 @@
 """The row update on a GPU: rows and their state are read and written once, and a broken step writes nothing.
 
-The slopes ∂loss/∂ŵ of a block of rows are made first; while they are in the cache, one pass adds what each sample pulls
-at its own class, goes the way through normalising, and does what the optimizer does. Whether the step is broken, and
-what the gradient is multiplied with, are numbers on the device.
+The slopes ∂loss/∂ŵ of a block of rows are computed first; while they are in the cache, one pass adds each sample's
+gradient of its own class, applies the backward of normalising, and the optimizer's rule. Whether the step is broken,
+and what the gradient is multiplied with, are numbers on the device.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false

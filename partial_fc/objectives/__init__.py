@@ -15,110 +15,12 @@ the sums taken over the classes of the step's sample. An objective never sees th
 
 import dataclasses
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from . import device
-from .functions import angle, psi, softplus
-from .kernels import NegativesKernel
-from .kernels.blocked import LogSumExpBlocked
-from .kernels.cosines import LogSumExp, SumOfSquares
-from .kernels.gram import SumOfSquaresByGram, pays
-from .kernels.keeping import KeepBudget
-from .kernels.products import ComputeDtype, stored_dtype
-from .kernels.unshifted import MAX_SCALE
-
-if TYPE_CHECKING:
-    from .kernels.fused.logsumexp import LogSumExpFused
-
-_LARGEST_SCALE = 256.0  # exp(±2·scale) stays inside float64, in which the ranks add their sums
-
-
-@dataclass(frozen=True)
-class Objective(ABC):
-    """Base of all objectives. ``target`` and ``negatives`` are float tensors [B]; so is what both methods return."""
-
-    def intra(self, target: Tensor) -> Tensor:
-        return torch.zeros_like(target)
-
-    @abstractmethod
-    def inter(self, target: Tensor, negatives: Tensor) -> Tensor: ...
-
-    def __call__(self, target: Tensor, negatives: Tensor) -> Tensor:
-        """Loss of each sample [B]."""
-        return self.intra(target) + self.inter(target, negatives)
-
-    def at(self, step: int) -> "Objective":
-        """The objective of that step, for those that change as training goes on."""
-        return self
-
-    @abstractmethod
-    def kernel(
-        self, batch: int, dim: int, rows: int, compute_dtype: ComputeDtype, budget: KeepBudget
-    ) -> NegativesKernel:
-        """What reduces the negatives to the number that ``inter`` receives, for a step of B × D by K rows.
-
-        It may keep what ``budget`` has left between the forward pass and the row update, to save a product.
-        """
-
-    def fused_kernel(self, weight: Tensor, compute_dtype: ComputeDtype, budget: KeepBudget) -> "LogSumExpFused | None":
-        """The same for the centers ``weight`` [rows, D] on a GPU, made to ask nothing of the host; None for none."""
-        return None
-
-
-@dataclass(frozen=True)
-class LogSumExpObjective(Objective):
-    """An objective whose ``negatives`` are ℓ = log Σ_{k≠y} exp(scale·z_k).
-
-    Args:
-        scale: s, in (0, 256].
-        filter: negatives with a cosine above it are left out, in (−1, 1]: with noisy labels they are likely the same
-            identity under another name (inter-class filtering, An et al. 2022); None leaves out none.
-    """
-
-    scale: float = 64.0
-    filter: float | None = dataclasses.field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        _check(self, "scale", above=0, at_most=_LARGEST_SCALE)
-        if self.filter is not None:
-            _check(self, "filter", above=-1, at_most=1)
-
-    def kernel(
-        self, batch: int, dim: int, rows: int, compute_dtype: ComputeDtype, budget: KeepBudget
-    ) -> NegativesKernel:
-        if self.scale <= MAX_SCALE:
-            return LogSumExpBlocked(compute_dtype, self.scale, self.filter, budget)
-        return LogSumExp(compute_dtype, self.scale, self.filter)
-
-    def fused_kernel(self, weight: Tensor, compute_dtype: ComputeDtype, budget: KeepBudget) -> "LogSumExpFused | None":
-        if self.scale > MAX_SCALE or not device.fits(weight, stored_dtype(compute_dtype)):
-            return None
-        from .kernels.fused.logsumexp import LogSumExpFused  # which needs Triton
-
-        return LogSumExpFused(compute_dtype, self.scale, self.filter, budget)
-
-
-@dataclass(frozen=True)
-class SquaresObjective(Objective):
-    """An objective whose ``negatives`` are q = Σ_{k≠y} z_k².
-
-    Args:
-        gram: whether q comes from the Gram matrix of the centers, without any cosine (``kernels/gram.py``), or from the
-            cosines; None takes what needs fewer operations. The numbers are the same.
-    """
-
-    gram: bool | None = dataclasses.field(default=None, kw_only=True)
-
-    def kernel(
-        self, batch: int, dim: int, rows: int, compute_dtype: ComputeDtype, budget: KeepBudget
-    ) -> NegativesKernel:
-        gram = pays(batch, dim, rows) if self.gram is None else self.gram
-        return SumOfSquaresByGram(compute_dtype) if gram else SumOfSquares(compute_dtype)
+from .base import LogSumExpObjective, Objective, SquaresObjective, angle, check_range, psi, softplus
 
 
 @dataclass(frozen=True)
@@ -142,9 +44,9 @@ class Combined(LogSumExpObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "m1", above=0, at_most=16)
-        _check(self, "m2", at_least=0, at_most=math.pi)
-        _check(self, "m3", at_least=0, at_most=2)
+        check_range(self, "m1", above=0, at_most=16)
+        check_range(self, "m2", at_least=0, at_most=math.pi)
+        check_range(self, "m3", at_least=0, at_most=2)
 
     def inter(self, target: Tensor, negatives: Tensor) -> Tensor:
         return softplus(negatives - self.scale * (psi(self.m1 * angle(target) + self.m2) - self.m3))
@@ -175,7 +77,7 @@ class CosFace(LogSumExpObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "margin", at_least=0, at_most=2)
+        check_range(self, "margin", at_least=0, at_most=2)
 
     def inter(self, target: Tensor, negatives: Tensor) -> Tensor:
         return softplus(negatives - self.scale * (target - self.margin))
@@ -185,7 +87,7 @@ class CosFace(LogSumExpObjective):
 class ArcFace(LogSumExpObjective):
     """Additive angular margin: softplus(ℓ − s·ψ(θ_y + m)) (Deng et al. 2019, equation 3).
 
-    Its slope by z_y carries the factor sin(θ_y + m)/sin θ_y, bounded as |z_y| → 1 (see ``functions.angle``).
+    Its slope by z_y carries the factor sin(θ_y + m)/sin θ_y, bounded as |z_y| → 1 (see ``base.angle``).
 
     Args:
         scale: s, in (0, 256].
@@ -196,7 +98,7 @@ class ArcFace(LogSumExpObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "margin", at_least=0, at_most=math.pi)
+        check_range(self, "margin", at_least=0, at_most=math.pi)
 
     def inter(self, target: Tensor, negatives: Tensor) -> Tensor:
         return softplus(negatives - self.scale * psi(angle(target) + self.margin))
@@ -224,9 +126,9 @@ class SphereFace(LogSumExpObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "margin", at_least=1, at_most=16)
+        check_range(self, "margin", at_least=1, at_most=16)
         for name in ("annealing", "annealing_gamma", "annealing_min"):
-            _check(self, name, at_least=0)
+            check_range(self, name, at_least=0)
 
     def at(self, step: int) -> "SphereFace":
         if self.annealing == 0:
@@ -259,7 +161,7 @@ class DSoftmax(LogSumExpObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "stop", at_least=-1, at_most=1)
+        check_range(self, "stop", at_least=-1, at_most=1)
 
     def intra(self, target: Tensor) -> Tensor:
         return softplus(self.scale * (self.stop - target))
@@ -334,17 +236,3 @@ def _check_type(kind: type[Objective], name: str, value: Any) -> None:
             raise ValueError(f"{name} must be true, false or null, found {value!r}")
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} must be a number, found {value!r}")
-
-
-def _check(
-    objective: Objective,
-    name: str,
-    *,
-    above: float = -math.inf,
-    at_least: float = -math.inf,
-    at_most: float = math.inf,
-) -> None:
-    value = getattr(objective, name)
-    if not (value > above and at_least <= value <= at_most):
-        lower = f"({above:g}" if above > -math.inf else f"[{at_least:g}"
-        raise ValueError(f"{name} must lie in {lower}, {at_most:g}], found {value!r}")
