@@ -13,6 +13,9 @@ PIP     = $(VENV)/bin/python -m pip --disable-pip-version-check -qq
 # What was installed, and from what: a changed setup.py or C file installs again.
 STAMP   = $(VENV)/.pfc-installed-with
 
+# Of the tests: one more than cores, since many tests wait for other processes; 4 take about 8 GB.
+WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
+
 GLYPHS  = work/glyphs
 C_FILES = partial_fc/kernels/native.c data/loading/plain.c
 
@@ -26,7 +29,7 @@ $(GLYPHS)/heldout.bin: | $(STAMP)-demo
 	$(VENV)/bin/pfc pack glyphs $(GLYPHS) --identities 2000 --images-per-identity 20 --size 40
 
 test: $(STAMP)-dev
-	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 # With VENV= nothing is installed: on a machine that has torch, Triton and pytest alone the head's part runs.
 test-gpu: $(if $(VENV),$(STAMP)-dev)
