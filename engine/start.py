@@ -68,12 +68,12 @@ def agree(config: Config, world: World, resume: str) -> Start:
             problem = str(error)
         except OSError as error:
             problem = f"{error.filename}: {error.strerror}: a checkpoint there cannot be read"
-    mine = (start, mark, hashlib.sha256(config.to_yaml().encode()).hexdigest(), socket.gethostname())
+    mine = (start, mark, hashlib.sha256(config.to_yaml().encode()).hexdigest(), socket.gethostname(), problem)
     told = [mine] * world.size
     dist.all_gather_object(told, mine)
-    start, mark, first_hash, first_host = told[0]
+    start, mark, first_hash, first_host, problem = told[0]
     try:
-        for rank, (_, _, one_hash, host) in enumerate(told):
+        for rank, (_, _, one_hash, host, _) in enumerate(told):
             if one_hash != first_hash:
                 problem = problem or (
                     f"rank {rank} ({host}) was given another configuration than rank 0 ({first_host}): start all ranks "

@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
+from pfc.data.errors import UsageError
 from pfc.engine import start
 from pfc.engine.checkpoint import find, find_all, write
 from tests.engine.checkpoint.test_checkpoint import content
@@ -99,3 +100,19 @@ def test_files_that_the_first_rank_does_not_see_are_no_checkpoint(tmp_path: Path
         assert problem is not None
         assert problem.startswith("rank 0: __1_0.distcp: rank 0 does not see this file of another rank")
     assert find_all(runs[0]) == []
+
+
+def refused_at_once(tree: dict[str, Any], resume: str) -> str:
+    """On a rank: what the start is refused with, before any rank looks for the first one's file."""
+    with mock.patch("pfc.engine.start._appears", side_effect=AssertionError("waits for a file that is never made")):
+        try:
+            new_trainer(tree, resume)
+        except UsageError as error:
+            return str(error)
+    return ""
+
+
+def test_no_rank_waits_where_the_first_one_refuses(folder: Path, tmp_path: Path) -> None:
+    config = configuration(folder, tmp_path)
+    for told in run_ranks(2, refused_at_once, config.model_dump(), str(tmp_path / "nowhere")):
+        assert "no such run or checkpoint" in told
