@@ -11,6 +11,13 @@ class UsageError(Exception):
     """
 
 
+def forbidden(error: PermissionError) -> Exception:
+    """What to raise in its place: a UsageError that names the file, or ``error`` itself where it is no file's."""
+    if error.filename is None:
+        return error
+    return UsageError(f"{error.filename}: {error.strerror}: check who may read and write it")
+
+
 class DamagedRecord(UsageError):
     """A record that cannot be read: damaged, or not what its place in the file promises.
 

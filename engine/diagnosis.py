@@ -60,7 +60,7 @@ def diagnose(
     dist.all_gather_object(everyone, (first, samples))
     found = [finding for finding, _ in everyone if finding is not None]
     if not found:
-        lines = ["computed again, the batch gives finite numbers only: some step before it did not"]
+        lines = ["recomputed, the batch gives finite numbers only: some step before it did not"]
         concerned = list(range(len(everyone)))
     else:
         key = min((finding.stage, finding.index) for finding in found)

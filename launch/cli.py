@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ..data.errors import UsageError
+from ..data.errors import UsageError, forbidden
 from .verbs import bench, convert, doctor, embed, evaluate, export, inspect, pack, train
 
 app = typer.Typer(
@@ -40,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"pfc: {error}", file=sys.stderr)
     except PermissionError as error:
-        if error.filename is None:  # not a file's
+        if not isinstance(told := forbidden(error), UsageError):
             raise
-        print(f"pfc: {error.filename}: {error.strerror}: check who may read and write it", file=sys.stderr)
+        print(f"pfc: {told}", file=sys.stderr)
     except typer.TyperException as error:  # an unknown option, a missing argument, a value of the wrong type
         command = context.command_path if (context := getattr(error, "ctx", None)) else "pfc"
         print(f"pfc: {error.format_message()}\nTry '{command} --help'.", file=sys.stderr)

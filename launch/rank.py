@@ -1,4 +1,4 @@
-"""One rank's process: what it imports, how it ends, and where it leaves what it failed with."""
+"""One rank's process: what it imports, how it ends, where it leaves what it failed with, and how that is shown."""
 
 import ctypes
 import gc
@@ -9,9 +9,53 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import NoReturn
 
-from ..data.errors import UsageError
+from ..data.errors import UsageError, forbidden
+
+WRONG_USE = "UsageError: "
+"""What the recorded message of a UsageError begins with."""
+
+
+@dataclass
+class Failure:
+    """How one rank ended, when it did not end well."""
+
+    rank: int
+    exit_code: int
+    """As subprocess has it: below zero, the signal that killed the process."""
+    message: str
+    """``Type: text`` of the exception; empty when the rank left none."""
+    trace: str
+    """The traceback; empty when the rank left none."""
+    time: float
+    """Seconds since the epoch: when the exception was recorded, or when the process was seen dead."""
+
+    @property
+    def is_wrong_use(self) -> bool:
+        """By its exception: the exit code is another one where the others' end came in between."""
+        return self.message.startswith(WRONG_USE)
+
+    @property
+    def summary(self) -> str:
+        if self.message:
+            return " ".join(self.message.split())
+        if self.exit_code < 0:
+            return f"was killed by {signal.Signals(-self.exit_code).name}"
+        return f"ended with exit code {self.exit_code}"
+
+    def show(self, world_size: int) -> int:
+        """Prints the failure to stderr; returns the exit code of the whole command."""
+        if self.is_wrong_use:
+            print(f"pfc: {self.message.removeprefix(WRONG_USE)}", file=sys.stderr)
+            return 2
+        if self.trace:
+            print(f"pfc: rank {self.rank} of {world_size} failed:\n{self.trace.rstrip()}", file=sys.stderr)
+        else:
+            memory = "; the machine may have run out of memory" if self.exit_code == -signal.SIGKILL else ""
+            print(f"pfc: rank {self.rank} of {world_size} {self.summary}{memory}", file=sys.stderr)
+        return 1
 
 
 def preload(module: str) -> None:
@@ -22,9 +66,11 @@ def preload(module: str) -> None:
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.disable()  # over a million objects, none of them garbage: a fifth of the time
-    importlib.import_module(module)
-    gc.freeze()
-    gc.enable()
+    try:
+        importlib.import_module(module)
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def run_rank(work: Callable[[], int | None], *, told: bool) -> int:
@@ -47,9 +93,7 @@ def run_rank(work: Callable[[], int | None], *, told: bool) -> int:
             # Of that very type, also where it was a special kind: the starting process knows it by its name.
             raise UsageError(str(error)) from None
         except PermissionError as error:
-            if error.filename is None:  # not a file's
-                raise
-            raise UsageError(f"{error.filename}: {error.strerror}: check who may read and write it") from None
+            raise forbidden(error) from None
 
     try:
         return record(working)() or 0

@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from types import FrameType
@@ -23,7 +22,7 @@ from typing import NoReturn
 from ..data.errors import UsageError
 from ..engine.ranks.stopping import EXIT_CODES
 from .machine import usable_cores
-from .rank import die_with, leave, run_rank
+from .rank import Failure, die_with, leave, run_rank
 
 STOP_GRACE = 300.0
 """Seconds that a stopped run has to finish its step and save; a second Ctrl-C ends it at once."""
@@ -34,8 +33,6 @@ POLL_SECONDS = 0.02
 SIGNAL_LEAD = 0.5
 """A killed rank is seen dead a moment after its peers see their connections close, on a busy machine some tenths of a
 second: its death counts as earlier. Not that of a rank which was told to end because another had failed."""
-WRONG_USE = "UsageError: "
-"""What the recorded message of a UsageError begins with."""
 STOPPED = (128 + signal.SIGINT, *EXIT_CODES.values())
 """Exit codes of a rank that was sent the signal itself, and has saved."""
 SECOND_HAND = "PeerFailed: "
@@ -43,46 +40,6 @@ SECOND_HAND = "PeerFailed: "
 _PORT = b"%05d"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _fork = multiprocessing.get_context("fork")
-
-
-@dataclass
-class Failure:
-    """How one rank ended, when it did not end well."""
-
-    rank: int
-    exit_code: int
-    """As subprocess has it: below zero, the signal that killed the process."""
-    message: str
-    """``Type: text`` of the exception; empty when the rank left none."""
-    trace: str
-    """The traceback; empty when the rank left none."""
-    time: float
-    """Seconds since the epoch: when the exception was recorded, or when the process was seen dead."""
-
-    @property
-    def is_wrong_use(self) -> bool:
-        """By its exception: the exit code is another one where the others' end came in between."""
-        return self.message.startswith(WRONG_USE)
-
-    @property
-    def summary(self) -> str:
-        if self.message:
-            return " ".join(self.message.split())
-        if self.exit_code < 0:
-            return f"was killed by {signal.Signals(-self.exit_code).name}"
-        return f"ended with exit code {self.exit_code}"
-
-    def show(self, world_size: int) -> int:
-        """Prints the failure to stderr; returns the exit code of the whole command."""
-        if self.is_wrong_use:
-            print(f"pfc: {self.message.removeprefix(WRONG_USE)}", file=sys.stderr)
-            return 2
-        if self.trace:
-            print(f"pfc: rank {self.rank} of {world_size} failed:\n{self.trace.rstrip()}", file=sys.stderr)
-        else:
-            memory = "; the machine may have run out of memory" if self.exit_code == -signal.SIGKILL else ""
-            print(f"pfc: rank {self.rank} of {world_size} {self.summary}{memory}", file=sys.stderr)
-        return 1
 
 
 def run_ranks(work: Callable[[], int | None], world_size: int) -> int:
@@ -180,15 +137,15 @@ class RankGroup:
 
     def terminate(self, number: int = signal.SIGTERM) -> None:
         for rank in self.running:
-            process_id = self.processes[rank].pid
-            if process_id is not None and self.processes[rank].exitcode is None:
-                os.kill(process_id, number)
+            process = self.processes[rank]
+            if process.exitcode is None:
+                os.kill(_id(process), number)
 
     def kill(self) -> None:
         """Ends every rank and everything that it started."""
         for process in self.processes:
             with suppress(ProcessLookupError):  # the whole session has ended already
-                os.killpg(process.pid or 0, signal.SIGKILL)
+                os.killpg(_id(process), signal.SIGKILL)
             process.kill()  # where it had no session of its own yet
         for process in self.processes:
             process.join()
@@ -228,36 +185,37 @@ class RankGroup:
         os.dup2(nothing, 0)  # for what a rank starts; multiprocessing replaces Python's sys.stdin alone
         if nothing:
             os.close(nothing)
-        world_size = self.world_size
         os.close(self.port_writer)
         port = os.read(self.port_reader, len(_PORT % 0))
         os.close(self.port_reader)
         if not port:  # the starting process has given up
             os._exit(1)
-        threads = os.environ.get("OMP_NUM_THREADS")
-        if threads is None:  # told to torch as well, which read the variable when it was imported
+        if "OMP_NUM_THREADS" not in os.environ:  # torch read the variable when it was imported
             import torch
 
-            threads = str(max(1, usable_cores() // world_size))
-            torch.set_num_threads(int(threads))
-        loopback = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo") if sys.platform == "linux" else {}
-        os.environ |= (
-            loopback
-            | os.environ
-            | {
-                "OMP_NUM_THREADS": threads,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "LOCAL_WORLD_SIZE": str(world_size),
-                "GROUP_RANK": "0",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port.decode(),
-                "TORCHELASTIC_USE_AGENT_STORE": "True",  # no rank opens a store at that address: it is the parent's
-                "TORCHELASTIC_ERROR_FILE": str(self._report(rank)),
-            }
-        )
+            threads = max(1, usable_cores() // self.world_size)
+            torch.set_num_threads(threads)
+            os.environ["OMP_NUM_THREADS"] = str(threads)
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_WORLD_SIZE": str(self.world_size),
+            "GROUP_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port.decode(),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # no rank opens a store at that address: it is the parent's
+            "TORCHELASTIC_ERROR_FILE": str(self._report(rank)),
+        }
         leave(run_rank(work, told=False))
+
+
+def _id(process: ForkProcess) -> int:
+    assert process.pid is not None  # it was started
+    return process.pid
 
 
 def _wait(ranks: RankGroup, signals: list[int]) -> int:
@@ -273,7 +231,7 @@ def _wait(ranks: RankGroup, signals: list[int]) -> int:
                 return stopped_by
             if not stopped_by:
                 if number == signal.SIGINT:
-                    print("\npfc: stopping in order; Ctrl-C again ends it at once", file=sys.stderr)
+                    print("\npfc: stopping; Ctrl-C again ends it at once", file=sys.stderr)
                 stopped_by = number
                 ranks.terminate(number if number == signal.SIGUSR1 else signal.SIGTERM)
                 deadline = min(deadline, time.monotonic() + STOP_GRACE)

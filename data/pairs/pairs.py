@@ -49,6 +49,8 @@ def read_pairs(path: str | Path) -> Pairs:
         content = load_plain(path.read_bytes())
     except FileNotFoundError:
         raise UsageError(f"verification set {path} does not exist: make one with `pfc pack pairs`") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path} is not a verification set but a directory: give a .bin file") from None
     except RefusedError as refused:
         raise UsageError(
             f"{path} was not loaded: it asks for {refused}, which a verification set does not need and which could "

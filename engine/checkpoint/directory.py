@@ -1,4 +1,4 @@
-"""The directory of a run's checkpoints: which it has, how one gets its name, which stay, and the room on the disk.
+"""The directory of a run's checkpoints: which it has, how one gets its name, which stay, and the space on the disk.
 
 ``checkpoints/step-00000500`` is a complete one: it got that name when all of it was on the disk. ``checkpoints/latest``
 is a link to the one that was written last, ``checkpoints/best`` to the best by the configured metric.
@@ -242,15 +242,15 @@ def check_space(run_dir: Path, size: int, keep: int, *, best: bool) -> str | Non
         ) from None
     if free < 2 * size:
         raise UsageError(
-            f"{folder}: a checkpoint takes {_told(size)} and the next one is written beside it, but only {_told(free)} "
-            "are free: make room, or give a run.dir on another disk"
+            f"{folder}: a checkpoint takes {_told(size)} and stays until the next one is written, but only "
+            f"{_told(free)} are free: free some space, or give a run.dir on another disk"
         )
     places = keep + 1 + best
     if free < places * size:
         return (
             f"{folder}: {_told(free)} are free, and {places} checkpoints of {_told(size)} (the {keep} that are kept"
             f"{', the best' if best else ''} and the one being written) take {_told(places * size)}: lower "
-            "checkpoint.keep, or make room"
+            "checkpoint.keep, or free some space"
         )
     return None
 

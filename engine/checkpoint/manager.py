@@ -1,4 +1,4 @@
-"""When a run saves, while training waits or beside it; which checkpoint is the best so far."""
+"""When a run saves, while training waits or while it goes on; which checkpoint is the best so far."""
 
 import threading
 import time
@@ -146,7 +146,7 @@ class Saver:
     """One rank's part in the saves of a run; every method but ``poll`` and ``close`` is called by all ranks together.
 
     What the disk refuses (it is full, a quota, a permission) is told in a line and counted, and training goes on with
-    the checkpoints that there are. Any other error is raised, of a save beside training at the next call.
+    the checkpoints that there are. Any other error is raised, of an asynchronous save at the next call.
 
     An asynchronous save copies the state into host memory, which stays allocated for the next one, and writes it in a
     thread with a gloo group of its own, so that its messages and those of training cannot meet. There is never more
@@ -158,7 +158,7 @@ class Saver:
         keep: how many of the latest checkpoints stay.
         best: what makes a checkpoint the best, which stays too; None where none is named.
         device: where this rank computes.
-        asynchronous: whether saves are written beside training.
+        asynchronous: whether training goes on while they are written.
         message: prints a line, on one rank.
 
     Attributes:
@@ -201,19 +201,17 @@ class Saver:
         stalled = time.perf_counter() - begin
         self._stalled += stalled
         if self._asynchronous:
-            self._message(
-                f"checkpoint {name_of(content.step)} is written beside training, which waited {stalled:.2f} s"
-            )
+            self._message(f"checkpoint {name_of(content.step)} is being written; training waited {stalled:.2f} s")
         elif self.last_problem is None:
             self._message(f"checkpoint {name_of(content.step)} saved; training waited {stalled:.2f} s")
 
     def poll(self) -> None:
-        """Tells of a save beside training that has ended."""
+        """Reports an asynchronous save that has ended."""
         if self._running is not None and self._running.done():
             self.wait()
 
     def wait(self) -> None:
-        """Until the save beside training, if there is one, has ended."""
+        """Until the asynchronous save, if there is one, has ended."""
         running, self._running = self._running, None
         if running is None:
             return

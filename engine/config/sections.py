@@ -167,7 +167,7 @@ class Head(Section):
     use a GPU's tensor cores: docs/performance.md has their error."""
     keep_mib: CountOrZero | None = None
     """Memory in MiB that the probabilities of a step may take on a rank until the centers are updated; where they need
-    more they are computed again, at the cost of one more matrix product. A sixteenth of a GPU's memory, or 1024 on a
+    more they are recomputed, at the cost of one more matrix product. A sixteenth of a GPU's memory, or 1024 on a
     CPU, when absent."""
 
     @model_validator(mode="after")

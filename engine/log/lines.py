@@ -93,9 +93,9 @@ def _probabilities(config: Config, num_classes: int, world: World) -> list[str]:
         rows = math.ceil(rate * -(-num_classes // world.size))
         size, passes = probability_bytes(batch, rows, dtype), config.optimizer.accumulate
         kept = sum(size * number <= allowed for number in range(1, passes + 1))
-        done, each = "kept" if kept else "computed again", f" for each of {passes} micro-batches" * (passes > 1)
+        done, each = "kept" if kept else "recomputed", f" for each of {passes} micro-batches" * (passes > 1)
         if 0 < kept < passes:
-            done, each = f"kept of {kept} micro-batches, computed again of {passes - kept}", " for each"
+            done, each = f"kept of {kept} micro-batches, recomputed of {passes - kept}", " for each"
         told.append(
             f"sampling   {round(rate * num_classes):,} of {num_classes:,} classes on {world.size} rank(s); "
             f"probabilities {done} ({size / 2**20:,.1f} MiB a rank{each}, {allowed >> 20:,} allowed)"

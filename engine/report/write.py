@@ -1,12 +1,12 @@
 """report.html: a run on one page that needs no other file and no network."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...data.atomic import replacing
 from ...data.errors import UsageError
 from ...data.pairs.pairs import Pairs, read_pairs
 from ...data.records.joint import JointDataset
@@ -66,9 +66,8 @@ def write_report(run_dir: Path) -> Path:
         )
     )
     path = run.directory / "report.html"
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(page, encoding="utf-8")
     return path
 
 

@@ -14,7 +14,7 @@ from ..console import find_device, print_table
 from ..models import BatchSize, Device, Flip, Source, open_backbone
 
 if TYPE_CHECKING:
-    from ...data import PairSet
+    from ...data import Pairs
 
 
 def evaluate(
@@ -50,7 +50,7 @@ def evaluate(
 
 
 def _measure(
-    source: Path, sets: "Sequence[PairSet]", *, device: str, batch_size: int, flip: bool | None, as_json: bool
+    source: Path, sets: "Sequence[Pairs]", *, device: str, batch_size: int, flip: bool | None, as_json: bool
 ) -> int:
     """Measures and prints; on every rank where there are several."""
     from ...engine.evaluation.evaluate import evaluate_pairs

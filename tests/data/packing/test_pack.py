@@ -3,11 +3,7 @@
 import io
 import json
 import os
-import signal
-import subprocess
-import sys
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +14,7 @@ from pfc.data.errors import UsageError
 from pfc.data.packing.pack import pack_folder
 from pfc.data.packing.writer import ShardedWriter
 from pfc.data.records.dataset import RecordDataset
-from pfc.data.workers import parallel_map
+from tests.data.packing.packed import files_of, refusal
 
 
 def picture(seed: int, width: int = 40, height: int = 30) -> Image.Image:
@@ -38,19 +34,13 @@ def decoded(ds: RecordDataset, index: int) -> Image.Image:
     return Image.open(io.BytesIO(ds.read(index)[1].tobytes()))
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def refused(src: Path, out: Path, **options: object) -> str:
     """The one line that packing is refused with; ``out`` is left as it was."""
     before = files_of(out) if out.is_dir() else None
-    with pytest.raises(UsageError) as caught:
-        pack_folder(src, out, workers=1, **options)  # pyright: ignore[reportArgumentType]
-    assert "\n" not in str(caught.value)
+    line = refusal(pack_folder, src, out, **options)
     assert (files_of(out) if out.is_dir() else None) == before
     assert not list(out.parent.glob(".*.partial"))
-    return str(caught.value)
+    return line
 
 
 def test_folder_to_data_set(tmp_path: Path) -> None:
@@ -312,106 +302,6 @@ def test_writer_spreads_images_evenly_and_numbers_them(tmp_path: Path) -> None:
     assert [shard["images"] for shard in manifest["shards"]] == [3, 2, 2]
     keys = [line.split("\t")[0] for line in (tmp_path / "out" / "train-00001.idx").read_text().splitlines()]
     assert keys == ["1", "4"]
-
-
-def square_unless_three(number: int) -> int:
-    if number == 3:
-        raise ValueError("three")
-    return number * number
-
-
-def die_at_three(number: int) -> int:
-    if number == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_parallel_map_keeps_order_and_raises_what_a_worker_raises(processes: int) -> None:
-    assert list(parallel_map(square_unless_three, range(4, 40), workers=processes, chunk=2)) == [
-        number * number for number in range(4, 40)
-    ]
-    with pytest.raises(ValueError, match="three"):
-        list(parallel_map(square_unless_three, range(10), workers=processes, chunk=2))
-
-
-def test_parallel_map_survives_a_killed_worker() -> None:
-    with pytest.raises(RuntimeError, match="worker process died"):
-        list(parallel_map(die_at_three, range(10), workers=2, chunk=1))
-
-
-def made(task: tuple[int, int], calls: Path) -> bytes:
-    """A result of so many bytes, which leaves a trace."""
-    number, size = task
-    (calls / str(number)).touch()
-    return bytes(size)
-
-
-def test_parallel_map_keeps_few_bytes_however_large_the_results_become(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pfc.data.workers.IN_FLIGHT", 6 << 20)
-    sizes = [10] * 300 + [1 << 20] * 60 + [10] * 300
-    results = parallel_map(partial(made, calls=tmp_path), enumerate(sizes), workers=2)
-    for taken, (result, size) in enumerate(zip(results, sizes, strict=True), start=1):
-        assert len(result) == size
-        if size > 10:
-            ready = sum(sizes[number] for number in map(int, os.listdir(tmp_path)) if number >= taken)
-            # Six chunks in flight, one of them taken apart here, and each may have one result too many.
-            assert ready <= (6 + 7) << 20
-    assert len(os.listdir(tmp_path)) == len(sizes)
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        "pack_folder({src!r}, {out!r}, size=16, workers=2)",
-        "pack_recordio({old!r}, {out!r}, workers=2)",
-        "pack_synthetic({out!r}, identities=2, images_per_identity=2, workers=2)",
-        "pack_glyphs({out!r}, identities=4, heldout_identities=4, heldout_pairs=4, images_per_identity=4, workers=2)",
-    ],
-)
-def test_a_script_without_a_guard_is_told_of_it(call: str, tmp_path: Path) -> None:
-    src = make_source(tmp_path / "src")
-    pack_folder(src, tmp_path / "old", size=16, workers=1)
-    before = sorted(path.name for path in tmp_path.iterdir())
-    script = tmp_path / "script.py"
-    text = "from pfc.data import pack_folder, pack_glyphs, pack_recordio, pack_synthetic\n" + call.format(
-        src=str(src), old=str(tmp_path / "old"), out=str(tmp_path / "out")
-    )
-    script.write_text(text)
-    run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
-    assert run.returncode == 1
-    assert run.stderr.count("Traceback") == 1  # this script's own
-    last = run.stderr.splitlines()[-1]
-    assert last.startswith("pfc.data.errors.UsageError: ")
-    assert 'if __name__ == "__main__":' in last
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "script.py"])
-    first, second = text.splitlines()
-    script.write_text(f'{first}\nif __name__ == "__main__":\n    {second}\n')
-    subprocess.run([sys.executable, script], check=True)
-    assert (tmp_path / "out").is_dir()
-
-
-def test_a_script_without_a_guard_loses_no_interrupted_packing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    src = make_source(tmp_path / "src")
-
-    def interrupt(done: int, total: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("pfc.data.packing.run.SAVE_EVERY", 0.0)
-    with pytest.raises(KeyboardInterrupt):
-        pack_folder(src, tmp_path / "out", size=16, workers=1, progress=interrupt)
-    left = files_of(tmp_path / ".out.partial")
-    assert left
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"from pfc.data import pack_folder\npack_folder({str(src)!r}, {str(tmp_path / 'out')!r}, size=16)\n"
-    )
-    run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
-    assert "__main__" in run.stderr.splitlines()[-1]
-    assert files_of(tmp_path / ".out.partial").keys() >= left.keys()
-    assert pack_folder(src, tmp_path / "out", size=16, workers=1).resumed_at > 0
 
 
 def test_a_name_that_is_no_utf8_is_no_obstacle(tmp_path: Path) -> None:

@@ -193,6 +193,8 @@ def test_what_is_no_verification_set_is_refused(tmp_path: Path, content: object,
 def test_missing_and_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
         read_pairs(tmp_path / "none.bin")
+    with pytest.raises(UsageError, match=r"a directory: give a \.bin file"):
+        read_pairs(tmp_path)
     whole = pickle.dumps((IMAGES, SAME), protocol=4)
     for content in (b"", b"\xff\xd8 a picture", whole[: len(whole) // 2]):
         (tmp_path / "bad.bin").write_bytes(content)

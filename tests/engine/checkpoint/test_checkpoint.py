@@ -170,7 +170,7 @@ def test_room_is_asked_for_before_the_first_step(tmp_path: Path, monkeypatch: py
     warning = check_space(tmp_path, 1000, keep=4, best=True)
     assert warning is not None
     assert "6 checkpoints of 1.0 kB" in warning
-    with pytest.raises(UsageError, match=r"takes 2.6 kB and the next one .* only 5.0 kB are free"):
+    with pytest.raises(UsageError, match=r"takes 2\.6 kB and stays .*, but only 5\.0 kB are free"):
         check_space(tmp_path, 2600, keep=1, best=False)
     (tmp_path / "checkpoints" / "old").write_bytes(bytes(200))
     assert check_space(tmp_path, 2600, keep=1, best=False) is None, "the run's own checkpoints give way"

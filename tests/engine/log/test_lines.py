@@ -38,10 +38,10 @@ def sampling(head: dict[str, Any], accumulate: int = 1) -> list[str]:
     [
         # 128 images by 50,000 rows of float32 are 24.4 MiB.
         ({"sample_rate": 0.1}, ["100,000 of 1,000,000 classes on 2 rank(s); probabilities kept (24.4 MiB"]),
-        ({"sample_rate": 0.1, "keep_mib": 24}, ["probabilities computed again (24.4 MiB a rank, 24 allowed)"]),
+        ({"sample_rate": 0.1, "keep_mib": 24}, ["probabilities recomputed (24.4 MiB a rank, 24 allowed)"]),
         (
             {"sample_rate": 0.1, "sample_rate_schedule": [[0.9, 1.0]], "keep_mib": 100},
-            ["100,000 of 1,000,000 classes on 2 rank(s); probabilities kept", "computed again (244.1 MiB"],
+            ["100,000 of 1,000,000 classes on 2 rank(s); probabilities kept", "recomputed (244.1 MiB"],
         ),
         ({"objective": {"name": "p2sgrad"}}, []),
     ],
@@ -56,8 +56,8 @@ def test_the_log_says_whether_probabilities_are_kept(head: dict[str, Any], expec
     ("keep_mib", "expected"),
     [
         (100, "probabilities kept (24.4 MiB a rank for each of 4 micro-batches, 100 allowed)"),
-        (73, "probabilities kept of 2 micro-batches, computed again of 2 (24.4 MiB a rank for each, 73 allowed)"),
-        (24, "probabilities computed again (24.4 MiB a rank for each of 4 micro-batches, 24 allowed)"),
+        (73, "probabilities kept of 2 micro-batches, recomputed of 2 (24.4 MiB a rank for each, 73 allowed)"),
+        (24, "probabilities recomputed (24.4 MiB a rank for each of 4 micro-batches, 24 allowed)"),
     ],
 )
 def test_the_micro_batches_of_a_step_share_what_may_be_kept(keep_mib: int, expected: str) -> None:

@@ -9,10 +9,11 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+from tests.commands import wait_until
 
 SCRIPT = Path(__file__).parents[3] / "launch" / "slurm" / "train.sbatch"
 
@@ -236,11 +237,9 @@ def test_the_warning_reaches_every_rank_through_torchrun(cluster: Cluster):
 
 
 def await_ranks(cluster: Cluster, job: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not all((cluster.folder / f"ready-{rank}").exists() for rank in (0, 1)):
-        assert job.poll() is None, job.communicate()
-        assert time.monotonic() < deadline, "the ranks did not start"
-        time.sleep(0.05)
+    ready = [cluster.folder / f"ready-{rank}" for rank in (0, 1)]
+    wait_until(lambda: job.poll() is not None or all(path.exists() for path in ready), 120)
+    assert job.poll() is None, job.communicate()
 
 
 def child_of(parent: int) -> int:
