@@ -52,14 +52,13 @@ print(json.dumps(found))
 def mxnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Python that has MXNet 1.9.1; the tests are skipped where pip cannot bring it."""
     folder = tmp_path_factory.mktemp("mxnet") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
     wanted = ["mxnet==1.9.1", "numpy<1.24"]
     try:
-        pip = subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", *wanted], capture_output=True, text=True, timeout=300
-        )
-        reason = pip.stderr.strip().splitlines()[-1:] if pip.returncode else []
+        done = subprocess.run([*pip, "install", "--quiet", *wanted], capture_output=True, text=True, timeout=300)
+        reason = done.stderr.strip().splitlines()[-1:] if done.returncode else []
     except subprocess.TimeoutExpired:
         reason = ["it took longer than 300 s"]
     if reason:
