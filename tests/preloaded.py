@@ -12,7 +12,7 @@ MODULES = [
     *("torch.distributed", "torch._dynamo", "torch.utils.serialization"),
     *("pfc.partial_fc", "pfc.engine.trainer", "pfc.engine.report.figures", "pfc.launch.cli", "pfc.launch.train"),
     *("pfc.benchmarks.head.measure", "pfc.benchmarks.step"),
-    *("nvidia.dali.fn", "sklearn.metrics", "matplotlib.backends.backend_svg", "matplotlib.figure", "jinja2"),
+    *("pytest", "nvidia.dali.fn", "sklearn.metrics", "matplotlib.backends.backend_svg", "matplotlib.figure", "jinja2"),
 ]
 
 gc.disable()  # while it grows there is no garbage in it
