@@ -1,7 +1,7 @@
 """PartialFC: the sharded classification head, from embeddings and labels to the loss and the gradients."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,8 +75,8 @@ class PartialFC(nn.Module):
             while the step before runs, and written back while the next one runs (``storage.py``). The numbers are the
             same wherever they are stored, bit for bit on a CPU.
         storage_dir: folder of the file.
-        row_state: name → numbers of state a row of the optimizer that is going to step the centers, where they are not
-            on the device: ``RowSGD.row_state(dim, momentum=0.9)``. They are stored beside the centers.
+        row_state: name → numbers of state a row, or their shape, of the optimizer that is going to step the centers,
+            where they are not on the device: ``RowSGD.row_state(dim, momentum=0.9)``. It is stored beside the centers.
         progress: is told, while the centers are initialised, how many rows are there and how many there will be.
         compute_dtype: of the matrix products; that of the computations, ``center_dtype`` or float32, when None. Sums
             are float32 or better in any case.
@@ -109,7 +109,7 @@ class PartialFC(nn.Module):
         center_dtype: torch.dtype = torch.float32,
         storage: Storage = "device",
         storage_dir: str | os.PathLike[str] | None = None,
-        row_state: Mapping[str, int] | None = None,
+        row_state: Mapping[str, int | Sequence[int]] | None = None,
         progress: Callable[[int, int], None] | None = None,
         compute_dtype: ComputeDtype | None = None,
         keep_bytes: int | None = None,

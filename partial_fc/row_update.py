@@ -67,7 +67,8 @@ def apply(
         return
     weight, *state = tensors
     here = weight.device == factor.device
-    compiled = rule.step_rows if here and native.supports(weight) else None
+    # A row of one number has its momentum apart, in float32, which the passes over bfloat16 do not expect.
+    compiled = rule.step_rows if here and native.supports(weight) and weight.shape[1] > 1 else None
     number = 1.0 if compiled is None else float(factor)
     size = block_rows(weight, factor.device)
     if others:

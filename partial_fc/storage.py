@@ -12,6 +12,7 @@ One thread does all of this in order, so a row is never read before it is writte
 Both steps' rows stand in buffers that are allocated once and change places.
 """
 
+import math
 import mmap
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -43,8 +44,8 @@ class RowStore:
         rows: N.
         dim: D, of the centers.
         dtype: of the centers, and of state that is as wide.
-        state: name → numbers of state a row. One number a row (a count, a sum) is float32, or float64 beside
-            float64, and stands apart.
+        state: name → numbers of state a row, or their shape. One number a row (a count, a sum) is float32, or float64
+            beside float64, and stands apart.
         directory: where the file is to be; None for host memory.
         device: the head's; memory is pinned for a GPU's.
 
@@ -60,29 +61,32 @@ class RowStore:
         rows: int,
         dim: int,
         dtype: torch.dtype,
-        state: Mapping[str, int],
+        state: Mapping[str, int | Sequence[int]],
         directory: str | os.PathLike[str] | None,
         device: torch.device,
     ) -> None:
-        widths = {_CENTERS: dim, **state}
+        shapes = {_CENTERS: (dim,)} | {
+            name: (numbers,) if isinstance(numbers, int) else tuple(numbers) for name, numbers in state.items()
+        }
+        widths = {name: math.prod(shape) for name, shape in shapes.items()}
         together = [name for name, width in widths.items() if width > 1 or name == _CENTERS]
-        record = _aligned(sum(widths[name] for name in together) * dtype.itemsize)
-        apart = torch.promote_types(dtype, torch.float32)
         columns = [name for name in widths if name not in together]
-        sizes = [rows * record, *(_aligned(rows * widths[name] * apart.itemsize) for name in columns)]
+        record = _aligned(sum(widths[name] for name in together) * dtype.itemsize)
+        number = torch.promote_types(dtype, torch.float32)
+        column = _aligned(rows * number.itemsize)
         self._map: mmap.mmap | None = None
-        memory = self._memory(sum(sizes), directory, device)
-        records, *rest = memory.split(sizes)
+        records, *rest = self._memory(rows * record + len(columns) * column, directory, device).split(
+            [rows * record, *[column] * len(columns)]
+        )
         records = records.view(rows, record)
-        self.parts: dict[str, Tensor] = {}
+        self.parts: dict[str, Tensor] = dict.fromkeys(shapes, records)  # in their order
         offset = 0
         for name in together:
             size = widths[name] * dtype.itemsize
-            self.parts[name] = records[:, offset : offset + size].view(dtype)
+            self.parts[name] = records[:, offset : offset + size].view(dtype).unflatten(1, shapes[name])
             offset += size
-        for name, column in zip(columns, rest, strict=True):
-            self.parts[name] = column[: rows * widths[name] * apart.itemsize].view(apart).view(rows, widths[name])
-        self.parts = {name: self.parts[name] for name in widths}
+        for name, memory in zip(columns, rest, strict=True):
+            self.parts[name] = memory[: rows * number.itemsize].view(number).view(rows, *shapes[name])
 
     @property
     def centers(self) -> Tensor:

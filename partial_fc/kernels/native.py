@@ -180,6 +180,7 @@ class CompiledStep(RowStep):
         self.start, self.stop = start, stop
         self.gradient, self.inverse, self.factor = gradient, inverse, factor
         self.rounding = rounding
+        self.ids = None if rounding is None or rounding.ids is None else rounding.ids.contiguous()
 
     def _run(self, rule: str, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> None:
         function, dim = getattr(_functions(), f"pfc_{rule}"), self.gradient.shape[1]
@@ -199,7 +200,7 @@ class CompiledStep(RowStep):
         how = self.rounding
         if how is None:
             return _Rounding(None, 0, 0)
-        begin, ids = _begin(how.ids, first)
+        begin, ids = _begin(self.ids, first)
         return _Rounding(ids, how.first + begin, how.key)
 
 
