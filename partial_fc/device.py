@@ -74,7 +74,7 @@ def host_side(parts: list[Tensor]) -> list[Tensor]:
     """Memory of the host through which rows go to a device and come back: a CPU's own, pinned for a GPU's."""
     if all(host_sees(part.device) for part in parts):
         return parts
-    return [torch.empty_like(part, device="cpu", pin_memory=True) for part in parts]
+    return [torch.empty_like(part, device="cpu", pin_memory=part.device.type != "cpu") for part in parts]
 
 
 def default_keep_bytes(device: torch.device) -> int:

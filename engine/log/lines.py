@@ -51,7 +51,7 @@ def opening(
     ]
     if start is None:
         return lines
-    again = ", its centers into a new file: that of the run before ended with it" if head.storage == "file" else ""
+    again = "; its centers are copied into a new file, no other is read" if head.storage == "file" else ""
     return [*lines, f"resumed    {start.path}{again}"]
 
 

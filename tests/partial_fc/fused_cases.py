@@ -17,6 +17,7 @@ from pfc.partial_fc.kernels.products import ComputeDtype
 from pfc.partial_fc.kernels.rows import OwnClasses, SampledRows
 from pfc.partial_fc.row_gradient import RowGradient, StepGradient, project
 from pfc.partial_fc.sampling import sample_batch, sample_classes
+from pfc.partial_fc.storage import Storage
 from tests.partial_fc.cases import Case, StepResult, count_questions, step_on_rank
 
 OPTIMIZERS = {
@@ -160,9 +161,18 @@ def fused_beside_plain(case: KernelCase) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (pair[1][name], pair[0][name]) for name in pair[0]}
 
 
-def trained(name: str, fused: bool, rate: float, factor: float = 1.0, dim: int = 24) -> dict[str, Tensor]:
+def trained(
+    name: str, fused: bool, rate: float, factor: float = 1.0, dim: int = 24, storage: Storage = "device"
+) -> dict[str, Tensor]:
     """Centers and state after three steps, the second of them of two passes."""
-    head = PartialFC(500, dim, objective=objectives.CosFace(), sample_rate=rate)
+    head = PartialFC(
+        500,
+        dim,
+        objective=objectives.CosFace(),
+        sample_rate=rate,
+        storage=storage,
+        row_state={"momentum": dim, "last": (2, dim)},
+    )
     optimizer = OPTIMIZERS[name](head)
     with on_gpu() if fused else nullcontext():
         for step in range(3):
@@ -178,7 +188,7 @@ def trained(name: str, fused: bool, rate: float, factor: float = 1.0, dim: int =
             optimizer.step()
             optimizer.zero_grad()
     state = optimizer.state_dict()["state"]
-    return {"centers": head.weight.detach(), **{key: value.to_local() for key, value in state.items()}}
+    return {"centers": head.centers.to_local(), **{key: value.to_local() for key, value in state.items()}}
 
 
 def broken_step(name: str, rate: float) -> bool:

@@ -80,6 +80,13 @@ def test_rows_and_state_are_stepped_as_by_the_plain_path(call: Call, name: str, 
         assert relative_error(value, plain[key].double()) < bound, key
 
 
+@pytest.mark.parametrize("name", ["momentum", "of one's own"])
+def test_copies_of_rows_stored_elsewhere_are_stepped_alike(call: Call, name: str) -> None:
+    plain = fused_cases.trained(name, False, 0.2)
+    for key, value in call(fused_cases.trained, name, True, 0.2, 1.0, 24, "host").items():
+        assert relative_error(value, plain[key].double()) < 1e-5, key
+
+
 EACH_BLOCK, AT_ONCE = 1, 1 << 24
 """Numbers of a sum: of each block of classes alone, of all of them."""
 
