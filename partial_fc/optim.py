@@ -22,6 +22,7 @@ from .kernels.row_step import RowStep
 from .kernels.rows import computed_dtype
 from .row_gradient import GradientSum, RowGradient, StagedGradient
 from .row_update import apply
+from .storage import CENTERS
 
 
 class RowOptimizer(torch.optim.Optimizer, ABC):
@@ -113,7 +114,9 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             assert gradient.index is not None
             taken = staged.sum_up(gradient.index.cpu())
             gradient.index = None  # the copy has these rows alone, in this order
-        apply([gradient], taken.parts, self, factor, broken, self._rounding(taken.places))
+        parts = dict(zip(staged.store.parts, taken.parts, strict=True))
+        tensors = [parts[CENTERS], *(parts[name] for name in self._row_state())]
+        apply([gradient], tensors, self, factor, broken, self._rounding(taken.places))
         staged.write(taken)
 
     def _rounding(self, ids: Tensor | None = None) -> Rounding | None:

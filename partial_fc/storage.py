@@ -31,7 +31,7 @@ from .kernels import native
 Storage = Literal["device", "host", "file"]
 PLACES: tuple[Storage, ...] = ("device", "host", "file")
 _LINE = 64  # bytes of a cache line, which no row shares with another
-_CENTERS = "centers"
+CENTERS = "centers"
 
 
 class RowStore:
@@ -65,11 +65,11 @@ class RowStore:
         directory: str | os.PathLike[str] | None,
         device: torch.device,
     ) -> None:
-        shapes = {_CENTERS: (dim,)} | {
+        shapes = {CENTERS: (dim,)} | {
             name: (numbers,) if isinstance(numbers, int) else tuple(numbers) for name, numbers in state.items()
         }
         widths = {name: math.prod(shape) for name, shape in shapes.items()}
-        together = [name for name, width in widths.items() if width > 1 or name == _CENTERS]
+        together = [name for name, width in widths.items() if width > 1 or name == CENTERS]
         columns = [name for name in widths if name not in together]
         record = _aligned(sum(widths[name] for name in together) * dtype.itemsize)
         number = torch.promote_types(dtype, torch.float32)
@@ -90,7 +90,7 @@ class RowStore:
 
     @property
     def centers(self) -> Tensor:
-        return self.parts[_CENTERS]
+        return self.parts[CENTERS]
 
     def will_need(self, places: Tensor) -> None:
         """Begins to read rows, int64 [n], of a file."""
