@@ -91,3 +91,5 @@ def test_a_rest_that_is_dropped() -> None:
         next(loader)
     loader.close()
     assert loader.position == 52, "the fourth batch begins the next epoch"
+    resumed, _ = collect(steps=1, batch_size=12, drop=True, position=36)
+    assert torch.equal(resumed, collect(steps=4, batch_size=12, drop=True)[0][36:])
