@@ -3,11 +3,12 @@
 import os
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..data import JointDataset, RecordDataset, TrainLoader
+from ..data import GeneratedDataset, GeneratedLoader, JointDataset, Loader, RecordDataset, TrainLoader
 from ..data.errors import UsageError
 from ..data.order.balanced import BalancedOrder, groups_of
 from ..data.order.mixed import MixedOrder, seed_of_set
@@ -17,11 +18,14 @@ from ..partial_fc import PartialFC, RowAdagrad, RowAdamW, RowOptimizer, RowSGD
 from ..partial_fc.kernels.products import ComputeDtype
 from . import device as devices
 from .backbones import build_backbone
-from .config import Adagrad, AdamW, BalancedSampling, BlockSampling, Config
+from .config import Adagrad, AdamW, BalancedSampling, BlockSampling, Config, Generated
 from .ranks.distributed import World
 
+Dataset = RecordDataset | JointDataset | GeneratedDataset
+"""What a run trains on."""
 
-def completed(config: Config, dataset: RecordDataset | JointDataset) -> Config:
+
+def completed(config: Config, dataset: Dataset) -> Config:
     """The configuration with what the data set says filled in, as it is written into the run and its checkpoints."""
     size, classes = config.data.image_size, config.head.num_classes
     if size is None and dataset.image_size is None:
@@ -194,17 +198,27 @@ def decoding_threads(config: Config) -> int:
     return config.data.threads or max(1, min(_MOST_THREADS, default_workers() // ranks_here))
 
 
-def open_dataset(config: Config) -> RecordDataset | JointDataset:
+def open_dataset(config: Config) -> Dataset:
     """The training set, or all of them joined."""
+    train = config.data.train
+    if isinstance(train, Generated):
+        return GeneratedDataset(
+            train.generated,
+            images_per_identity=train.images_per_identity,
+            image_size=(train.image_size[0], train.image_size[1]),
+            active=train.active,
+            seed=train.seed,
+        )
     return JointDataset.open([source.path for source in config.data.sources])
 
 
-def build_order(config: Config, dataset: RecordDataset | JointDataset, global_batch: int) -> Order:
+def build_order(config: Config, dataset: Dataset, global_batch: int) -> Order:
     """The order of samples."""
     section, seed = config.data.order, config.run.seed
     sets = dataset.sets if isinstance(dataset, JointDataset) else [dataset]
-    weights = [source.weight for source in config.data.sources]
+    weights = [source.weight for source in config.data.sources] or [1.0]
     if isinstance(section, BalancedSampling):
+        assert not isinstance(dataset, GeneratedDataset)  # which the configuration refuses
         if any(weight != 1 for weight in weights):
             raise UsageError(
                 "data.train: the weights of sets mean nothing where data.order is balanced: leave them out"
@@ -227,24 +241,29 @@ def build_order(config: Config, dataset: RecordDataset | JointDataset, global_ba
 
 
 def build_loader(
-    config: Config, dataset: RecordDataset | JointDataset, world: World, *, image_size: tuple[int, int], position: int
-) -> TrainLoader:
+    config: Config, dataset: Dataset, world: World, *, image_size: tuple[int, int], position: int
+) -> Loader:
     """This rank's loader, from ``position`` on."""
     section = config.data
+    common: dict[str, Any] = {
+        "batch_size": section.batch_size,
+        "rank": world.rank,
+        "world_size": world.size,
+        "seed": config.run.seed,
+        "order": build_order(config, dataset, section.batch_size * world.size),
+        "drop": section.remainder == "drop",
+        "flip": section.flip,
+        "device": world.device,
+        "position": position,
+    }
+    if isinstance(dataset, GeneratedDataset):
+        return GeneratedLoader(dataset, **common)
     return TrainLoader(
         dataset,
-        batch_size=section.batch_size,
+        **common,
         image_size=image_size,
-        rank=world.rank,
-        world_size=world.size,
-        seed=config.run.seed,
-        order=build_order(config, dataset, section.batch_size * world.size),
-        drop=section.remainder == "drop",
-        flip=section.flip,
         augment=section.augment,
         max_damaged=section.max_damaged,
-        device=world.device,
         decode=section.decode,
         threads=decoding_threads(config),
-        position=position,
     )

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.loading.loader import Batch
+from ..data.loading.batches import Batch
 from . import build, initial, label_map
 from .checkpoint import state as run_state
 from .checkpoint.manager import Saving

@@ -33,6 +33,27 @@ class Source(Section):
     """How many times an epoch goes through it."""
 
 
+class Generated(Section):
+    """A training set that is computed while it is read, from a seed: see docs/data.md."""
+
+    generated: Count
+    """Number of identities."""
+    active: Count | None = None
+    """How many of them have images, spread evenly over all; each when absent. The others are negatives only."""
+    images_per_identity: Count = 20
+    """Different images of each active identity."""
+    image_size: Annotated[list[Side], Field(min_length=2, max_length=2)] = [32, 32]
+    """Height and width."""
+    seed: CountOrZero = 0
+    """Of the images; another seed, other identities."""
+
+    @model_validator(mode="after")
+    def _active_of_all(self) -> "Generated":
+        if self.active is not None and self.active > self.generated:
+            raise ValueError(f"active ({self.active}) is more than generated ({self.generated}), the identities")
+        return self
+
+
 class GlobalSampling(Section):
     """A random permutation of all images for every epoch."""
 
@@ -65,7 +86,9 @@ class BalancedSampling(Section):
     """K."""
 
 
-def _one_or_many(value: Any) -> str:
+def _kind_of_source(value: Any) -> str:
+    if isinstance(value, Generated) or (isinstance(value, dict) and "path" not in value):
+        return "generated"
     return "many" if isinstance(value, list) else "one"
 
 
@@ -75,8 +98,12 @@ Sources = Annotated[
 
 
 class Data(Section):
-    train: Annotated[Annotated[str, Tag("one")] | Annotated[Sources, Tag("many")], Discriminator(_one_or_many)]
-    """A packed data set (folder or .rec), or a list of them: paths, or {path, weight}. Labels are offset set by set."""
+    train: Annotated[
+        Annotated[str, Tag("one")] | Annotated[Sources, Tag("many")] | Annotated[Generated, Tag("generated")],
+        Discriminator(_kind_of_source),
+    ]
+    """A packed data set (folder or .rec), or a list of them: paths, or {path, weight}. Labels are offset set by set. Or
+    {generated: C, ...}: images of C identities that are computed."""
     order: Annotated[GlobalSampling | BlockSampling | BalancedSampling, Field(discriminator="name")] = GlobalSampling()
     """In which order the images come; a name alone takes that order's defaults."""
     remainder: Literal["carry", "drop"] = "carry"
@@ -98,6 +125,9 @@ class Data(Section):
 
     @property
     def sources(self) -> list[Source]:
+        """The packed data sets; [] of a generated one."""
+        if isinstance(self.train, Generated):
+            return []
         return [Source(path=self.train)] if isinstance(self.train, str) else self.train
 
     @model_validator(mode="before")
@@ -106,6 +136,20 @@ class Data(Section):
         if isinstance(tree, dict) and isinstance(tree.get("order"), str):
             return {**tree, "order": {"name": tree["order"]}}
         return tree
+
+    @model_validator(mode="after")
+    def _what_needs_files(self) -> "Data":
+        if isinstance(self.train, Generated):
+            size = self.train.image_size
+            for refused, given in (
+                ("augment", self.augment.active),
+                ("decode: gpu", self.decode == "gpu"),
+                ("order: balanced", isinstance(self.order, BalancedSampling)),
+                (f"an image_size other than the generated one, {size}", self.image_size not in (None, size)),
+            ):
+                if given:
+                    raise ValueError(f"{refused} is for images in files: leave it out, or pack such images (pfc pack)")
+        return self
 
 
 class Backbone(Section):
