@@ -5,33 +5,37 @@ from pathlib import Path
 
 import torch
 
-from .case import HeadCase, expected_rows
+from .case import ITEM, HeadCase, expected_rows
 
 _BASE = 256 << 20
 """What a rank takes in addition, on a CPU: libraries' buffers, blocks."""
 _KEEP = 1 << 30
 """The most that the probabilities take; the head's default."""
+_OF_BATCH = 10
+"""Matrices of the global batch [B, D] that pfc's head has at once: the batch, its directions, gradients, payloads."""
 _SHARE = 0.95
 """Of the free memory that may be taken."""
 
 
 def bytes_needed(case: HeadCase) -> int:
-    """Peak bytes of one rank: C/ranks centers of D float32 numbers with their momentum, and what the head adds.
+    """Peak bytes of one rank: its C/ranks centers of D numbers with their optimizer's state, and what the head adds.
 
     That of the baselines is counted from their code: copies of the centers [rows, D] and of the logits [B, rows].
     """
-    stored = -(-case.classes // case.ranks)
+    stored = case.stored_rows
     rows = stored if case.head == "dense" else expected_rows(case.classes, case.ranks, case.rate, case.batch)
-    centers, used, logits = 4 * stored * case.dim, 4 * rows * case.dim, 4 * case.batch * rows
+    number = ITEM[case.center_dtype]
+    centers, used, logits = number * stored * case.dim, number * rows * case.dim, 4 * case.batch * rows
     if case.head == "dense":  # centers, momentum, gradient; normalised, its gradient and temporaries of both
         return int(7 * centers + 7 * logits) + _BASE
     if (
         case.head == "peer"
     ):  # centers, momentum, gradient and its temporary; of the rows used copies and their gradients
         return int((3 if case.rate == 1 else 4) * centers + 4 * used + 4.25 * logits) + _BASE
+    held = centers + stored * case.state_bytes + 4 * _OF_BATCH * case.batch * case.dim
     if case.objective == "p2sgrad":  # where not by the Gram matrix: normalised rows, cosines, slopes
-        return int(2 * centers + 2 * used + 2 * logits) + _BASE
-    return int(2 * centers + min(logits, _KEEP)) + _BASE
+        return int(held + 2 * used + 2 * logits) + _BASE
+    return int(held + min(logits, _KEEP)) + _BASE
 
 
 def bytes_free() -> int:
@@ -47,12 +51,19 @@ def bytes_free() -> int:
     return free
 
 
-def why_not(case: HeadCase) -> str:
-    """One line that says what the case needs, where that is more than there is; empty where it fits."""
-    needed, free = case.ranks * bytes_needed(case), bytes_free()
-    if needed <= _SHARE * free:
+def why_not(case: HeadCase, limit: int | None = None) -> str:
+    """One line that says what the case needs, where that is more than there is; empty where it fits.
+
+    Args:
+        limit: bytes that all ranks together may take, where that is less than what is free.
+    """
+    needed, free = case.processes * bytes_needed(case), bytes_free()
+    if needed <= min(_SHARE * free, free if limit is None else limit):
         return ""
+    there = (
+        f"{free / 2**30:.1f} GiB are free" if limit is None or free < limit else f"{limit / 2**30:.1f} GiB may be taken"
+    )
     return (
         f"{case.head} with {case.classes:,} classes of {case.dim} numbers needs about {needed / 2**30:.1f} GiB on "
-        f"{case.ranks} rank(s), {free / 2**30:.1f} GiB are free: take fewer --classes or a smaller --dim"
+        f"{case.processes} rank(s), {there}: take fewer --classes or a smaller --dim"
     )
