@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -80,6 +81,33 @@ class Rank:
         if self.device.type != "cpu":
             return torch.accelerator.max_memory_allocated(self.device)
         return _resident("VmHWM")
+
+
+class OwnMemory:
+    """The most that this process takes while it is in here, beyond what it took, without pages of mapped files.
+
+    Those are the system's, which takes them back as it likes; the peak that it remembers counts them. So this one is
+    looked at now and then.
+    """
+
+    def __enter__(self) -> "OwnMemory":
+        self._before = self._most = _resident("RssAnon")
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    @property
+    def peak(self) -> int:
+        return self._most - self._before
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.01):
+            self._most = max(self._most, _resident("RssAnon"))
 
 
 def run(function: Callable[..., Any], ranks: int, threads: int, *arguments: Any, world_size: int = 0) -> list[Any]:
@@ -184,7 +212,7 @@ def _cause(folder: Path, exit_codes: Sequence[int | None]) -> RankDied:
 
 
 def _resident(field: str) -> int:
-    """Bytes of this process, now (VmRSS) or at most (VmHWM)."""
+    """Bytes of this process, now (VmRSS; RssAnon without files' pages) or at most (VmHWM)."""
     found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found is not None
     return int(found[1]) * 1024

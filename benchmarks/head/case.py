@@ -70,6 +70,7 @@ class HeadCase:
         peer: folder that holds ``partial_fc_v2.py`` and ``losses.py`` of the common implementation, for "peer".
         storage: where the centers and their optimizer's state are stored, "device", "host" or "file"; pfc's alone, as
             what follows.
+        storage_dir: folder of the file.
         center_dtype: how, "float32" or "bf16".
         optimizer: "row_sgd", with momentum, or "row_adagrad".
         simulated: whether one process is measured, the first of ``ranks``; the others do not exist.
@@ -85,6 +86,7 @@ class HeadCase:
     objective: str = "cosface"
     peer: str = ""
     storage: str = "device"
+    storage_dir: str = ""
     center_dtype: str = "float32"
     optimizer: str = "row_sgd"
     simulated: bool = False
@@ -112,9 +114,10 @@ class HeadCase:
         return -(-self.classes // self.ranks)
 
     @property
-    def state_bytes(self) -> int:
-        """What the optimizer stores beside each center: SGD's momentum in the centers' precision, Adagrad's number."""
-        return self.dim * ITEM[self.center_dtype] if self.optimizer == "row_sgd" else 4
+    def row_bytes(self) -> int:
+        """A center with its optimizer's state: SGD's momentum in the centers' precision, or Adagrad's one number."""
+        center = self.dim * ITEM[self.center_dtype]
+        return center + (center if self.optimizer == "row_sgd" else 4)
 
     @property
     def exchanged_bytes(self) -> int:
@@ -221,7 +224,7 @@ class Line:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        case = {key: value for key, value in asdict(self.case).items() if key != "peer"}
+        case = {key: value for key, value in asdict(self.case).items() if key not in ("peer", "storage_dir")}
         if not self.rounds:
             return {**case, "error": self.error}
         work = self.case.work

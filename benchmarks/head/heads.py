@@ -76,6 +76,7 @@ class SimulatedExchange(Exchange):
 
 
 def _pfc(case: HeadCase, device: torch.device) -> nn.Module:
+    adagrad = case.optimizer == "row_adagrad"
     head = PartialFC(
         case.classes,
         case.dim,
@@ -83,6 +84,10 @@ def _pfc(case: HeadCase, device: torch.device) -> nn.Module:
         sample_rate=case.rate,
         device=device,
         compute_dtype=DTYPES[case.precision],
+        center_dtype=DTYPES[case.center_dtype],
+        storage=case.storage,
+        storage_dir=case.storage_dir,
+        row_state=RowAdagrad.row_state(case.dim) if adagrad else RowSGD.row_state(case.dim, momentum=MOMENTUM),
     )
     if case.simulated:
         head.exchange = SimulatedExchange(case.classes)

@@ -1,11 +1,12 @@
 """Times whole steps of one head (forward, backward, row update), and then profiles a few more."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ranks import Rank, run
+from ..ranks import OwnMemory, Rank, run
 from .case import HeadCase, Measurement
 from .heads import build
 from .phases import profiled
@@ -38,8 +39,10 @@ def _measure(rank: Rank, case: HeadCase, steps: int, warmup: int, profiled_steps
         return embeddings, torch.randint(0, case.classes, (size,), generator=generator).to(rank.device)
 
     before = rank.reset_peak()
-    head = build(case, rank.device)
-    seconds = rank.time_steps(head.step, steps, warmup, prepare=batch)
-    peak = rank.peak() - before
+    mapped = case.storage == "file" and rank.device.type == "cpu"
+    with OwnMemory() if mapped else nullcontext() as own:
+        head = build(case, rank.device)
+        seconds = rank.time_steps(head.step, steps, warmup, prepare=batch)
+    peak = rank.peak() - before if own is None else own.peak
     phases = profiled(head, rank, batch, profiled_steps) if profiled_steps else {}
     return {"seconds": seconds, "peak": peak, "phases": phases, "used": head.used_rows}

@@ -28,7 +28,7 @@ def plot(results: ScaleResults, file: Path) -> None:
     for line in results.lines:
         every.setdefault(series(line.case, results.sweep), []).append(line)
     colours = {head: iter(2 * found) for head, found in _COLOURS.items()}
-    for name, lines in every.items():
+    for place, (name, lines) in enumerate(every.items()):
         head = lines[0].case.head
         style = {"color": next(colours[head], "black"), "marker": _MARKS[head], "markersize": 5}
         if lines[0].case.simulated:
@@ -39,7 +39,7 @@ def plot(results: ScaleResults, file: Path) -> None:
         memory.plot(classes, [line.peak_bytes / 2**30 for line in fitting], **style)
         crosses = {"color": style["color"], "marker": "x", "linestyle": "none", "markersize": 8, "markeredgewidth": 2}
         classes = [line.case.classes for line in missing]
-        speed.plot(classes, [0.03] * len(missing), transform=speed.get_xaxis_transform(), **crosses)
+        speed.plot(classes, [0.03 + 0.04 * place] * len(missing), transform=speed.get_xaxis_transform(), **crosses)
         memory.plot(classes, [bytes_needed(line.case) / 2**30 for line in missing], **crosses)
     for processes in sorted({line.case.processes for line in results.lines}):
         share = results.free / 2**30 / processes

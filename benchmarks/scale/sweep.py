@@ -11,7 +11,7 @@ from ..head.case import ITEM, Line
 from ..head.grid import HeadGrid, Pace, Progress, machine, measure_lines
 from ..head.memory import bytes_free, bytes_needed
 
-STORAGES = ("device",)
+STORAGES = ("device", "host", "file")
 OPTIMIZERS = ("row_sgd", "row_adagrad")
 
 
@@ -25,7 +25,7 @@ class Sweep:
         rows: numbers of classes sampled each step, over all ranks, in place of rates: rate = rows / classes.
         ranks: processes.
         simulate: sizes of worlds of which one rank is measured, the first; the others do not exist.
-        storage, center_dtype, optimizer: see ``HeadCase``.
+        storage, storage_dir, center_dtype, optimizer: see ``HeadCase``.
         dim: D.
         batch: samples of a rank in a step; ranks times that are the global batch.
         precision, objective: see ``HeadCase``.
@@ -40,6 +40,7 @@ class Sweep:
     ranks: tuple[int, ...] = (2,)
     simulate: tuple[int, ...] = ()
     storage: tuple[str, ...] = ("device",)
+    storage_dir: str = "."
     center_dtype: tuple[str, ...] = ("float32",)
     optimizer: str = "row_sgd"
     dim: int = 512
@@ -81,7 +82,7 @@ class Sweep:
                 if line.case.head != "pfc":
                     lines.append(line)
                     continue
-                case = replace(line.case, optimizer=self.optimizer, simulated=simulated)
+                case = replace(line.case, storage_dir=self.storage_dir, optimizer=self.optimizer, simulated=simulated)
                 for storage, dtype in product(self.storage, self.center_dtype):
                     lines.append(replace(line, case=replace(case, storage=storage, center_dtype=dtype), rounds=[]))
         return lines

@@ -123,7 +123,13 @@ def scale(
             help="Measure one rank of a world of W, too: its memory and computation are real, the others do not exist.",
         ),
     ] = None,
-    storage: Annotated[list[str], typer.Option(help="Of the centers: device.")] = ["device"],  # noqa: B006
+    storage: Annotated[list[str], typer.Option(help="Of the centers: device, host or file.")] = ["device"],  # noqa: B006
+    storage_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder of the centers' files, on a local disk. [dim]\\[default: --output][/dim]"
+        ),
+    ] = None,
     center_dtype: Annotated[list[str], typer.Option(help="Of the centers: float32 or bf16.")] = ["float32"],  # noqa: B006
     optimizer: Annotated[str, typer.Option(help="Of the centers: row_sgd or row_adagrad.")] = "row_sgd",
     dim: Annotated[int, typer.Option(min=1, help="Embedding dimension, D.")] = 512,
@@ -152,6 +158,8 @@ def scale(
     if rate and rows:
         raise UsageError("give --rate or --rows, not both")
     _check_outputs(output)
+    if storage_dir is not None and not storage_dir.is_dir():
+        raise UsageError(f"--storage-dir {storage_dir}: no such folder")
     from ...benchmarks.scale.plot import plot
     from ...benchmarks.scale.sweep import Sweep, measure_sweep
     from ...benchmarks.scale.table import report
@@ -164,6 +172,7 @@ def scale(
         ranks=tuple(ranks or [default_ranks()]),
         simulate=tuple(simulate or ()),
         storage=tuple(storage),
+        storage_dir=str(storage_dir or output),
         center_dtype=tuple(center_dtype),
         optimizer=optimizer,
         dim=dim,

@@ -33,7 +33,7 @@ def test_what_does_not_fit_is_shown_beside_what_does(tmp_path: Path, capsys: pyt
     told, reasons = told.rsplit("\n\n", 1)
     assert max(map(len, told.splitlines())) <= 120
     assert "does not fit" in told
-    assert "needs about 1.8 GiB on 2 rank(s), 0.9 GiB may be taken" in reasons
+    assert "needs about 1.8 GiB of memory on 2 rank(s), 0.9 GiB may be taken" in reasons
     assert (output / "scale.png").read_bytes().startswith(b"\x89PNG")
     lines = json.loads((output / "scale.json").read_text())["lines"]
     found = [(line["head"], line["classes"], line["simulated"], line.get("error", "")[:40]) for line in lines]
@@ -85,7 +85,8 @@ def test_a_simulated_rank_has_the_sizes_that_are_counted(world: int, monkeypatch
     # The share of the rank's classes, and of the 256 labels of the whole batch those that are its own and not sampled.
     assert abs(head.used_rows - case.work.rows) < 15
     assert (head.module.weight != before).any(dim=1).sum() == head.used_rows
-    assert sum(state.nbytes for state in head.optimizer._row_state().values()) == 12_501 * case.state_bytes
+    state = sum(state.nbytes for state in head.optimizer._row_state().values())
+    assert head.module.weight.nbytes + state == 12_501 * case.row_bytes
 
 
 def test_storages_and_precisions_are_lines_of_ours_alone() -> None:
@@ -103,7 +104,7 @@ def test_storages_and_precisions_are_lines_of_ours_alone() -> None:
         ("pfc", 8, 512, "float32", True),
         ("pfc", 8, 512, "bf16", True),
     ]
-    assert [case.state_bytes for case in _cases(sweep) if case.head == "pfc"] == 6 * [4]
+    assert [case.row_bytes for case in _cases(sweep) if case.head == "pfc"] == 3 * [4 * 512 + 4, 2 * 512 + 4]
 
 
 def _cases(sweep: Sweep) -> list[HeadCase]:
@@ -117,7 +118,7 @@ def _cases(sweep: Sweep) -> list[HeadCase]:
         (["--classes", "10", "--rows", "11"], "--rows 11: more than --classes 10"),
         (["--simulate", "1"], "--simulate 1: must be at least 2"),
         (["--center-dtype", "fp8"], "--center-dtype fp8: float32 or bf16"),
-        (["--storage", "tape"], "--storage tape: device"),
+        (["--storage", "tape"], "--storage tape: device or host or file"),
         (["--optimizer", "sgd"], "--optimizer sgd: row_sgd or row_adagrad"),
         (["--output", "nowhere/scale"], "nowhere/scale: no folder "),
     ],
