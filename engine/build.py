@@ -1,6 +1,7 @@
 """From the sections of a configuration to the objects of a run: what it reads, and what is trained."""
 
 import os
+import time
 from dataclasses import dataclass
 
 import torch
@@ -91,21 +92,56 @@ def products_of(config: Config) -> ComputeDtype:
     return {"float32": torch.float32, "bf16": torch.bfloat16}.get(wanted, "tf32")
 
 
+_SECONDS_BETWEEN_LINES = 5.0
+
+
 def build_head(config: Config, world: World) -> PartialFC:
     section = config.head
     assert section.num_classes is not None
-    return PartialFC(
-        section.num_classes,
-        config.backbone.embedding_dim,
-        objective=section.objective.build(),
-        sample_rate=section.sample_rate,
-        batch_rate=section.batch_rate,
-        seed=config.run.seed,
-        device=world.device,
-        compute_dtype=products_of(config),
-        keep_bytes=None if section.keep_mib is None else section.keep_mib << 20,
-        payload_dtype={"float32": torch.float32, "bf16": torch.bfloat16, None: None}[section.payload_dtype],
-    )
+    try:
+        return PartialFC(
+            section.num_classes,
+            config.backbone.embedding_dim,
+            objective=section.objective.build(),
+            sample_rate=section.sample_rate,
+            batch_rate=section.batch_rate,
+            seed=config.run.seed,
+            device=world.device,
+            center_dtype=section.stored_dtype,
+            storage=section.storage,
+            storage_dir=section.storage_dir or config.run.path,
+            row_state=row_state_of(config),
+            progress=_Initialising(world),
+            compute_dtype=products_of(config),
+            keep_bytes=None if section.keep_mib is None else section.keep_mib << 20,
+            payload_dtype={"float32": torch.float32, "bf16": torch.bfloat16, None: None}[section.payload_dtype],
+        )
+    except OSError as error:
+        raise UsageError(
+            f"head.storage: {error.filename}: {error.strerror}; set head.storage_dir, or make room"
+        ) from None
+
+
+def row_state_of(config: Config) -> dict[str, int]:
+    """What the head's optimizer keeps beside each center: name → numbers."""
+    section, dim = config.optimizer.head, config.backbone.embedding_dim
+    if isinstance(section, AdamW):
+        return RowAdamW.row_state(dim)
+    return RowAdagrad.row_state(dim) if isinstance(section, Adagrad) else RowSGD.row_state(dim, section.momentum)
+
+
+class _Initialising:
+    """Says how many centers are initialised: to the watchdog, and on the first rank every few seconds to the reader."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.told = time.monotonic()
+
+    def __call__(self, done: int, rows: int) -> None:
+        self.world.heartbeat.moved()
+        if self.world.is_main and time.monotonic() - self.told > _SECONDS_BETWEEN_LINES:
+            self.told = time.monotonic()
+            print(f"initialising centers: {done:,} of this rank's {rows:,}", flush=True)
 
 
 def build_backbone_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:

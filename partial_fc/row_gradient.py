@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .kernels import UnitGradient
 from .kernels.rows import OwnClasses, SampledRows
+from .storage import TakenRows
 
 
 class RowGradient(Protocol):
@@ -65,6 +66,33 @@ class StepGradient:
         return gradient
 
 
+class StagedGradient:
+    """A gradient by a step's copy of its rows (``storage.py``), as one by the rows of the shard.
+
+    Args:
+        inner: by the copy; its places are those of ``taken``, in the same order.
+        taken: the copy.
+    """
+
+    def __init__(self, inner: RowGradient, taken: TakenRows) -> None:
+        self.inner, self.taken = inner, taken
+        self.index = taken.places.to(taken.index.device)
+
+    @property
+    def inverse(self) -> Tensor | None:
+        return self.inner.inverse
+
+    @property
+    def needs_rows(self) -> bool:
+        return self.inner.needs_rows
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def raw_block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:
+        return self.inner.raw_block(start, stop, rows)
+
+
 def project(values: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
     """From (∂loss/∂ŵ)/‖w‖ [n, D] to ∂loss/∂w, in place, for the rows w [n, D] with their inverse norms [n, 1]."""
     # Through w ↦ ŵ: g' − (g'·ŵ) ŵ with g' = (∂loss/∂ŵ)/‖w‖, without a normalised copy.
@@ -88,6 +116,7 @@ class GradientSum:
 
     inverse = None
     needs_rows = True
+    index: Tensor | None
 
     def __init__(self, gradients: Sequence[RowGradient], size: int) -> None:
         self.gradients = gradients

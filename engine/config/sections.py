@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -158,8 +159,13 @@ class Head(Section):
     """Later rates: [[0.8, 0.5], [0.9, 1.0]] uses half of the classes from 80 % of the run on, all from 90 % on."""
     batch_rate: Rate = 1.0
     """Share of the batch that meets the negatives (D-Softmax-B)."""
-    center_dtype: Literal["float32"] = "float32"
-    """How the centers are stored."""
+    center_dtype: Literal["float32", "bf16"] = "float32"
+    """How the centers and their optimizer's state are stored; bf16 is rounded stochastically."""
+    storage: Literal["device", "host", "file"] = "device"
+    """Where the centers and their optimizer's state are stored: with the head, in (pinned) host memory, or in a file on
+    a local disk, from which each step copies its rows."""
+    storage_dir: str | None = None
+    """Folder of the file of storage: file, on a local SSD; the run's own folder when absent."""
     payload_dtype: Literal["float32", "bf16"] | None = None
     """What embeddings and their gradients travel in between the ranks; their own types when absent."""
     products: Literal["float32", "tf32", "bf16"] | None = None
@@ -169,6 +175,16 @@ class Head(Section):
     """Memory in MiB that the probabilities of a step may take on a rank until the centers are updated; where they need
     more they are recomputed, at the cost of one more matrix product. A sixteenth of a GPU's memory, or 1024 on a
     CPU, when absent."""
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.center_dtype == "bf16" else torch.float32
+
+    @model_validator(mode="after")
+    def _folder_of_a_file(self) -> "Head":
+        if self.storage_dir is not None and self.storage != "file":
+            raise ValueError(f"storage_dir is the folder of storage: file, and storage is {self.storage}: leave it out")
+        return self
 
     @model_validator(mode="after")
     def _rates_in_order(self) -> "Head":
@@ -388,6 +404,15 @@ class Config(Section):
     def _one_exchange_a_step(self) -> "Config":
         if self.backbone.static_graph and self.optimizer.accumulate > 1:
             raise ValueError("backbone.static_graph needs optimizer.accumulate: 1 (DistributedDataParallel's own rule)")
+        return self
+
+    @model_validator(mode="after")
+    def _one_copy(self) -> "Config":
+        if self.checkpoint.asynchronous and self.head.storage != "device":
+            raise ValueError(
+                f"checkpoint.asynchronous would hold a second copy of the centers, too large for head.storage: "
+                f"{self.head.storage}; leave it false: the checkpoint is streamed from there"
+            )
         return self
 
     def images_per_step(self, world_size: int) -> int:

@@ -43,12 +43,25 @@ def opening(
         f"{config.precision}",
         f"head       {_shown(head.objective)}, {dataset.num_classes:,} × {config.backbone.embedding_dim} centers over "
         f"{world.size} rank(s), {rates}",
+        *_storage(config),
         *_probabilities(config, dataset.num_classes, world),
         *_precision(config, world),
         f"schedule   {total_steps:,} steps of {images_per_step:,} images ({epochs:.1f} epochs) on {world.size} × "
         f"{world.device.type}",
     ]
-    return lines if start is None else [*lines, f"resumed    {start.path}"]
+    if start is None:
+        return lines
+    again = ", its centers into a new file: that of the run before ended with it" if head.storage == "file" else ""
+    return [*lines, f"resumed    {start.path}{again}"]
+
+
+def _storage(config: Config) -> list[str]:
+    head = config.head
+    if head.storage == "device" and head.center_dtype == "float32":
+        return []
+    folder = head.storage_dir or config.run.path
+    where = {"device": "on the device", "host": "in host memory", "file": f"in a file in {folder}"}[head.storage]
+    return [f"storage    centers and their state {where}, in {head.center_dtype}"]
 
 
 def evaluated(result: VerificationResult, step: int) -> str:

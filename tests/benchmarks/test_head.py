@@ -216,6 +216,7 @@ def _of_rank(rank: Rank, what: str) -> dict[str, Any]:
     return {}
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_peak_is_that_of_the_measured_work() -> None:
     (found,) = run(_of_rank, 1, 1, "peak")
     assert 60 << 20 < found["peak"] < 80 << 20  # the kernel counts in batches of pages

@@ -16,7 +16,7 @@ from pfc.engine.config import Config, parse_config
 from tests.engine.runs import configuration, final_tensors, new_trainer, pack, train
 from tests.ranks import run_ranks
 
-BATCH, BEFORE, AFTER = 12, 8, 20
+BATCH, BEFORE, AFTER = 12, 8, 13
 """Images of a global batch, of 222 in the set; steps before the change of ranks, in the first epoch, and after it."""
 
 
