@@ -3,12 +3,14 @@
 import importlib
 import sys
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ...partial_fc import PartialFC, RowAdagrad, RowSGD, objectives
 from ...partial_fc.exchange import Exchange
+from ...partial_fc.storage import Storage
 from ..ceilings import DTYPES
 from .case import HeadCase
 from .dense import MARGIN, SCALE, DenseHead
@@ -85,7 +87,7 @@ def _pfc(case: HeadCase, device: torch.device) -> nn.Module:
         device=device,
         compute_dtype=DTYPES[case.precision],
         center_dtype=DTYPES[case.center_dtype],
-        storage=case.storage,
+        storage=cast(Storage, case.storage),
         storage_dir=case.storage_dir,
         row_state=RowAdagrad.row_state(case.dim) if adagrad else RowSGD.row_state(case.dim, momentum=MOMENTUM),
     )

@@ -6,12 +6,12 @@ from itertools import product
 from typing import Any
 
 from ...data.errors import UsageError
+from ...partial_fc.storage import PLACES
 from ..ceilings import Ceilings
 from ..head.case import ITEM, Line
 from ..head.grid import HeadGrid, Pace, Progress, machine, measure_lines
 from ..head.memory import bytes_free, bytes_needed
 
-STORAGES = ("device", "host", "file")
 OPTIMIZERS = ("row_sgd", "row_adagrad")
 
 
@@ -60,7 +60,7 @@ class Sweep:
         Raises:
             UsageError: a value is out of range.
         """
-        for name, allowed in (("storage", STORAGES), ("center_dtype", tuple(ITEM)), ("optimizer", OPTIMIZERS)):
+        for name, allowed in (("storage", PLACES), ("center_dtype", tuple(ITEM)), ("optimizer", OPTIMIZERS)):
             values = getattr(self, name)
             for value in (values,) if isinstance(values, str) else values:
                 if value not in allowed:
