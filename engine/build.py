@@ -64,9 +64,9 @@ class Parts:
     scaler: torch.amp.GradScaler
 
 
-def build_parts(config: Config, world: World) -> Parts:
-    """All parts, of a completed configuration."""
-    network, head = build_network(config, world), build_head(config, world)
+def build_parts(config: Config, world: World, *, initialise: bool = True) -> Parts:
+    """All parts, of a completed configuration; ``initialise`` says whether the centers begin at random."""
+    network, head = build_network(config, world), build_head(config, world, initialise=initialise)
     return Parts(
         network,
         head,
@@ -99,7 +99,7 @@ def products_of(config: Config) -> ComputeDtype:
 _SECONDS_BETWEEN_LINES = 5.0
 
 
-def build_head(config: Config, world: World) -> PartialFC:
+def build_head(config: Config, world: World, *, initialise: bool = True) -> PartialFC:
     section = config.head
     assert section.num_classes is not None
     try:
@@ -115,6 +115,7 @@ def build_head(config: Config, world: World) -> PartialFC:
             storage=section.storage,
             storage_dir=section.storage_dir or config.run.path,
             row_state=row_state_of(config),
+            initialise=initialise,
             progress=_Initialising(world),
             compute_dtype=products_of(config),
             keep_bytes=None if section.keep_mib is None else section.keep_mib << 20,

@@ -77,6 +77,7 @@ class PartialFC(nn.Module):
         storage_dir: folder of the file.
         row_state: name → numbers of state a row, or their shape, of the optimizer that is going to step the centers,
             where they are not on the device: ``RowSGD.row_state(dim, momentum=0.9)``. It is stored beside the centers.
+        initialise: whether the centers begin at random; else at zero, to be loaded next.
         progress: is told, while the centers are initialised, how many rows are there and how many there will be.
         compute_dtype: of the matrix products; that of the computations, ``center_dtype`` or float32, when None. Sums
             are float32 or better in any case.
@@ -110,6 +111,7 @@ class PartialFC(nn.Module):
         storage: Storage = "device",
         storage_dir: str | os.PathLike[str] | None = None,
         row_state: Mapping[str, int | Sequence[int]] | None = None,
+        initialise: bool = True,
         progress: Callable[[int, int], None] | None = None,
         compute_dtype: ComputeDtype | None = None,
         keep_bytes: int | None = None,
@@ -141,12 +143,13 @@ class PartialFC(nn.Module):
         self.staged: StagedRows | None = None
         """The steps' copies of their rows, where the centers are not on the device."""
         if storage == "device":
-            centers = torch.empty(self.shard.rows, embedding_dim, dtype=center_dtype, device=where)
+            centers = torch.zeros(self.shard.rows, embedding_dim, dtype=center_dtype, device=where)
         else:
             folder = storage_dir if storage == "file" else None
             store = RowStore(self.shard.rows, embedding_dim, center_dtype, row_state or {}, folder, where)
             centers, self.staged = store.centers, StagedRows(store, where)
-        fill_initially(centers, self.shard, seed, progress)
+        if initialise:
+            fill_initially(centers, self.shard, seed, progress)
         self.weight = nn.Parameter(centers)
         """This rank's centers [rows, D], where they are stored. Its ``grad`` stays None: see ``row_gradients``. See too
         ``wait_for_update``."""

@@ -70,20 +70,26 @@ INLINE uint32_t mix(uint32_t value)
     return value ^ (value >> 16);
 }
 
+INLINE uint16_t round_up(float number, uint32_t random)
+{
+    uint32_t bits;
+    memcpy(&bits, &number, sizeof bits);
+    return (uint16_t)((bits + random) >> 16);
+}
+
 /* Up with the probability of what the 16 bits that are cut off are worth (kernels/rounding.py says the same in torch). One
  * hash serves two numbers: its low half the first half of the row, its high half the second. */
 INLINE void round_row(const float *from, uint16_t *to, int64_t dim, uint32_t key)
 {
-    const uint32_t *bits = (const uint32_t *)from;
     int64_t half = (dim + 1) / 2;
 #pragma omp simd
     for (int64_t i = 0; i < dim - half; i++) {
         uint32_t random = mix(key + (uint32_t)i);
-        to[i] = (uint16_t)((bits[i] + (random & 0xffffu)) >> 16);
-        to[half + i] = (uint16_t)((bits[half + i] + (random >> 16)) >> 16);
+        to[i] = round_up(from[i], random & 0xffffu);
+        to[half + i] = round_up(from[half + i], random >> 16);
     }
     if (dim % 2)
-        to[half - 1] = (uint16_t)((bits[half - 1] + (mix(key + (uint32_t)(half - 1)) & 0xffffu)) >> 16);
+        to[half - 1] = round_up(from[half - 1], mix(key + (uint32_t)(half - 1)) & 0xffffu);
 }
 
 /* Of the part'th matrix of a row. */
