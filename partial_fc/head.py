@@ -447,7 +447,7 @@ class _HeadLoss(torch.autograd.Function):
         else:
             gradient = StepGradient(ctx.rows, unit_rows_grad, ctx.own, slopes)
         if ctx.taken is not None:
-            gradient = StagedGradient(gradient, ctx.taken)
+            gradient = StagedGradient(gradient, ctx.taken, ctx.rows)
         _accumulate(head, gradient, torch.where(broken > 0, torch.nan, grad))
         assert head.gradient_scale.grad is not None
         head.side_stream = head.side_stream or SideStream(unit.device)

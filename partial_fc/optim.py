@@ -106,14 +106,17 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         """Steps a copy of the rows, which is then written back."""
         staged = self.head.staged
         assert staged is not None
-        gradient: RowGradient
-        if len(gradients) == 1:
-            gradient, taken = gradients[0].inner, gradients[0].taken
-        else:
-            gradient = GradientSum(gradients, block_rows(staged.centers))
-            assert gradient.index is not None
-            taken = staged.sum_up(gradient.index.cpu())
-            gradient.index = None  # the copy has these rows alone, in this order
+        gradient: RowGradient = gradients[0].inner
+        taken = gradients[0].taken
+        if len(gradients) > 1 or taken is not staged.latest:  # later passes may have taken their places
+            total = GradientSum(gradients, block_rows(staged.centers))
+            assert total.index is not None
+            taken = staged.sum_up(total.index.cpu())
+            for one in gradients:
+                one.read_from(taken)
+            if len(gradients) > 1:
+                total.index = None  # the copy has these rows alone, in this order
+                gradient = total
         parts = dict(zip(staged.store.parts, taken.parts, strict=True))
         tensors = [parts[CENTERS], *(parts[name] for name in self._row_state())]
         apply([gradient], tensors, self, factor, broken, self._rounding(taken.places))

@@ -50,12 +50,16 @@ class StepGradient:
     """
 
     def __init__(self, rows: SampledRows, negatives: UnitGradient, own: OwnClasses, slopes: Tensor) -> None:
-        self.index = rows.index
+        self.rows = rows
         self.inverse = rows.inverse
         self.needs_rows = negatives.needs_rows
         self.negatives = negatives
         self.own = own
         self.slopes = slopes[own.samples] * rows.inverse[own.places]
+
+    @property
+    def index(self) -> Tensor | None:
+        return self.rows.index
 
     def __len__(self) -> int:
         return len(self.inverse)
@@ -72,10 +76,11 @@ class StagedGradient:
     Args:
         inner: by the copy; its places are those of ``taken``, in the same order.
         taken: the copy.
+        rows: what ``inner`` reads it through.
     """
 
-    def __init__(self, inner: RowGradient, taken: TakenRows) -> None:
-        self.inner, self.taken = inner, taken
+    def __init__(self, inner: RowGradient, taken: TakenRows, rows: SampledRows) -> None:
+        self.inner, self.taken, self.rows = inner, taken, rows
         self.index = taken.places.to(taken.index.device)
 
     @property
@@ -91,6 +96,11 @@ class StagedGradient:
 
     def raw_block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:
         return self.inner.raw_block(start, stop, rows)
+
+    def read_from(self, taken: TakenRows) -> None:
+        """From here on the rows are read from another copy, which has more of them."""
+        slots = taken.slots[torch.searchsorted(taken.places, self.taken.places)]
+        self.rows.weight, self.rows.index = taken.parts[0], slots.to(self.rows.device)
 
 
 def project(values: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:

@@ -147,6 +147,8 @@ class StagedRows:
         self.store = store
         self.device = device
         self._now, self._next, self._union = (_Buffer(store, device) for _ in range(3))
+        self.latest: TakenRows | None = None
+        """What ``take`` returned last; those before it no longer have their rows."""
         self._changed: TakenRows | None = None  # by the last step, and copied over to the next one
         self._spare = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pfc-rows")
@@ -174,7 +176,7 @@ class StagedRows:
             self._read.result()
             self._read = None
         slots = self._now.complete(self.store, places, spare)
-        taken = TakenRows(places, slots, slots.to(self.device), self._now.parts)
+        taken = self.latest = TakenRows(places, slots, slots.to(self.device), self._now.parts)
         if self._changed is not None:
             self._carry_over(self._changed, taken)
             self._changed = None
@@ -190,7 +192,7 @@ class StagedRows:
         self._read = self._thread.submit(lambda: buffer.fill(store, places(), spare, begin))
 
     def sum_up(self, places: Tensor) -> TakenRows:
-        """The rows of several passes that make one step, as they are before it; arguments as of ``take``."""
+        """The rows of several passes that make one step, or of one that another followed; arguments as of ``take``."""
         self._finish_writing()
         self._union.forget()
         slots = self._union.complete(self.store, places, 0)
@@ -199,7 +201,7 @@ class StagedRows:
     def write(self, taken: TakenRows) -> None:
         """Begins to write back rows that were changed where ``take`` or ``sum_up`` has put them."""
         self._finish_writing()
-        buffer = self._now if taken.parts is self._now.parts else self._union
+        buffer = self._now if taken is self.latest else self._union
         self._changed = taken
         self._written = self._thread.submit(buffer.write_back, self.store, taken, self._mark())
 

@@ -50,7 +50,10 @@ def trained(storage: str, folder: Path, dtype: torch.dtype, name: str, steps: in
     for _ in range(steps):
         for _ in range(3 if chance(0.2) else 1):
             losses.append(loss())
-            losses[-1].backward()
+            if chance(0.1):
+                with torch.no_grad():
+                    losses.append(loss())  # between a pass and its backward
+            losses[-1 if losses[-1].requires_grad else -2].backward()
         if chance(0.05):
             head.gradient_scale.grad *= torch.nan  # type: ignore[operator]
         optimizer.step()
