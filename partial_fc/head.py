@@ -37,7 +37,7 @@ class LastSample:
 
     @property
     def classes(self) -> Tensor:
-        """Global class ids, int64 [K], ascending."""
+        """Global class ids, int64 [K], ascending; on the host, where the centers are not on the device."""
         return self.sample.classes
 
 
@@ -70,7 +70,7 @@ class PartialFC(nn.Module):
         center_dtype: float32, float64 or bfloat16, how the centers are stored, and the optimizer's state that is as
             wide. Rows in bfloat16 are computed in float32 and rounded stochastically when they are stored, by a hash of
             seed, step and class, so the same on any number of ranks.
-        storage: where they are stored: "device"; "host" for the host's memory, pinned for a GPU; "file" for a file on a
+        storage: where they are stored: "device"; "host" for the host's memory; "file" for a file on a
             local disk, mapped into memory. From the latter two a step's rows are copied to the device, the negatives
             while the step before runs, and written back while the next one runs (``storage.py``). The numbers are the
             same wherever they are stored, bit for bit on a CPU.
@@ -146,7 +146,7 @@ class PartialFC(nn.Module):
             centers = torch.zeros(self.shard.rows, embedding_dim, dtype=center_dtype, device=where)
         else:
             folder = storage_dir if storage == "file" else None
-            store = RowStore(self.shard.rows, embedding_dim, center_dtype, row_state or {}, folder, where)
+            store = RowStore(self.shard.rows, embedding_dim, center_dtype, row_state or {}, folder)
             centers, self.staged = store.centers, StagedRows(store, where)
         if initialise:
             fill_initially(centers, self.shard, seed, progress)

@@ -22,7 +22,7 @@ from .kernels.row_step import RowStep
 from .kernels.rows import computed_dtype
 from .row_gradient import GradientSum, RowGradient, StagedGradient
 from .row_update import apply
-from .storage import CENTERS
+from .storage import CENTERS, TakenRows
 
 
 class RowOptimizer(torch.optim.Optimizer, ABC):
@@ -99,6 +99,9 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                 return
             if self.head.staged is not None:  # all rows, where they are stored
                 self.head.staged.settle()
+                copies = [one for one in gradients if isinstance(one, StagedGradient)]
+                if copies:
+                    self._read_again(copies, torch.cat([one.taken.places for one in copies]).unique())
             tensors = [self.head.weight.data, *self._row_state().values()]
             apply(gradients, tensors, self, factor, broken, self._rounding())
 
@@ -111,16 +114,22 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         if len(gradients) > 1 or taken is not staged.latest:  # later passes may have taken their places
             total = GradientSum(gradients, block_rows(staged.centers))
             assert total.index is not None
-            taken = staged.sum_up(total.index.cpu())
-            for one in gradients:
-                one.read_from(taken)
+            taken = self._read_again(gradients, total.index.cpu())
             if len(gradients) > 1:
                 total.index = None  # the copy has these rows alone, in this order
                 gradient = total
         parts = dict(zip(staged.store.parts, taken.parts, strict=True))
         tensors = [parts[CENTERS], *(parts[name] for name in self._row_state())]
-        apply([gradient], tensors, self, factor, broken, self._rounding(taken.places))
+        apply([gradient], tensors, self, factor, broken, self._rounding(taken.places.to(self.head.device)))
         staged.write(taken)
+
+    def _read_again(self, gradients: list[StagedGradient], places: Tensor) -> TakenRows:
+        """One copy of the rows of several passes, from which their gradients read from here on."""
+        assert self.head.staged is not None
+        taken = self.head.staged.sum_up(places)
+        for one in gradients:
+            one.read_from(taken)
+        return taken
 
     def _rounding(self, ids: Tensor | None = None) -> Rounding | None:
         """How this step's rows are rounded; None where they are not.

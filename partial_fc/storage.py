@@ -9,7 +9,7 @@ of its own rows, on the head's device:
 * changed rows are written back while the next step runs.
 
 One thread does all of this in order, so a row is never read before it is written back, except where it is copied over.
-Both steps' rows stand in buffers that are allocated once and change places.
+Both steps' rows stand in buffers that change places and grow only where a step needs more rows than any before.
 """
 
 import math
@@ -47,7 +47,6 @@ class RowStore:
         state: name → numbers of state a row, or their shape. One number a row (a count, a sum) is float32, or float64
             beside float64, and stands apart.
         directory: where the file is to be; None for host memory.
-        device: the head's; memory is pinned for a GPU's.
 
     Attributes:
         parts: "centers" [N, D], then each state [N, …]; zeros at first.
@@ -63,7 +62,6 @@ class RowStore:
         dtype: torch.dtype,
         state: Mapping[str, int | Sequence[int]],
         directory: str | os.PathLike[str] | None,
-        device: torch.device,
     ) -> None:
         shapes = {CENTERS: (dim,)} | {
             name: (numbers,) if isinstance(numbers, int) else tuple(numbers) for name, numbers in state.items()
@@ -75,10 +73,10 @@ class RowStore:
         number = torch.promote_types(dtype, torch.float32)
         column = _aligned(rows * number.itemsize)
         self._map: mmap.mmap | None = None
-        records, *rest = self._memory(rows * record + len(columns) * column, directory, device).split(
+        records, *rest = self._memory(rows * record + len(columns) * column, directory).split(
             [rows * record, *[column] * len(columns)]
         )
-        records = records.view(rows, record)
+        self._records = records = records.view(rows, record)
         self.parts: dict[str, Tensor] = dict.fromkeys(shapes, records)  # in their order
         offset = 0
         for name in together:
@@ -95,13 +93,14 @@ class RowStore:
     def will_need(self, places: Tensor) -> None:
         """Begins to read rows, int64 [n], of a file."""
         if self._map is not None:
-            native.will_need(self.centers, places)
+            native.will_need(self._records, places)
 
-    def _memory(self, size: int, directory: str | os.PathLike[str] | None, device: torch.device) -> Tensor:
+    def _memory(self, size: int, directory: str | os.PathLike[str] | None) -> Tensor:
         if directory is None:
-            return torch.zeros(size, dtype=torch.uint8, pin_memory=device.type != "cpu")
+            # Not pinned: torch would round it up to a power of two. The buffers through which rows pass are.
+            return torch.zeros(size, dtype=torch.uint8, device="cpu")
         if size == 0:
-            return torch.empty(0, dtype=torch.uint8)
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         descriptor, name = mkstemp(prefix=".pfc-centers-", dir=folder)
@@ -148,9 +147,10 @@ class StagedRows:
         self.device = device
         self._now, self._next, self._union = (_Buffer(store, device) for _ in range(3))
         self.latest: TakenRows | None = None
-        """What ``take`` returned last; those before it no longer have their rows."""
+        """What ``take`` returned last, until its rows are changed; those before it no longer have their rows."""
         self._changed: TakenRows | None = None  # by the last step, and copied over to the next one
         self._spare = 0
+        self._process = os.getpid()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pfc-rows")
         self._read: Future[None] | None = None
         self._written: Future[None] | None = None
@@ -167,15 +167,17 @@ class StagedRows:
             places: in the store, int64 [K] on the host, ascending, each once.
             spare: how many of these no call of ``fetch`` may have known, for which room is kept.
         """
+        self._check_process()
         self._spare = spare
-        self._now, self._next = self._next, self._now
         if self._read is None:  # of what the last steps changed, nothing may be on its way
             self._finish_writing()
-            self._now.forget()
+            self._changed = None
+            self._next.forget()
         else:  # which waited for what the step before the last one changed; the last one's is copied over below
-            self._read.result()
-            self._read = None
-        slots = self._now.complete(self.store, places, spare)
+            read, self._read = self._read, None
+            read.result()
+        slots = self._next.complete(self.store, places, spare)
+        self._now, self._next = self._next, self._now  # not before: the step may be tried again where it failed
         taken = self.latest = TakenRows(places, slots, slots.to(self.device), self._now.parts)
         if self._changed is not None:
             self._carry_over(self._changed, taken)
@@ -202,16 +204,30 @@ class StagedRows:
         """Begins to write back rows that were changed where ``take`` or ``sum_up`` has put them."""
         self._finish_writing()
         buffer = self._now if taken is self.latest else self._union
+        if self._changed is not None:  # a second step after one call of take: what was read ahead is no longer true
+            self._drop_read()
         self._changed = taken
+        self.latest = None  # what another step may do to this copy must go through sum_up
         self._written = self._thread.submit(buffer.write_back, self.store, taken, self._mark())
 
     def settle(self) -> None:
         """When it returns all that was changed is in the store, where it may be changed by others."""
-        if self._read is not None:
-            self._read.result()
-            self._read = None
+        self._check_process()
+        self._drop_read()
         self._finish_writing()
         self._changed = None
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "centers in host memory or a file stay with the process that built the head: it has forked"
+            )
+
+    def _drop_read(self) -> None:
+        """What was read ahead is not needed, nor whether that failed."""
+        read, self._read = self._read, None
+        if read is not None:
+            read.exception()
 
     def _mark(self) -> Any:
         """The event that what was queued so far is done; a CPU has none."""
@@ -241,9 +257,12 @@ class _Buffer:
 
     def __init__(self, store: RowStore, device: torch.device) -> None:
         self.device = device
-        self._read = torch.empty(0, dtype=torch.int64)  # places of the rows that were read before, ascending
+        self._read = torch.empty(
+            0, dtype=torch.int64, device="cpu"
+        )  # places of the rows that were read before, ascending
         self._used = 0
-        self._stream = devices.streams(device).Stream()
+        with devices.selected(device):
+            self._stream = devices.streams(device).Stream()
         self.parts = [part.new_empty(0, *part.shape[1:], device=device) for part in store.parts.values()]
         self._host = devices.host_side(self.parts)
 
@@ -266,7 +285,7 @@ class _Buffer:
         if len(self._read):
             there = self._read[slots.clamp_max(len(self._read) - 1)] == places
         missing, first = places[~there], self._used
-        slots[~there] = torch.arange(first, first + len(missing))
+        slots[~there] = torch.arange(first, first + len(missing), device="cpu")
         store.will_need(missing)
         self._reserve(first + max(spare, len(missing)))
         self._gather(store, missing)
@@ -307,6 +326,8 @@ class _Buffer:
         self._host = devices.host_side(self.parts)
         for new, old in [*zip(self.parts, old_parts, strict=True), *zip(self._host, old_host, strict=True)]:
             new[: self._used].copy_(old[: self._used])
+        # The new memory may be one that other streams' work still reads, and so may the old one be for its next owner.
+        devices.streams(self.device).synchronize()
 
 
 def _aligned(size: int) -> int:

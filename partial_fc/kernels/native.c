@@ -11,13 +11,13 @@
 #include <string.h>
 #include <math.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #define INLINE static inline __attribute__((always_inline))
 
 /* Rows asked of the memory before they are needed: with 2 KiB rows at random places the hardware guesses too late. */
 #define AHEAD 8
 #define LINE 64 /* bytes of a cache line */
-#define PAGE 4096 /* advice about smaller parts of a larger page is rounded by the system */
 #define SHORTEST 1e-10f /* a shorter row counts as zero: kernels/rows.py */
 #define TINIEST -87.0f /* exp of less is no normal float */
 
@@ -70,6 +70,7 @@ INLINE uint32_t mix(uint32_t value)
     return value ^ (value >> 16);
 }
 
+/* Of a finite number, or an infinity. */
 INLINE uint16_t round_up(float number, uint32_t random)
 {
     uint32_t bits;
@@ -117,8 +118,9 @@ void pfc_copy_rows(matrix to, const int64_t *to_index, matrix from, const int64_
 /* Asks the system for the rows of a mapped file, without waiting for any. */
 void pfc_will_need(matrix rows, const int64_t *index, int64_t count, int64_t bytes)
 {
+    const uintptr_t page = sysconf(_SC_PAGESIZE);
     for (int64_t row = 0; row < count; row++) {
-        uintptr_t first = (uintptr_t)row_of(rows, index, row), start = first / PAGE * PAGE;
+        uintptr_t first = (uintptr_t)row_of(rows, index, row), start = first / page * page;
         posix_madvise((void *)start, first + bytes - start, POSIX_MADV_WILLNEED);
     }
 }

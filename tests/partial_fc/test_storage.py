@@ -2,6 +2,7 @@
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pfc.partial_fc import PartialFC, RowAdagrad, RowAdamW, RowOptimizer, RowSGD, device, objectives
+from pfc.partial_fc import storage as storage_module
 from pfc.partial_fc.kernels import native
 from pfc.partial_fc.kernels.rounding import Rounding
 from pfc.partial_fc.row_update import apply
@@ -58,6 +60,12 @@ def trained(storage: str, folder: Path, dtype: torch.dtype, name: str, steps: in
             head.gradient_scale.grad *= torch.nan  # type: ignore[operator]
         optimizer.step()
         optimizer.zero_grad()
+        if chance(0.1):  # two passes, each with a step of its own, but no pass between
+            two = loss(), loss()
+            for one in two:
+                one.backward()
+                optimizer.step()
+                optimizer.zero_grad()
         if chance(0.1):
             head.sample_rate = (0.02, 0.3, 1.0)[int(torch.randint(0, 3, (), generator=generator))]
         if chance(0.05):
@@ -152,6 +160,34 @@ def test_steps_too_small_for_bfloat16_add_up() -> None:
             optimizer._rounding(),
         )
     assert abs(head.weight.float().mean().item() - (1 - 256 * 2**-11)) < 2e-3
+
+
+def test_a_pass_that_failed_may_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for storage in ("device", "host"):
+        head = PartialFC(
+            CLASSES, DIM, objective=objectives.CosFace(), sample_rate=0.1, storage=storage, row_state={"momentum": DIM}
+        )  # fmt: skip  # type: ignore[arg-type]
+        optimizer = RowSGD(head, 0.5, 0.9)
+        for step in range(12):
+            embeddings = torch.randn(9, DIM, generator=torch.Generator().manual_seed(step))
+            if storage == "host" and step in (4, 7):
+                with monkeypatch.context() as patch:
+                    patch.setattr(storage_module._Buffer, "_gather", _fails)  # reads ahead too
+                    for _ in range(2):  # one of which may find its rows read ahead already
+                        with suppress(OSError):
+                            head(embeddings, torch.arange(9) + step)
+                head.state_dict()
+                head.steps = step
+            head(embeddings, torch.arange(9) + step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(head.centers.to_local())
+    assert torch.equal(*results)
+
+
+def _fails(*_: object) -> None:
+    raise OSError("read error")
 
 
 class _Largest(TorchDispatchMode):
