@@ -158,8 +158,13 @@ class Head(Section):
     """Later rates: [[0.8, 0.5], [0.9, 1.0]] uses half of the classes from 80 % of the run on, all from 90 % on."""
     batch_rate: Rate = 1.0
     """Share of the batch that meets the negatives (D-Softmax-B)."""
-    center_dtype: Literal["float32"] = "float32"
-    """How the centers are stored."""
+    center_dtype: Literal["float32", "bf16"] = "float32"
+    """How the centers and their optimizer's state are stored; bf16 is rounded stochastically."""
+    storage: Literal["device", "host", "file"] = "device"
+    """Where the centers and their optimizer's state are stored: with the head, in (pinned) host memory, or in a file on
+    a local disk, from which each step copies its rows."""
+    storage_dir: str | None = None
+    """Folder of the file of storage: file, on a local SSD; the run's own folder when absent."""
     payload_dtype: Literal["float32", "bf16"] | None = None
     """What embeddings and their gradients travel in between the ranks; their own types when absent."""
     products: Literal["float32", "tf32", "bf16"] | None = None
