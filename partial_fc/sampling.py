@@ -84,6 +84,12 @@ def expected_rows(classes: int, ranks: int, rate: float, batch: int) -> float:
     return here * (rate + (1 - rate) * (1 - (1 - 1 / classes) ** batch))
 
 
+def negative_rows(shard: ClassShard, *, rate: float, seed: int, step: int) -> Tensor:
+    """Places in the shard of a step's random classes, int64 [n] on the host, ascending: without those of its batch."""
+    classes = _random_classes(shard, rate, seed, step, torch.device("cpu"))
+    return classes[classes >= 0].sort().values - shard.start
+
+
 def sample_batch(
     size: int, *, rate: float, seed: int, step: int, device: torch.device, fixed: bool = False
 ) -> Tensor | None:
