@@ -15,6 +15,7 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ...partial_fc.sampling import expected_rows
 from ..ceilings import Ceilings
 
 ITEM = {"float32": 4, "bf16": 2}
@@ -45,15 +46,6 @@ class Work:
         """Seconds of the cheapest way: operations at the products' rate, bytes at the memory's, nothing overlapped."""
         rate = ceilings.products[precision]
         return min(way.operations / rate + way.bytes / ceilings.bandwidth for way in self.ways)
-
-
-def expected_rows(classes: int, ranks: int, rate: float, batch: int) -> float:
-    """K of the rank with most rows: the share ``rate`` of its classes, and of the others those that the batch brings.
-
-    The batch's labels are drawn uniformly, so one class is missing from it with probability (1 − 1/C)^B.
-    """
-    here = -(-classes // ranks)
-    return here * (rate + (1 - rate) * (1 - (1 - 1 / classes) ** batch))
 
 
 @dataclass(frozen=True)

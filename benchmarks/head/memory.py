@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from .case import HeadCase, expected_rows
+from ...partial_fc.sampling import expected_rows
+from .case import HeadCase
 
 _BASE = 256 << 20
 """What a rank takes in addition, on a CPU: libraries' buffers, blocks."""
