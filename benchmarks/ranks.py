@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -82,7 +83,34 @@ class Rank:
         return _resident("VmHWM")
 
 
-def run(function: Callable[..., Any], ranks: int, threads: int, *arguments: Any) -> list[Any]:
+class OwnMemory:
+    """The most that this process takes while it is in here, beyond what it took, without pages of mapped files.
+
+    Those are the system's, which takes them back as it likes; the peak that it remembers counts them. So this one is
+    looked at now and then.
+    """
+
+    def __enter__(self) -> "OwnMemory":
+        self._before = self._most = _resident("RssAnon")
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    @property
+    def peak(self) -> int:
+        return self._most - self._before
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.01):
+            self._most = max(self._most, _resident("RssAnon"))
+
+
+def run(function: Callable[..., Any], ranks: int, threads: int, *arguments: Any, world_size: int = 0) -> list[Any]:
     """What ``function(rank, *arguments)`` returned on each of ``ranks`` new processes.
 
     gloo where there is no GPU, nccl where there is. The function must be importable, its results be such as torch.save
@@ -90,12 +118,14 @@ def run(function: Callable[..., Any], ranks: int, threads: int, *arguments: Any)
 
     Args:
         threads: torch's threads per process, on a CPU.
+        world_size: simulated; of so many ranks the one process is the first, and what it exchanges with the others goes
+            nowhere. The processes are all ranks that there are when 0.
 
     Raises:
         RankDied: an exception or a signal ended one of them. The others are ended too.
     """
     with tempfile.TemporaryDirectory(prefix="pfc-bench-") as folder:
-        processes = _start(ranks, threads, folder, function, arguments)
+        processes = _start(ranks, world_size, threads, folder, function, arguments)
         try:
             _join(processes)
             exit_codes = [process.exitcode for process in processes]
@@ -129,7 +159,9 @@ def _join(processes: list[SpawnProcess]) -> None:
                 deadline = time.monotonic() + _GRACE
 
 
-def _serve(number: int, size: int, threads: int, folder: str, function: Callable[..., Any], arguments: tuple) -> None:
+def _serve(
+    number: int, size: int, simulated: int, threads: int, folder: str, function: Callable[..., Any], arguments: tuple
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends its ranks
     # What torch and the peer warn about is for those who maintain them; a measurement has one line to give.
     warnings.simplefilter("ignore")
@@ -138,9 +170,12 @@ def _serve(number: int, size: int, threads: int, folder: str, function: Callable
         devices.use(device)
         if device.type == "cpu":
             torch.set_num_threads(threads)
-        dist.init_process_group(
-            devices.backend(device), init_method=f"file://{folder}/store", rank=number, world_size=size
-        )
+        if simulated:
+            simulate_world(simulated)
+        else:
+            dist.init_process_group(
+                devices.backend(device), init_method=f"file://{folder}/store", rank=number, world_size=size
+            )
         torch.save(function(Rank(number, size, device), *arguments), os.path.join(folder, f"{number}.pt"))
         dist.barrier()
         dist.destroy_process_group()
@@ -149,6 +184,16 @@ def _serve(number: int, size: int, threads: int, folder: str, function: Callable
         details = {"type": type(error).__name__, "message": lines[0], "time": time.time()}
         torch.save(details, os.path.join(folder, f"error-{number}.pt"))
         os._exit(1)  # the parent reports it in one line
+
+
+def simulate_world(size: int) -> None:
+    """Makes this process the first of ``size`` ranks; the others do not exist, and its collectives return at once.
+
+    What they leave in their results is nothing to compute with: this rank's own numbers, or whatever was there.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # on import it registers the backend
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
 
 
 def _cause(folder: Path, exit_codes: Sequence[int | None]) -> RankDied:
@@ -167,7 +212,7 @@ def _cause(folder: Path, exit_codes: Sequence[int | None]) -> RankDied:
 
 
 def _resident(field: str) -> int:
-    """Bytes of this process, now (VmRSS) or at most (VmHWM)."""
+    """Bytes of this process, now (VmRSS; RssAnon without files' pages) or at most (VmHWM)."""
     found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found is not None
     return int(found[1]) * 1024

@@ -7,6 +7,7 @@
     loading/    shards to batches of tensors: reading, decoding, augmenting
     pairs/      verification sets
     glyphs/     data sets that any machine can make: printed characters, coloured patterns
+    generated   a data set that is computed as it is read
 
 The public names load on first use, so that a program pays only for what it touches.
 """
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
     from .checking.inspect import InspectReport, inspect_dataset
     from .checking.rebuild import rebuild_index
     from .errors import DamagedRecord, UsageError
+    from .generated import GeneratedDataset, GeneratedLoader
     from .glyphs.glyphs import pack_glyphs
     from .glyphs.synthetic import pack_synthetic
+    from .loading.batches import Batch, Loader
     from .loading.decoding import decode_images
-    from .loading.loader import Batch, TrainLoader
+    from .loading.loader import TrainLoader
     from .order.orders import SampleOrder
     from .packing.pack import pack_folder, pack_list, pack_recordio, pack_table
     from .packing.summary import PackSummary
@@ -36,10 +39,12 @@ _HOME = {
     "checking.inspect": ("InspectReport", "inspect_dataset"),
     "checking.rebuild": ("rebuild_index",),
     "errors": ("DamagedRecord", "UsageError"),
+    "generated": ("GeneratedDataset", "GeneratedLoader"),
     "glyphs.glyphs": ("pack_glyphs",),
     "glyphs.synthetic": ("pack_synthetic",),
+    "loading.batches": ("Batch", "Loader"),
     "loading.decoding": ("decode_images",),
-    "loading.loader": ("Batch", "TrainLoader"),
+    "loading.loader": ("TrainLoader",),
     "order.orders": ("SampleOrder",),
     "packing.pack": ("pack_folder", "pack_list", "pack_recordio", "pack_table"),
     "packing.summary": ("PackSummary",),
@@ -53,8 +58,11 @@ _HOME = {
 __all__ = [
     "Batch",
     "DamagedRecord",
+    "GeneratedDataset",
+    "GeneratedLoader",
     "InspectReport",
     "JointDataset",
+    "Loader",
     "PackSummary",
     "Pairs",
     "RecordDataset",

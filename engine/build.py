@@ -1,12 +1,14 @@
 """From the sections of a configuration to the objects of a run: what it reads, and what is trained."""
 
 import os
+import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..data import JointDataset, RecordDataset, TrainLoader
+from ..data import GeneratedDataset, GeneratedLoader, JointDataset, Loader, RecordDataset, TrainLoader
 from ..data.errors import UsageError
 from ..data.order.balanced import BalancedOrder, groups_of
 from ..data.order.mixed import MixedOrder, seed_of_set
@@ -16,11 +18,14 @@ from ..partial_fc import PartialFC, RowAdagrad, RowAdamW, RowOptimizer, RowSGD
 from ..partial_fc.kernels.products import ComputeDtype
 from . import device as devices
 from .backbones import build_backbone
-from .config import Adagrad, AdamW, BalancedSampling, BlockSampling, Config
+from .config import Adagrad, AdamW, BalancedSampling, BlockSampling, Config, Generated
 from .ranks.distributed import World
 
+Dataset = RecordDataset | JointDataset | GeneratedDataset
+"""What a run trains on."""
 
-def completed(config: Config, dataset: RecordDataset | JointDataset) -> Config:
+
+def completed(config: Config, dataset: Dataset) -> Config:
     """The configuration with what the data set says filled in, as it is written into the run and its checkpoints."""
     size, classes = config.data.image_size, config.head.num_classes
     if size is None and dataset.image_size is None:
@@ -59,9 +64,9 @@ class Parts:
     scaler: torch.amp.GradScaler
 
 
-def build_parts(config: Config, world: World) -> Parts:
-    """All parts, of a completed configuration."""
-    network, head = build_network(config, world), build_head(config, world)
+def build_parts(config: Config, world: World, *, initialise: bool = True) -> Parts:
+    """All parts, of a completed configuration; ``initialise`` says whether the centers begin at random."""
+    network, head = build_network(config, world), build_head(config, world, initialise=initialise)
     return Parts(
         network,
         head,
@@ -91,21 +96,57 @@ def products_of(config: Config) -> ComputeDtype:
     return {"float32": torch.float32, "bf16": torch.bfloat16}.get(wanted, "tf32")
 
 
-def build_head(config: Config, world: World) -> PartialFC:
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+def build_head(config: Config, world: World, *, initialise: bool = True) -> PartialFC:
     section = config.head
     assert section.num_classes is not None
-    return PartialFC(
-        section.num_classes,
-        config.backbone.embedding_dim,
-        objective=section.objective.build(),
-        sample_rate=section.sample_rate,
-        batch_rate=section.batch_rate,
-        seed=config.run.seed,
-        device=world.device,
-        compute_dtype=products_of(config),
-        keep_bytes=None if section.keep_mib is None else section.keep_mib << 20,
-        payload_dtype={"float32": torch.float32, "bf16": torch.bfloat16, None: None}[section.payload_dtype],
-    )
+    try:
+        return PartialFC(
+            section.num_classes,
+            config.backbone.embedding_dim,
+            objective=section.objective.build(),
+            sample_rate=section.sample_rate,
+            batch_rate=section.batch_rate,
+            seed=config.run.seed,
+            device=world.device,
+            center_dtype=section.stored_dtype,
+            storage=section.storage,
+            storage_dir=section.storage_dir or config.run.path,
+            row_state=row_state_of(config),
+            initialise=initialise,
+            progress=_Initialising(world),
+            compute_dtype=products_of(config),
+            keep_bytes=None if section.keep_mib is None else section.keep_mib << 20,
+            payload_dtype={"float32": torch.float32, "bf16": torch.bfloat16, None: None}[section.payload_dtype],
+        )
+    except OSError as error:
+        raise UsageError(
+            f"head.storage: {error.filename}: {error.strerror}; set head.storage_dir, or make room"
+        ) from None
+
+
+def row_state_of(config: Config) -> dict[str, int]:
+    """What the head's optimizer keeps beside each center: name → numbers."""
+    section, dim = config.optimizer.head, config.backbone.embedding_dim
+    if isinstance(section, AdamW):
+        return RowAdamW.row_state(dim)
+    return RowAdagrad.row_state(dim) if isinstance(section, Adagrad) else RowSGD.row_state(dim, section.momentum)
+
+
+class _Initialising:
+    """Says how many centers are initialised: to the watchdog, and on the first rank every few seconds to the reader."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.told = time.monotonic()
+
+    def __call__(self, done: int, rows: int) -> None:
+        self.world.heartbeat.moved()
+        if self.world.is_main and time.monotonic() - self.told > _SECONDS_BETWEEN_LINES:
+            self.told = time.monotonic()
+            print(f"initialising centers: {done:,} of this rank's {rows:,}", flush=True)
 
 
 def build_backbone_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
@@ -158,17 +199,27 @@ def decoding_threads(config: Config) -> int:
     return config.data.threads or max(1, min(_MOST_THREADS, default_workers() // ranks_here))
 
 
-def open_dataset(config: Config) -> RecordDataset | JointDataset:
+def open_dataset(config: Config) -> Dataset:
     """The training set, or all of them joined."""
+    train = config.data.train
+    if isinstance(train, Generated):
+        return GeneratedDataset(
+            train.generated,
+            images_per_identity=train.images_per_identity,
+            image_size=(train.image_size[0], train.image_size[1]),
+            active=train.active,
+            seed=train.seed,
+        )
     return JointDataset.open([source.path for source in config.data.sources])
 
 
-def build_order(config: Config, dataset: RecordDataset | JointDataset, global_batch: int) -> Order:
+def build_order(config: Config, dataset: Dataset, global_batch: int) -> Order:
     """The order of samples."""
     section, seed = config.data.order, config.run.seed
     sets = dataset.sets if isinstance(dataset, JointDataset) else [dataset]
-    weights = [source.weight for source in config.data.sources]
+    weights = [source.weight for source in config.data.sources] or [1.0]
     if isinstance(section, BalancedSampling):
+        assert not isinstance(dataset, GeneratedDataset)  # which the configuration refuses
         if any(weight != 1 for weight in weights):
             raise UsageError(
                 "data.train: the weights of sets mean nothing where data.order is balanced: leave them out"
@@ -191,24 +242,29 @@ def build_order(config: Config, dataset: RecordDataset | JointDataset, global_ba
 
 
 def build_loader(
-    config: Config, dataset: RecordDataset | JointDataset, world: World, *, image_size: tuple[int, int], position: int
-) -> TrainLoader:
+    config: Config, dataset: Dataset, world: World, *, image_size: tuple[int, int], position: int
+) -> Loader:
     """This rank's loader, from ``position`` on."""
     section = config.data
+    common: dict[str, Any] = {
+        "batch_size": section.batch_size,
+        "rank": world.rank,
+        "world_size": world.size,
+        "seed": config.run.seed,
+        "order": build_order(config, dataset, section.batch_size * world.size),
+        "drop": section.remainder == "drop",
+        "flip": section.flip,
+        "device": world.device,
+        "position": position,
+    }
+    if isinstance(dataset, GeneratedDataset):
+        return GeneratedLoader(dataset, **common)
     return TrainLoader(
         dataset,
-        batch_size=section.batch_size,
+        **common,
         image_size=image_size,
-        rank=world.rank,
-        world_size=world.size,
-        seed=config.run.seed,
-        order=build_order(config, dataset, section.batch_size * world.size),
-        drop=section.remainder == "drop",
-        flip=section.flip,
         augment=section.augment,
         max_damaged=section.max_damaged,
-        device=world.device,
         decode=section.decode,
         threads=decoding_threads(config),
-        position=position,
     )

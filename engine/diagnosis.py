@@ -5,12 +5,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..data import JointDataset, RecordDataset
-from ..data.loading.loader import Batch
+from ..data.generated import GeneratedDataset
+from ..data.loading.batches import Batch
+from .build import Dataset
 from .training_step import TrainingStep
 
 _SHOWN = 16  # samples of a rank that are named
@@ -39,9 +41,7 @@ class Finding:
     micro_batch: int = 0
 
 
-def diagnose(
-    step: TrainingStep, batches: Sequence[Batch], dataset: RecordDataset | JointDataset, first_head_step: int
-) -> str:
+def diagnose(step: TrainingStep, batches: Sequence[Batch], dataset: Dataset, first_head_step: int) -> str:
     """Computes a step's forward and backward passes again, and tells what is not finite first. Called by all ranks.
 
     It leaves gradients and batch statistics behind that no step must use.
@@ -121,12 +121,15 @@ def _look(step: TrainingStep, batch: Batch, place: int) -> list[Finding]:
     return findings
 
 
-def _samples(batch: Batch, rows: Sequence[int], dataset: RecordDataset | JointDataset) -> str:
+def _samples(batch: Batch, rows: Sequence[int], dataset: Dataset) -> str:
     """``123 (photos/train.rec, key 124), …``: the samples of these rows, or of all."""
     ids = batch.samples.tolist()
     chosen = [ids[row] for row in rows] or ids
     told = []
     for sample in chosen[:_SHOWN]:
+        if isinstance(dataset, GeneratedDataset):
+            told.append(f"{sample} (generated, identity {int(dataset.labels(np.asarray(sample)))})")
+            continue
         shard, position = dataset.locate(sample)
         told.append(f"{sample} ({shard.file.path}, key {int(shard.keys[position])})")
     return ", ".join(told) + (f" and {len(chosen) - _SHOWN} more" if len(chosen) > _SHOWN else "")

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..data import JointDataset, RecordDataset
+from ..data import GeneratedDataset, JointDataset
 from ..data.errors import UsageError
 from ..data.records.manifest import LABEL_NAMES_NAME
+from .build import Dataset
 
 
-def read_label_map(dataset: RecordDataset | JointDataset) -> bytes | None:
+def read_label_map(dataset: Dataset) -> bytes | None:
     """The names of all identities by label, a JSON list, as ``pfc pack`` wrote it; None where it did not.
 
     Of several sets, the list of their lists.
@@ -20,6 +21,8 @@ def read_label_map(dataset: RecordDataset | JointDataset) -> bytes | None:
     if isinstance(dataset, JointDataset):
         parts = [read_label_map(part) for part in dataset.sets]
         return None if None in parts else b"[" + b", ".join(part for part in parts if part is not None) + b"]"
+    if isinstance(dataset, GeneratedDataset):
+        return None
     folder = dataset.path if dataset.path.is_dir() else dataset.path.parent
     path = folder / LABEL_NAMES_NAME
     return path.read_bytes().strip() if path.is_file() else None

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.loading.loader import Batch
+from ..data.loading.batches import Batch
 from . import build, initial, label_map
 from .checkpoint import state as run_state
 from .checkpoint.manager import Saving
@@ -82,7 +82,7 @@ class Trainer:
 
         self.heartbeat.enter("building the network and the head", on_files=True)
         torch.manual_seed(config.run.seed)
-        self.parts = parts = build.build_parts(config, world)
+        self.parts = parts = build.build_parts(config, world, initialise=self.start.found is None)
         self.network, self.head = parts.network, parts.head
         self.backbone_optimizer, self.head_optimizer = parts.backbone_optimizer, parts.head_optimizer
         self.labels = labels = label_map.read_label_map(self.dataset)

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ..data.errors import UsageError, forbidden
-from .verbs import bench, convert, doctor, embed, evaluate, export, inspect, pack, train
+from .verbs import bench, convert, doctor, embed, evaluate, export, inspect, pack, plan, train
 
 app = typer.Typer(
     name="pfc",
@@ -23,6 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train.train)
+app.command()(plan.plan)
 app.add_typer(pack.app, name="pack")
 app.command()(inspect.inspect)
 app.command()(evaluate.evaluate)

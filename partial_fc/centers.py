@@ -1,6 +1,7 @@
 """The sharded matrix of class centers: which rows are this rank's, how they are initialised, read and written."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -39,21 +40,36 @@ class ClassShard:
         return self.stop - self.start
 
 
-def initial_rows(shard: ClassShard, dim: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The shard's first centers [rows, D], normally distributed with standard deviation 0.01.
+def fill_initially(
+    rows: Tensor, shard: ClassShard, seed: int, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """The shard's first centers, into ``rows`` [rows, D]: normally distributed with standard deviation 0.01.
 
     Each block of 4096 rows has a generator of its own, seeded by (seed, block), so that the same centers begin whatever
-    the number of ranks, and no two rows are drawn from the same numbers. The host draws a block at a time, so that they
-    are the same on every device, and holds no more of them.
+    the number of ranks, and no two rows are drawn from the same numbers. The host draws them, so that they are the same
+    on every device, a block at a time on each of torch's threads, and holds no more of them.
+
+    Args:
+        rows: of any dtype and device.
+        shard: which classes they are.
+        seed: of the run.
+        progress: is told how many rows are there, and how many there will be.
     """
-    rows = torch.empty(shard.rows, dim, dtype=dtype, device=device)
-    for block in range(shard.start // _BLOCK, -(-shard.stop // _BLOCK)):
+
+    def fill(block: int) -> int:
         generator = torch.Generator().manual_seed(hash64(hash64(seed, 2), block) & 0x7FFFFFFFFFFFFFFF)
-        drawn = torch.empty(_BLOCK, dim, device="cpu").normal_(0.0, _INIT_STD, generator=generator)
+        drawn = torch.empty(_BLOCK, rows.shape[1], device="cpu").normal_(0.0, _INIT_STD, generator=generator)
         first = block * _BLOCK
         start, stop = max(first, shard.start), min(first + _BLOCK, shard.stop)
         rows[start - shard.start : stop - shard.start] = drawn[start - first : stop - first]
-    return rows
+        return stop - start
+
+    done = 0
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for count in pool.map(fill, range(shard.start // _BLOCK, -(-shard.stop // _BLOCK))):
+            done += count
+            if progress is not None:
+                progress(done, shard.rows)
 
 
 def write_rows(

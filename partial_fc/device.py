@@ -70,6 +70,13 @@ def streams(device: torch.device) -> ModuleType:
     return torch.get_device_module(device)
 
 
+def host_side(parts: list[Tensor]) -> list[Tensor]:
+    """Memory of the host through which rows go to a device and come back: a CPU's own, pinned for a GPU's."""
+    if all(host_sees(part.device) for part in parts):
+        return parts
+    return [torch.empty_like(part, device="cpu", pin_memory=part.device.type != "cpu") for part in parts]
+
+
 def default_keep_bytes(device: torch.device) -> int:
     """The memory that the probabilities may take by default: a sixteenth of a GPU's, 1 GiB of a host's."""
     if device.type == "cpu":

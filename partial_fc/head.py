@@ -1,7 +1,8 @@
 """PartialFC: the sharded classification head, from embeddings and labels to the loss and the gradients."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,15 +11,16 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from . import device as devices
-from .centers import ClassShard, as_dtensor, initial_rows, read_rows, write_rows
+from .centers import ClassShard, as_dtensor, fill_initially, read_rows, write_rows
 from .exchange import Exchange
 from .kernels.probabilities import KeepBudget
 from .kernels.products import ComputeDtype
-from .kernels.rows import OwnClasses, SampledRows, normalize, normalize_backward
+from .kernels.rows import OwnClasses, SampledRows, computed_dtype, normalize, normalize_backward
 from .objectives import Objective
-from .row_gradient import RowGradient, StepGradient
-from .sampling import ClassSample, sample_batch, sample_classes
+from .row_gradient import RowGradient, StagedGradient, StepGradient
+from .sampling import ClassSample, negative_rows, sample_batch, sample_classes
 from .side_stream import SideStream
+from .storage import PLACES, RowStore, StagedRows, Storage, TakenRows
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class LastSample:
 
     @property
     def classes(self) -> Tensor:
-        """Global class ids, int64 [K], ascending."""
+        """Global class ids, int64 [K], ascending; on the host, where the centers are not on the device."""
         return self.sample.classes
 
 
@@ -63,9 +65,22 @@ class PartialFC(nn.Module):
         sample_rate: share of the classes used each step, in (0, 1]. The classes of the batch are always used.
         batch_rate: share of the batch that meets the negatives, in (0, 1].
         seed: of the initial centers and of all samples.
-        device: of the centers; the current default device when None.
-        center_dtype: float32 or float64, how the centers are stored.
-        compute_dtype: of the matrix products; ``center_dtype`` when None. Sums are float32 or better in any case.
+        device: of the head's computations, and of the centers unless ``storage`` says otherwise; the current default
+            device when None.
+        center_dtype: float32, float64 or bfloat16, how the centers are stored, and the optimizer's state that is as
+            wide. Rows in bfloat16 are computed in float32 and rounded stochastically when they are stored, by a hash of
+            seed, step and class, so the same on any number of ranks.
+        storage: where they are stored: "device"; "host" for the host's memory; "file" for a file on a
+            local disk, mapped into memory. From the latter two a step's rows are copied to the device, the negatives
+            while the step before runs, and written back while the next one runs (``storage.py``). The numbers are the
+            same wherever they are stored, bit for bit on a CPU.
+        storage_dir: folder of the file.
+        row_state: name → numbers of state a row, or their shape, of the optimizer that is going to step the centers,
+            where they are not on the device: ``RowSGD.row_state(dim, momentum=0.9)``. It is stored beside the centers.
+        initialise: whether the centers begin at random; else at zero, to be loaded next.
+        progress: is told, while the centers are initialised, how many rows are there and how many there will be.
+        compute_dtype: of the matrix products; that of the computations, ``center_dtype`` or float32, when None. Sums
+            are float32 or better in any case.
             "tf32" is float32 for which a GPU's tensor cores read 10 bits of each operand's mantissa: each is off by up
             to 2⁻¹¹ of itself, so a negative's cosine by less than 0.001 and its logit at scale 64 by less than 0.0625
             (mostly a hundredth of that), where bfloat16 operands are off by 2⁻⁹. A CPU makes them in float32.
@@ -79,6 +94,7 @@ class PartialFC(nn.Module):
 
     Raises:
         ValueError: an argument outside its range.
+        OSError: the disk refused the file of the centers.
     """
 
     def __init__(
@@ -92,6 +108,11 @@ class PartialFC(nn.Module):
         seed: int = 0,
         device: torch.device | str | None = None,
         center_dtype: torch.dtype = torch.float32,
+        storage: Storage = "device",
+        storage_dir: str | os.PathLike[str] | None = None,
+        row_state: Mapping[str, int | Sequence[int]] | None = None,
+        initialise: bool = True,
+        progress: Callable[[int, int], None] | None = None,
         compute_dtype: ComputeDtype | None = None,
         keep_bytes: int | None = None,
         payload_dtype: torch.dtype | None = None,
@@ -101,7 +122,12 @@ class PartialFC(nn.Module):
         for name, value in (("num_classes", num_classes), ("embedding_dim", embedding_dim)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}")
-        _check_center_dtype(center_dtype)
+        if center_dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            raise ValueError(f"center_dtype must be float32, float64 or bfloat16, found {center_dtype}")
+        if storage not in PLACES:
+            raise ValueError(f"storage must be one of {', '.join(PLACES)}, found {storage!r}")
+        if storage == "file" and storage_dir is None:
+            raise ValueError("storage file needs storage_dir, the folder that the file is to be in")
         if compute_dtype not in (None, torch.bfloat16, torch.float32, torch.float64, "tf32"):
             raise ValueError(f'compute_dtype must be bfloat16, float32, float64 or "tf32", found {compute_dtype}')
         self.num_classes = num_classes
@@ -110,16 +136,26 @@ class PartialFC(nn.Module):
         self.sample_rate = sample_rate
         self.batch_rate = batch_rate
         self.seed = seed
-        self.compute_dtype: ComputeDtype = compute_dtype or center_dtype
+        self.compute_dtype: ComputeDtype = compute_dtype or computed_dtype(center_dtype)
         self.exchange = Exchange(process_group, payload_dtype)
         self.shard = ClassShard.of(num_classes, self.exchange.rank, self.exchange.world_size)
         where = torch.device(device) if device is not None else torch.get_default_device()
-        self.weight = nn.Parameter(initial_rows(self.shard, embedding_dim, seed, center_dtype, where))
-        """This rank's centers [rows, D]. Its ``grad`` stays None: see ``row_gradients``. On a GPU, see too
+        self.staged: StagedRows | None = None
+        """The steps' copies of their rows, where the centers are not on the device."""
+        if storage == "device":
+            centers = torch.zeros(self.shard.rows, embedding_dim, dtype=center_dtype, device=where)
+        else:
+            folder = storage_dir if storage == "file" else None
+            store = RowStore(self.shard.rows, embedding_dim, center_dtype, row_state or {}, folder)
+            centers, self.staged = store.centers, StagedRows(store, where)
+        if initialise:
+            fill_initially(centers, self.shard, seed, progress)
+        self.weight = nn.Parameter(centers)
+        """This rank's centers [rows, D], where they are stored. Its ``grad`` stays None: see ``row_gradients``. See too
         ``wait_for_update``."""
-        self.budget = KeepBudget(devices.default_keep_bytes(self.weight.device) if keep_bytes is None else keep_bytes)
+        self.budget = KeepBudget(devices.default_keep_bytes(where) if keep_bytes is None else keep_bytes)
         """The limit ``keep_bytes``, and what is stored now."""
-        self.gradient_scale = nn.Parameter(torch.ones((), device=self.weight.device))
+        self.gradient_scale = nn.Parameter(torch.ones((), device=where))
         """Its ``grad`` is the sum of what the losses were multiplied with before backward, NaN on every rank where a
         gradient of any rank is not finite. Row optimizers divide by what GradScaler makes of it; so leave the head's
         parameters out where you clip gradients by their norm. A float16 embedding's gradient is looked at in float32:
@@ -133,6 +169,11 @@ class PartialFC(nn.Module):
         self._probe_version = 0
         self.last_sample: LastSample | None = None
         self.side_stream: SideStream | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.gradient_scale.device
 
     @property
     def centers(self) -> DTensor:
@@ -183,8 +224,14 @@ class PartialFC(nn.Module):
     def wait_for_update(self) -> None:
         """All that comes next waits for the row update, which runs at the same time as the backbone's backward pass.
 
-        The head does so itself wherever it reads or writes the centers. Who takes ``weight`` as it is must ask for it.
+        Changed rows are stored too when it returns. The head calls it wherever it reads or writes the centers; so must
+        who takes ``weight`` as it is.
         """
+        self._join_update()
+        if self.staged is not None:
+            self.staged.settle()
+
+    def _join_update(self) -> None:
         if self.side_stream is not None:
             self.side_stream.join()
 
@@ -212,21 +259,29 @@ class PartialFC(nn.Module):
         if labels.shape != embeddings.shape[:1] or labels.dtype != torch.int64:
             found = str(labels.dtype).removeprefix("torch.")
             raise ValueError(f"labels must be int64 [{len(embeddings)}], found {found} {list(labels.shape)}")
-        if self.training and min(self.sample_rate, self.batch_rate) < 1 and devices.is_recorded(self.weight.device):
+        if self.training and min(self.sample_rate, self.batch_rate) < 1 and devices.is_recorded(self.device):
             raise RuntimeError("a CUDA graph would repeat one class sample at every replay: leave the head out of it")
-        with devices.own_precision(self.weight.device):
+        with devices.own_precision(self.device):
             return _HeadLoss.apply(embeddings, self.weight, labels.contiguous(), self, torch.is_grad_enabled())  # type: ignore[return-value]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PartialFC":
-        """What ``to``, ``cuda``, ``double`` and the like do."""
+        """What ``to``, ``cuda``, ``double`` and the like do. Centers that are stored elsewhere stay there."""
         self.wait_for_update()
-        _check_center_dtype(fn(self.weight.data[:0]).dtype)
+        was, wanted = self.weight.dtype, fn(self.weight.data[:0]).dtype
+        if wanted != was and (self.staged is not None or not {was, wanted} <= {torch.float32, torch.float64}):
+            raise ValueError(f"the centers are {was} and cannot become {wanted}: give PartialFC another center_dtype")
         self.clear_gradients()
         self.side_stream = None
-        return super()._apply(fn, recurse)
+        if self.staged is None:
+            return super()._apply(fn, recurse)
+        self.gradient_scale.data = fn(self.gradient_scale.data)
+        self.staged = StagedRows(self.staged.store, self.device)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """For a copy, or a pickle: without gradients, which are of this head's centers."""
+        if self.staged is not None:
+            raise TypeError("centers in host memory or a file are not copied with their head: see state_dict")
         self.wait_for_update()
         left = {"row_gradients": [], "gradients_applied": False, "accumulated_scale": None, "last_sample": None}
         return self.__dict__ | left
@@ -261,12 +316,27 @@ class PartialFC(nn.Module):
     def _sample(self, labels: Tensor, *, fixed: bool) -> tuple[ClassSample, Tensor | None]:
         """The classes and the part of the batch [B'] (None for all) of this step."""
         class_rate, batch_rate = (self.sample_rate, self.batch_rate) if self.training else (1.0, 1.0)
-        seed, step = self.seed, self.steps
-        classes = sample_classes(labels, self.shard, rate=class_rate, seed=seed, step=step, fixed=fixed)
-        size, device = len(labels), labels.device
+        seed, step, size, device = self.seed, self.steps, len(labels), labels.device
+        known = labels if self.staged is None else labels.cpu()  # where the rows are copied from
+        classes = sample_classes(known, self.shard, rate=class_rate, seed=seed, step=step, fixed=fixed)
+        classes = replace(classes, columns=classes.columns.to(device))
         batch = sample_batch(size, rate=batch_rate, seed=seed, step=step, device=device, fixed=fixed)
         self.last_sample = LastSample(classes, torch.arange(size, device=device) if batch is None else batch)
         return classes, batch
+
+    def _rows(self, sample: ClassSample) -> tuple[SampledRows, TakenRows | None]:
+        """The step's rows: the stored ones, or a copy of them."""
+        weight, staged = self.weight.detach(), self.staged
+        if staged is None:
+            return SampledRows(weight, sample.rows), None
+        if sample.rows is None:  # all of them, a block at a time
+            staged.settle()
+            return SampledRows(weight, None, self.device), None
+        taken = staged.take(sample.rows, spare=len(sample.columns))
+        rate, seed, step = self.sample_rate, self.seed, self.steps + 1
+        if self.training and rate < 1.0:
+            staged.fetch(lambda: negative_rows(self.shard, rate=rate, seed=seed, step=step))
+        return SampledRows(taken.parts[0], taken.index), taken
 
     def _check_labels(self, labels: Tensor) -> None:
         """Every rank sees all labels, so that all of them refuse a wrong one together and none is left waiting."""
@@ -280,11 +350,6 @@ class PartialFC(nn.Module):
             raise ValueError(
                 f"label {int(labels[place])} (sample {position} of rank {rank}) lies outside [0, {self.num_classes})"
             )
-
-
-def _check_center_dtype(dtype: torch.dtype) -> None:
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"center_dtype must be float32 or float64, found {dtype}")
 
 
 def _checked_rate(name: str, rate: float) -> float:
@@ -301,15 +366,18 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, embeddings: Tensor, weight: Tensor, labels: Tensor, head: PartialFC, backward: bool
     ) -> Tensor:
         objective = head.objective.at(head.steps)
-        head.wait_for_update()
+        head._join_update()
+        dtype = computed_dtype(weight.dtype)
         # ① the global batch
         batch, labels = head.exchange.gather_batch(embeddings.detach(), labels)
         head._check_labels(labels)
-        unit, inverse = normalize(batch.to(weight.dtype))  # [B, D], [B, 1]
+        unit, inverse = normalize(batch.to(dtype))  # [B, D], [B, 1]
         # ② the sample
-        fused = objective.fused_kernel(weight, head.compute_dtype, head.budget)
-        sample, part = head._sample(labels, fixed=fused is not None)
-        rows = SampledRows(weight.detach(), sample.rows)
+        sampled = head.training and head.sample_rate < 1.0
+        computed = weight if head.staged is None or not sampled else head.staged.centers
+        fused = objective.fused_kernel(computed, head.compute_dtype, head.budget)
+        sample, part = head._sample(labels, fixed=fused is not None and head.staged is None)
+        rows, taken = head._rows(sample)
         everyone = slice(None) if part is None else part
         # ③ two numbers per sample
         part_unit = unit[everyone]
@@ -320,7 +388,7 @@ class _HeadLoss(torch.autograd.Function):
         if len(rows):
             here = (own.columns >= 0)[:, None]  # [B, 1], whether the sample's class is
             own_rows = torch.where(here, normalize(rows.at(own.columns.clamp_min(0)))[0], 0.0)
-        numbers = torch.zeros(2, len(labels), dtype=torch.float64, device=weight.device)
+        numbers = torch.zeros(2, len(labels), dtype=torch.float64, device=unit.device)
         numbers[0] = (unit.double() * own_rows.double()).sum(dim=1)
         part_own = own if part is None else OwnClasses(own.columns[part])
         numbers[1, everyone] = kernel.forward(part_unit, rows, part_own, backward=backward)
@@ -335,14 +403,14 @@ class _HeadLoss(torch.autograd.Function):
         if head.training:
             head.steps += 1
         if not backward:
-            return loss.to(weight.dtype)
+            return loss.to(dtype)
         target_slope, negatives_slope = torch.autograd.grad(loss, (target, negatives), materialize_grads=True)
         ctx.head, ctx.kernel, ctx.rows, ctx.own, ctx.everyone = head, kernel, rows, own, everyone
-        ctx.kernel_is_fused, ctx.draw = fused is not None, sample.draw
+        ctx.kernel_is_fused, ctx.draw, ctx.taken = fused is not None, sample.draw, taken
         ctx.embedding_dtype = embeddings.dtype
         ctx.negatives = negatives.detach(), negatives_slope
         ctx.save_for_backward(unit, inverse, own_rows, target_slope)
-        return loss.detach().to(weight.dtype)
+        return loss.detach().to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -374,9 +442,12 @@ class _HeadLoss(torch.autograd.Function):
         if ctx.kernel_is_fused:
             from .kernels.fused.gradient import FusedGradient
 
-            gradient = FusedGradient(unit_rows_grad, ctx.own.columns, slopes, ctx.draw)
+            padded = ctx.taken is None
+            gradient = FusedGradient(unit_rows_grad, ctx.own.columns, slopes, ctx.draw, padded=padded)
         else:
             gradient = StepGradient(ctx.rows, unit_rows_grad, ctx.own, slopes)
+        if ctx.taken is not None:
+            gradient = StagedGradient(gradient, ctx.taken, ctx.rows)
         _accumulate(head, gradient, torch.where(broken > 0, torch.nan, grad))
         assert head.gradient_scale.grad is not None
         head.side_stream = head.side_stream or SideStream(unit.device)

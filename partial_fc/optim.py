@@ -16,9 +16,13 @@ from torch import Tensor
 from . import device as devices
 from .centers import as_dtensor, read_rows
 from .head import PartialFC
+from .kernels.blocked import block_rows
+from .kernels.rounding import Rounding
 from .kernels.row_step import RowStep
-from .row_gradient import RowGradient
+from .kernels.rows import computed_dtype
+from .row_gradient import GradientSum, RowGradient, StagedGradient
 from .row_update import apply
+from .storage import CENTERS, TakenRows
 
 
 class RowOptimizer(torch.optim.Optimizer, ABC):
@@ -41,7 +45,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def __init__(self, head: PartialFC, defaults: dict[str, Any]) -> None:
         super().__init__([head.weight, head.gradient_scale], defaults)
         self.head = head
-        self._skipped = torch.zeros((), dtype=torch.int64, device=head.weight.device)
+        self._row_state()
+        self._skipped = torch.zeros((), dtype=torch.int64, device=head.device)
 
     @property
     def skipped_steps(self) -> Tensor:
@@ -84,13 +89,58 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         return loss
 
     def _step(self, gradients: list[RowGradient]) -> None:
-        with devices.own_precision(self.head.weight.device):
+        with devices.own_precision(self.head.device):
             factor, broken = self._scaling()
             self._skipped += broken
             if devices.host_sees(broken.device) and broken:
                 return
+            if self.head.staged is not None and all(isinstance(one, StagedGradient) for one in gradients):
+                self._step_copy(gradients, factor, broken)  # type: ignore[arg-type]
+                return
+            if self.head.staged is not None:  # all rows, where they are stored
+                self.head.staged.settle()
+                copies = [one for one in gradients if isinstance(one, StagedGradient)]
+                if copies:
+                    self._read_again(copies, torch.cat([one.taken.places for one in copies]).unique())
             tensors = [self.head.weight.data, *self._row_state().values()]
-            apply(gradients, tensors, self, factor, broken)
+            apply(gradients, tensors, self, factor, broken, self._rounding())
+
+    def _step_copy(self, gradients: list[StagedGradient], factor: Tensor, broken: Tensor) -> None:
+        """Steps a copy of the rows, which is then written back."""
+        staged = self.head.staged
+        assert staged is not None
+        gradient: RowGradient = gradients[0].inner
+        taken = gradients[0].taken
+        if len(gradients) > 1 or taken is not staged.latest:  # later passes may have taken their places
+            total = GradientSum(gradients, block_rows(staged.centers))
+            assert total.index is not None
+            taken = self._read_again(gradients, total.index.cpu())
+            if len(gradients) > 1:
+                total.index = None  # the copy has these rows alone, in this order
+                gradient = total
+        parts = dict(zip(staged.store.parts, taken.parts, strict=True))
+        tensors = [parts[CENTERS], *(parts[name] for name in self._row_state())]
+        apply([gradient], tensors, self, factor, broken, self._rounding(taken.places.to(self.head.device)))
+        staged.write(taken)
+
+    def _read_again(self, gradients: list[StagedGradient], places: Tensor) -> TakenRows:
+        """One copy of the rows of several passes, from which their gradients read from here on."""
+        assert self.head.staged is not None
+        taken = self.head.staged.sum_up(places)
+        for one in gradients:
+            one.read_from(taken)
+        return taken
+
+    def _rounding(self, ids: Tensor | None = None) -> Rounding | None:
+        """How this step's rows are rounded; None where they are not.
+
+        Args:
+            ids: their places in the shard, int64 [K]; None where the gradient's are these.
+        """
+        head = self.head
+        if head.weight.dtype != torch.bfloat16:
+            return None
+        return Rounding.of(head.seed, head.steps, head.shard.start, ids)
 
     def state_dict(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """``state``: name → DTensor [C, ...] with Shard(0); ``param_groups``: the hyper-parameters.
@@ -117,7 +167,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape of the state of one row."""
+        """Name → shape of the state of one row, [n]."""
 
     @abstractmethod
     def update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
@@ -139,11 +189,23 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         return factor, broken
 
     def _row_state(self) -> dict[str, Tensor]:
-        weight = self.head.weight
-        state = self.state[weight]
+        head = self.head
+        state = self.state[head.weight]
         for name, shape in self._state_shapes().items():
-            if name not in state:
-                state[name] = torch.zeros(self.head.shard.rows, *shape, dtype=weight.dtype, device=weight.device)
+            if name in state:
+                continue
+            if head.staged is None:
+                wide = shape != (1,)
+                dtype = head.weight.dtype if wide else computed_dtype(head.weight.dtype)
+                state[name] = torch.zeros(head.shard.rows, *shape, dtype=dtype, device=head.weight.device)
+                continue
+            stored = head.staged.store.parts
+            if name not in stored or stored[name].shape[1:] != shape:
+                raise ValueError(
+                    f"the head has no place for {name} {list(shape)} of each row: give PartialFC a row_state, "
+                    f"{type(self).__name__}.row_state(...)"
+                )
+            state[name] = stored[name]
         return state
 
 
@@ -167,8 +229,13 @@ class RowSGD(RowOptimizer):
             raise ValueError("nesterov needs momentum > 0")
         super().__init__(head, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
 
+    @staticmethod
+    def row_state(dim: int, momentum: float = 0.0) -> dict[str, int]:
+        """Name → numbers of state a row of D = ``dim``, for ``PartialFC``."""
+        return {"momentum": dim} if momentum else {}
+
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"momentum": (self.head.embedding_dim,)} if self.param_groups[0]["momentum"] else {}
+        return _shapes(self.row_state(self.head.embedding_dim, self.param_groups[0]["momentum"]))
 
     def update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
         group = self.param_groups[0]
@@ -216,9 +283,13 @@ class RowAdamW(RowOptimizer):
         _check_shares(**{"betas[0]": betas[0], "betas[1]": betas[1]})
         super().__init__(head, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
+    @staticmethod
+    def row_state(dim: int) -> dict[str, int]:
+        """Name → numbers of state a row of D = ``dim``, for ``PartialFC``."""
+        return {"first_moment": dim, "second_moment": dim, "steps": 1}
+
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
-        dim = self.head.embedding_dim
-        return {"first_moment": (dim,), "second_moment": (dim,), "steps": (1,)}
+        return _shapes(self.row_state(self.head.embedding_dim))
 
     def update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
         group = self.param_groups[0]
@@ -264,8 +335,13 @@ class RowAdagrad(RowOptimizer):
         _check(lr=lr, eps=eps, weight_decay=weight_decay)
         super().__init__(head, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
 
+    @staticmethod
+    def row_state(dim: int) -> dict[str, int]:
+        """Name → numbers of state a row, for ``PartialFC``."""
+        return {"sum": 1}
+
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"sum": (1,)}
+        return _shapes(self.row_state(self.head.embedding_dim))
 
     def update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
         group = self.param_groups[0]
@@ -278,6 +354,10 @@ class RowAdagrad(RowOptimizer):
     def step_rows(self, rows: RowStep, weight: Tensor, state: list[Tensor]) -> None:
         group = self.param_groups[0]
         rows.adagrad(weight, state[0], lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"])
+
+
+def _shapes(numbers: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    return {name: (count,) for name, count in numbers.items()}
 
 
 def _check(**values: float) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .kernels import UnitGradient
 from .kernels.rows import OwnClasses, SampledRows
+from .storage import TakenRows
 
 
 class RowGradient(Protocol):
@@ -49,12 +50,16 @@ class StepGradient:
     """
 
     def __init__(self, rows: SampledRows, negatives: UnitGradient, own: OwnClasses, slopes: Tensor) -> None:
-        self.index = rows.index
+        self.rows = rows
         self.inverse = rows.inverse
         self.needs_rows = negatives.needs_rows
         self.negatives = negatives
         self.own = own
         self.slopes = slopes[own.samples] * rows.inverse[own.places]
+
+    @property
+    def index(self) -> Tensor | None:
+        return self.rows.index
 
     def __len__(self) -> int:
         return len(self.inverse)
@@ -63,6 +68,39 @@ class StepGradient:
         gradient = self.negatives.block(start, stop, rows)
         self.own.add(gradient, start, stop, self.slopes)
         return gradient
+
+
+class StagedGradient:
+    """A gradient by a step's copy of its rows (``storage.py``), as one by the rows of the shard.
+
+    Args:
+        inner: by the copy; its places are those of ``taken``, in the same order.
+        taken: the copy.
+        rows: what ``inner`` reads it through.
+    """
+
+    def __init__(self, inner: RowGradient, taken: TakenRows, rows: SampledRows) -> None:
+        self.inner, self.taken, self.rows = inner, taken, rows
+        self.index = taken.places.to(taken.index.device)
+
+    @property
+    def inverse(self) -> Tensor | None:
+        return self.inner.inverse
+
+    @property
+    def needs_rows(self) -> bool:
+        return self.inner.needs_rows
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def raw_block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:
+        return self.inner.raw_block(start, stop, rows)
+
+    def read_from(self, taken: TakenRows) -> None:
+        """From here on the rows are read from another copy, which has more of them."""
+        slots = taken.slots[torch.searchsorted(taken.places, self.taken.places)]
+        self.rows.weight, self.rows.index = taken.parts[0], slots.to(self.rows.device)
 
 
 def project(values: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
@@ -88,6 +126,7 @@ class GradientSum:
 
     inverse = None
     needs_rows = True
+    index: Tensor | None
 
     def __init__(self, gradients: Sequence[RowGradient], size: int) -> None:
         self.gradients = gradients

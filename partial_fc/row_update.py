@@ -1,6 +1,7 @@
 """The walk of a row optimizer over the rows of a step: a block of rows at a time, in place, and no other row."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 from . import device as devices
 from .kernels import native
 from .kernels.blocked import block_rows
-from .kernels.rows import stored_rows
+from .kernels.rounding import Rounding
+from .kernels.rows import computed_dtype, stored_rows
 from .row_gradient import GradientSum, RowGradient, project
 
 
@@ -42,7 +44,12 @@ class AppliesItself(Protocol):
 
 
 def apply(
-    gradients: Sequence[RowGradient], tensors: Sequence[Tensor], rule: RowRule, factor: Tensor, broken: Tensor
+    gradients: Sequence[RowGradient],
+    tensors: Sequence[Tensor],
+    rule: RowRule,
+    factor: Tensor,
+    broken: Tensor,
+    rounding: Rounding | None = None,
 ) -> None:
     """One step.
 
@@ -52,26 +59,32 @@ def apply(
         rule: what is done to them.
         factor: multiplies the gradient, [].
         broken: bool []; on a GPU, where the host does not know it, a step that is broken leaves all as it was.
+        rounding: of tensors in bfloat16, None where there are none; without ids where these are the gradient's places.
     """
     gradient, *others = gradients
     if isinstance(gradient, AppliesItself) and gradient.adds(others):
         gradient.apply(others, tensors, rule, factor, broken)
         return
     weight, *state = tensors
-    compiled = rule.step_rows if native.supports(weight) else None
+    here = weight.device == factor.device
+    # A row of one number has its momentum apart, in float32, which the passes over bfloat16 do not expect.
+    compiled = rule.step_rows if here and native.supports(weight) and weight.shape[1] > 1 else None
     number = 1.0 if compiled is None else float(factor)
-    size = block_rows(weight)
+    size = block_rows(weight, factor.device)
     if others:
         gradient = GradientSum(gradients, size)
+    if rounding is not None and rounding.ids is None and gradient.index is not None:
+        rounding = replace(rounding, ids=gradient.index)
     for start in range(0, len(gradient), size):
         stop = min(start + size, len(gradient))
         if compiled is not None:
-            rows = stored_rows(weight, gradient.index, start, stop) if gradient.needs_rows else None
-            values = gradient.raw_block(start, stop, rows).to(weight.dtype).contiguous()
-            step = native.CompiledStep(gradient.index, start, stop, values, gradient.inverse, number)
+            dtype = computed_dtype(weight.dtype)
+            rows = stored_rows(weight, gradient.index, start, stop).to(dtype) if gradient.needs_rows else None
+            values = gradient.raw_block(start, stop, rows).to(dtype).contiguous()
+            step = native.CompiledStep(gradient.index, start, stop, values, gradient.inverse, number, rounding)
             compiled(step, weight, state)
         else:
-            _by_torch(gradient, start, stop, tensors, rule, factor, broken)
+            _by_torch(gradient, start, stop, tensors, rule, factor, broken, rounding)
 
 
 def _by_torch(
@@ -82,8 +95,10 @@ def _by_torch(
     rule: RowRule,
     factor: Tensor,
     broken: Tensor,
+    rounding: Rounding | None,
 ) -> None:
-    weight, *state = [stored_rows(tensor, gradient.index, start, stop) for tensor in tensors]
+    stored = [stored_rows(tensor, gradient.index, start, stop) for tensor in tensors]
+    weight, *state = [rows.to(factor.device, computed_dtype(rows.dtype)) for rows in stored]
     values = gradient.raw_block(start, stop, weight)
     if gradient.inverse is not None:
         project(values, weight, gradient.inverse[start:stop])
@@ -92,10 +107,14 @@ def _by_torch(
     before = [weight.clone(), *(one.clone() for one in state)] if on_device else []
     rule.update(weight, values, state)  # in place, where these are views
     after = [weight, *state]
-    if on_device:
-        after = [torch.where(broken, old, new) for old, new in zip(before, after, strict=True)]
-    for tensor, rows in zip(tensors, after, strict=True):
+    for part, (tensor, rows) in enumerate(zip(tensors, stored, strict=True)):
+        new = after[part]
+        if tensor.dtype == torch.bfloat16:
+            assert rounding is not None
+            new = rounding.rounded(new, start, part)
+        if on_device:
+            new = torch.where(broken, before[part].to(new.dtype), new)
         if gradient.index is not None:
-            tensor.index_copy_(0, gradient.index[start:stop], rows)
-        elif on_device:
-            tensor[start:stop] = rows
+            tensor.index_copy_(0, gradient.index[start:stop], new)
+        elif new is not rows:
+            tensor[start:stop] = new

@@ -75,6 +75,21 @@ def sample_classes(
     return ClassSample(shard, classes - shard.start, torch.where(mine, torch.searchsorted(classes, labels), -1))
 
 
+def expected_rows(classes: int, ranks: int, rate: float, batch: int) -> float:
+    """K of the rank with most rows: the share ``rate`` of its classes, and of the others those that the batch brings.
+
+    The batch's labels are drawn uniformly, so one class is missing from it with probability (1 − 1/C)^B.
+    """
+    here = -(-classes // ranks)
+    return here * (rate + (1 - rate) * (1 - (1 - 1 / classes) ** batch))
+
+
+def negative_rows(shard: ClassShard, *, rate: float, seed: int, step: int) -> Tensor:
+    """Places in the shard of a step's random classes, int64 [n] on the host, ascending: without those of its batch."""
+    classes = _random_classes(shard, rate, seed, step, torch.device("cpu"))
+    return classes[classes >= 0].sort().values - shard.start
+
+
 def sample_batch(
     size: int, *, rate: float, seed: int, step: int, device: torch.device, fixed: bool = False
 ) -> Tensor | None:

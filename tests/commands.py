@@ -13,17 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PRELOADED = [
-    *("torch.distributed", "pfc.partial_fc", "pfc.engine.trainer", "pfc.launch.cli", "pfc.engine.report.figures"),
-    *("nvidia.dali.fn", "matplotlib.backends.backend_svg", "pfc.benchmarks.head.measure", "pfc.benchmarks.step"),
-]
-"""What every process forked for a test has imported; one list, since there is one process that they are forked from."""
-
 
 def forkserver() -> Any:
-    """The multiprocessing context whose processes have ``PRELOADED`` imported."""
+    """The multiprocessing context whose processes have ``tests.preloaded`` imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["tests.preloaded"])
     return context
 
 

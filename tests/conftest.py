@@ -1,11 +1,23 @@
-"""What all tests share: one thread a process, and the table at the end of ``make test-gpu``."""
+"""What all tests share: one thread a process, quick collection, and the table at the end of ``make test-gpu``."""
 
+import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 
 # Before anything imports torch: tests work on small tensors, which more threads make slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    gc.disable()  # what is imported stays: to look for garbage in it is a third of the time
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -1,15 +1,14 @@
 """Real gloo ranks for tests: a pool of processes per world size, started once and used by all tests."""
 
 import atexit
-import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 from tests.commands import forkserver
 
@@ -35,19 +34,18 @@ class RankPool:
     """``world_size`` processes with an initialised gloo group, fed through pipes."""
 
     def __init__(self, world_size: int, *, interpreted: bool = False) -> None:
-        """interpreted: Triton interprets its kernels there, which it decides when it is imported."""
+        """interpreted: Triton interprets its kernels there."""
         self.directory = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn") if interpreted else forkserver()
+        context = forkserver()
         pipes = [context.Pipe() for _ in range(world_size)]
         self.pipes = [parent for parent, _ in pipes]
         store = os.path.join(self.directory.name, "store")
         self.processes = [
-            context.Process(target=_serve, args=(rank, world_size, store, child), daemon=True)
+            context.Process(target=_serve, args=(rank, world_size, store, child, interpreted), daemon=True)
             for rank, (_, child) in enumerate(pipes)
         ]
-        with patch.dict(os.environ, {"TRITON_INTERPRET": "1"} if interpreted else {}):
-            for process in self.processes:
-                process.start()
+        for process in self.processes:
+            process.start()
         atexit.register(self.close)
 
     def call(self, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
@@ -74,10 +72,12 @@ class RankPool:
         self.directory.cleanup()
 
 
-def _serve(rank: int, world_size: int, store: str, pipe: Any) -> None:
+def _serve(rank: int, world_size: int, store: str, pipe: Any, interpreted: bool) -> None:
     import torch
     import torch.distributed as dist
 
+    if interpreted:
+        _import_triton_anew()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     while True:
@@ -90,3 +90,11 @@ def _serve(rank: int, world_size: int, store: str, pipe: Any) -> None:
         except BaseException:
             answer = pickle.dumps(("error", traceback.format_exc()))
         pipe.send_bytes(answer)
+
+
+def _import_triton_anew() -> None:
+    """So that it interprets: that it decides when it is imported, and torch has imported it already."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
+        if not name.startswith("triton._C"):  # machine code, which is loaded once
+            del sys.modules[name]

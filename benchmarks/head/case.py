@@ -2,10 +2,11 @@
 
 What a step must do: operations and bytes, and the time that they take at the machine's ceilings.
 B global batch, D dimension, K rows used on this rank; per rank and step. The rows are read once for the loss. The row
-update reads and writes them and SGD's momentum: 5·K·D numbers in float32. The products are three (cosines, embeddings'
-gradient, rows' gradient), 6·B·K·D operations; the third needs the probabilities again, which are either stored, B·K
-numbers of the products' precision written and read, or recomputed, 2·B·K·D operations. P2SGrad may take the
-Gram matrix in place of the cosines: 4·K·D² + 4·B·D² operations, and nothing stored.
+update reads and writes them and SGD's momentum: 5·K·D numbers in the centers' precision, 3·K·D with Adagrad. The
+products are three (cosines, embeddings' gradient, rows' gradient), 6·B·K·D operations; the third needs the
+probabilities again, which are either stored, B·K numbers of the products' precision written and read, or recomputed,
+2·B·K·D operations. P2SGrad may take the Gram matrix in place of the cosines: 4·K·D² + 4·B·D² operations, and nothing
+stored.
 
 Not counted: exponentials, the exchange between the ranks, the sample, and all that is done to numbers in the cache.
 """
@@ -14,10 +15,11 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ...partial_fc.sampling import expected_rows
 from ..ceilings import Ceilings
 
-_ITEM = {"float32": 4, "bf16": 2}
-"""Bytes of a number in the products' precision."""
+ITEM = {"float32": 4, "bf16": 2}
+"""Bytes of a number in a precision."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,6 @@ class Work:
         return min(way.operations / rate + way.bytes / ceilings.bandwidth for way in self.ways)
 
 
-def expected_rows(classes: int, ranks: int, rate: float, batch: int) -> float:
-    """K of the rank with most rows: the share ``rate`` of its classes, and of the others those that the batch brings.
-
-    The batch's labels are drawn uniformly, so one class is missing from it with probability (1 − 1/C)^B.
-    """
-    here = -(-classes // ranks)
-    return here * (rate + (1 - rate) * (1 - (1 - 1 / classes) ** batch))
-
-
 @dataclass(frozen=True)
 class HeadCase:
     """One line of the benchmark.
@@ -67,6 +60,12 @@ class HeadCase:
         precision: of the products, "float32" or "bf16"; "fp16" is the peer's own mixed precision.
         objective: name of an objective; the baselines have CosFace alone.
         peer: folder that holds ``partial_fc_v2.py`` and ``losses.py`` of the common implementation, for "peer".
+        storage: where the centers and their optimizer's state are stored, "device", "host" or "file"; pfc's alone, as
+            what follows.
+        storage_dir: folder of the file.
+        center_dtype: how, "float32" or "bf16".
+        optimizer: "row_sgd", with momentum, or "row_adagrad".
+        simulated: whether one process is measured, the first of ``ranks``; the others do not exist.
     """
 
     head: str
@@ -78,20 +77,57 @@ class HeadCase:
     precision: str = "float32"
     objective: str = "cosface"
     peer: str = ""
+    storage: str = "device"
+    storage_dir: str = ""
+    center_dtype: str = "float32"
+    optimizer: str = "row_sgd"
+    simulated: bool = False
 
     def __str__(self) -> str:
         return (
-            f"{self.head} C={self.classes:,} rate={self.rate:.4g} B={self.batch} D={self.dim} ranks={self.ranks} "
-            f"{self.precision} {self.objective}"
+            f"{self.head} C={self.classes:,} rate={self.rate:.4g} B={self.batch} D={self.dim} ranks={self.ranks}"
+            f"{' simulated' * self.simulated} {self.precision} {self.objective}{self._centers}"
         )
+
+    @property
+    def _centers(self) -> str:
+        usual = {"storage": "device", "center_dtype": "float32", "optimizer": "row_sgd"}
+        others = [f"{name}={value}" for name in usual if (value := getattr(self, name)) != usual[name]]
+        return "".join(f" {other}" for other in others)
+
+    @property
+    def processes(self) -> int:
+        """How many processes are measured."""
+        return 1 if self.simulated else self.ranks
+
+    @property
+    def stored_rows(self) -> int:
+        """Centers that the rank with most of them stores."""
+        return -(-self.classes // self.ranks)
+
+    @property
+    def row_bytes(self) -> int:
+        """A center with its optimizer's state: SGD's momentum in the centers' precision, or Adagrad's one number."""
+        center = self.dim * ITEM[self.center_dtype]
+        return center + (center if self.optimizer == "row_sgd" else 4)
+
+    @property
+    def exchanged_bytes(self) -> int:
+        """Of a step's three collectives, in pfc's head: the global batch with its labels that is gathered, the two
+        numbers a sample that are summed, all samples' gradients (and one number a rank) that are summed and scattered.
+        """
+        if self.ranks == 1:
+            return 0
+        return self.batch * (4 * self.dim + 8) + 2 * 8 * self.batch + 4 * (self.batch * self.dim + self.ranks)
 
     @property
     def work(self) -> Work:
         """What a step must do on the rank with most rows, whoever does it."""
         rows = expected_rows(self.classes, self.ranks, self.rate, self.batch)
-        update = 4 * 5 * rows * self.dim
+        moved = 5 if self.optimizer == "row_sgd" else 3
+        update = ITEM[self.center_dtype] * moved * rows * self.dim
         product = 2 * self.batch * rows * self.dim
-        kept = 2 * self.batch * rows * _ITEM[self.precision]
+        kept = 2 * self.batch * rows * ITEM[self.precision]
         ways = [Way(3 * product, update + kept), Way(4 * product, update)]
         if self.objective == "p2sgrad":
             ways.append(Way(4 * (rows + self.batch) * self.dim**2, update))
@@ -106,11 +142,14 @@ class Measurement:
         seconds: of each timed step, on the slowest rank.
         peak_bytes: of the rank that takes most.
         phases: part of the step → kind of work → seconds, from steps profiled apart (``phases.py``).
+        used_rows: centers that the last of these steps used on the rank that used most; None where the head does not
+            say.
     """
 
     seconds: list[float]
     peak_bytes: int
     phases: dict[str, dict[str, float]]
+    used_rows: int | None = None
 
 
 @dataclass
@@ -139,6 +178,10 @@ class Line:
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+    @property
+    def fastest(self) -> float:
+        return min(self.seconds)
 
     @property
     def peak_bytes(self) -> int:
@@ -173,13 +216,14 @@ class Line:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        case = {key: value for key, value in asdict(self.case).items() if key != "peer"}
+        case = {key: value for key, value in asdict(self.case).items() if key not in ("peer", "storage_dir")}
         if not self.rounds:
             return {**case, "error": self.error}
         work = self.case.work
         return {
             **case,
             "rows": work.rows,
+            "used_rows": self.rounds[-1].used_rows,
             "operations": work.ways[0].operations,
             "bytes": work.ways[0].bytes,
             "median_s": self.median,

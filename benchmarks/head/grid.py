@@ -56,6 +56,17 @@ class HeadGrid:
         Raises:
             UsageError: a value is out of range, or our own head would not fit into memory.
         """
+        self.check_values()
+        for line in self.lines():
+            if line.case.head == "pfc" and (reason := why_not(line.case)):
+                raise UsageError(reason)
+        return self
+
+    def check_values(self) -> None:
+        """
+        Raises:
+            UsageError: a value is out of range.
+        """
         for name in ("classes", "sampled", "batch", "dim", "ranks", "threads", "steps", "rounds"):
             values = getattr(self, name)
             for value in values if isinstance(values, tuple) else (values,):
@@ -78,10 +89,6 @@ class HeadGrid:
                 raise UsageError(f"--objective {name}: not one of {', '.join(objectives.names())}")
         if self.peer and not (Path(self.peer) / "partial_fc_v2.py").is_file():
             raise UsageError(f"--peer {self.peer}: no partial_fc_v2.py there; give the folder that holds it")
-        for line in self.lines():
-            if line.case.head == "pfc" and (reason := why_not(line.case)):
-                raise UsageError(reason)
-        return self
 
     def lines(self) -> list[Line]:
         """One for each combination, the baselines before ours, each baseline once."""
@@ -112,10 +119,8 @@ class HeadResults:
 
     def to_dict(self) -> dict[str, Any]:
         grid = self.grid
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
         return {
-            "torch": torch.__version__,
-            "device": device,
+            **machine(),
             "threads": grid.threads,
             "steps": grid.steps,
             "warmup": grid.warmup,
@@ -123,6 +128,12 @@ class HeadResults:
             "ceilings": [ceilings.to_dict() for ceilings in self.ceilings],
             "lines": [line.to_dict() for line in self.lines],
         }
+
+
+def machine() -> dict[str, str]:
+    """What the figures are of."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
+    return {"torch": torch.__version__, "device": device}
 
 
 def measure_grid(grid: HeadGrid, progress: Progress) -> HeadResults:
@@ -135,7 +146,35 @@ def measure_grid(grid: HeadGrid, progress: Progress) -> HeadResults:
         RankDied: the machine's ceilings could not be measured.
     """
     lines = grid.checked().lines()
-    total, done = len(lines) * grid.rounds + 2 * len(set(grid.ranks)), 0
+    pace = Pace(grid.threads, grid.steps, grid.warmup, grid.rounds)
+    return HeadResults(grid, measure_lines(lines, pace, progress), lines)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How lines are measured: see ``HeadGrid``.
+
+    Attributes:
+        profiled: steps after the timed ones.
+        memory: the limit of ``why_not``.
+    """
+
+    threads: int
+    steps: int
+    warmup: int
+    rounds: int
+    profiled: int = 2
+    memory: int | None = None
+
+
+def measure_lines(lines: list[Line], pace: Pace, progress: Progress) -> list[Ceilings]:
+    """``measure_grid`` of given lines, into them; returns the ceilings of each number of processes.
+
+    Raises:
+        RankDied: the machine's ceilings could not be measured.
+    """
+    processes = dict.fromkeys(line.case.processes for line in lines)
+    total, done = len(lines) * pace.rounds + 2 * len(processes), 0
     precisions = sorted({line.case.precision for line in lines})
     every = []
 
@@ -144,31 +183,35 @@ def measure_grid(grid: HeadGrid, progress: Progress) -> HeadResults:
         progress(done, total, what)
         done += 1
 
-    for ranks in dict.fromkeys(grid.ranks):
-        mine = [line for line in lines if line.case.ranks == ranks]
+    for count in processes:
+        mine = [line for line in lines if line.case.processes == count]
         best: Ceilings | None = None
         for when in ("before", "after"):
-            next_is(f"the machine with {ranks} rank(s)")
-            best = measure_ceilings(ranks, threads=grid.threads, precisions=precisions).best(best)
+            next_is(f"the machine with {count} process(es)")
+            best = measure_ceilings(count, threads=pace.threads, precisions=precisions).best(best)
             if when == "before":
-                for _ in range(grid.rounds):
+                for _ in range(pace.rounds):
                     for line in mine:
                         next_is(str(line.case))
-                        _measure_round(line, grid)
+                        _measure_round(line, pace)
         for line in mine:
             line.ceilings = best
         every.append(best)
     progress(total, total, "done")
-    return HeadResults(grid, every, lines)
+    return every
 
 
-def _measure_round(line: Line, grid: HeadGrid) -> None:
+def _measure_round(line: Line, pace: Pace) -> None:
     if line.error:
         return
-    line.error = why_not(line.case)
+    line.error = why_not(line.case, pace.memory)
     if not line.error:
         try:
-            line.rounds.append(measure(line.case, steps=grid.steps, warmup=grid.warmup, threads=grid.threads))
+            line.rounds.append(
+                measure(
+                    line.case, steps=pace.steps, warmup=pace.warmup, threads=pace.threads, profiled_steps=pace.profiled
+                )
+            )
         except RankDied as died:
             line.error, line.died = f"{line.case}: {died}", True
             line.rounds.clear()

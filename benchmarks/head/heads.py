@@ -3,11 +3,14 @@
 import importlib
 import sys
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ...partial_fc import PartialFC, RowSGD, objectives
+from ...partial_fc import PartialFC, RowAdagrad, RowSGD, objectives
+from ...partial_fc.exchange import Exchange
+from ...partial_fc.storage import Storage
 from ..ceilings import DTYPES
 from .case import HeadCase
 from .dense import MARGIN, SCALE, DenseHead
@@ -22,6 +25,12 @@ class Head:
     module: nn.Module
     optimizer: torch.optim.Optimizer
 
+    @property
+    def used_rows(self) -> int:
+        """Centers that the last step used on this rank; 0 where the head does not say."""
+        sample = self.module.last_sample if isinstance(self.module, PartialFC) else None
+        return 0 if sample is None else len(sample.classes)
+
     def step(self, embeddings: Tensor, labels: Tensor) -> None:
         """Forward, backward, row update."""
         self.module(embeddings, labels).backward()
@@ -31,7 +40,10 @@ class Head:
 
 def build(case: HeadCase, device: torch.device) -> Head:
     """The head of a case, on one of its ranks."""
-    return with_sgd({"pfc": _pfc, "dense": _dense, "peer": _peer}[case.head](case, device))
+    module = {"pfc": _pfc, "dense": _dense, "peer": _peer}[case.head](case, device)
+    if isinstance(module, PartialFC) and case.optimizer == "row_adagrad":
+        return Head(module, RowAdagrad(module, weight_decay=WEIGHT_DECAY))
+    return with_sgd(module)
 
 
 def with_sgd(module: nn.Module) -> Head:
@@ -42,15 +54,46 @@ def with_sgd(module: nn.Module) -> Head:
     return Head(module, torch.optim.SGD(centers, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY))
 
 
+class SimulatedExchange(Exchange):
+    """That of one rank of a simulated world (``ranks.simulate_world``): labels of a whole global batch, and good news.
+
+    The fake group hands back this rank's own samples as everybody's, so that a step would see b classes in place of
+    those of B samples.
+
+    Args:
+        num_classes: C, from which labels are drawn uniformly.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+
+    def gather_batch(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        batch, gathered = super().gather_batch(embeddings, labels)
+        return batch, torch.randint_like(gathered, self.num_classes)
+
+    def sum_and_scatter(self, gradients: Tensor, broken: Tensor) -> tuple[Tensor, Tensor]:
+        own, _ = super().sum_and_scatter(gradients, broken)
+        return own, own.new_zeros(())  # a step that some rank calls broken would not be done
+
+
 def _pfc(case: HeadCase, device: torch.device) -> nn.Module:
-    return PartialFC(
+    adagrad = case.optimizer == "row_adagrad"
+    head = PartialFC(
         case.classes,
         case.dim,
         objective=objectives.build(case.objective),
         sample_rate=case.rate,
         device=device,
         compute_dtype=DTYPES[case.precision],
+        center_dtype=DTYPES[case.center_dtype],
+        storage=cast(Storage, case.storage),
+        storage_dir=case.storage_dir,
+        row_state=RowAdagrad.row_state(case.dim) if adagrad else RowSGD.row_state(case.dim, momentum=MOMENTUM),
     )
+    if case.simulated:
+        head.exchange = SimulatedExchange(case.classes)
+    return head
 
 
 def _dense(case: HeadCase, device: torch.device) -> nn.Module:

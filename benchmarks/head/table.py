@@ -38,7 +38,7 @@ def report(results: HeadResults) -> list[str]:
     } | {name: show for name, show in options.items() if name in varies}
     threads = f"{grid.threads} thread(s) a rank"
     setting = ", ".join([*same, threads, f"{grid.rounds} round(s) of {grid.steps} steps"])
-    lines = [part for line in (setting, *map(_ceilings, results.ceilings)) for part in wrap(line, _WIDTH)]
+    lines = [part for line in (setting, *map(ceilings_line, results.ceilings)) for part in wrap(line, _WIDTH)]
     measured = [line for line in results.lines if line.rounds]
     if not measured:
         return lines
@@ -52,8 +52,8 @@ def report(results: HeadResults) -> list[str]:
                 f"{1e3 * line.median:,.1f}",
                 f"{1e3 * min(seconds):,.1f}–{1e3 * max(seconds):,.1f}",
                 f"{line.peak_bytes / 2**20:,.0f}",
-                *(_shown(value) for value in (line.times(line.dense), line.times(line.peer))),
-                _shown(line.memory_of(line.peer)),
+                *(shown(value) for value in (line.times(line.dense), line.times(line.peer))),
+                shown(line.memory_of(line.peer)),
                 f"{line.median / line.floor:.2f}",
             ]
         )
@@ -112,7 +112,7 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _ceilings(ceilings: Ceilings) -> str:
+def ceilings_line(ceilings: Ceilings) -> str:
     products = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {name}" for name, rate in ceilings.products.items())
     return (
         f"each of {ceilings.ranks} rank(s), all at work: products {products}, memory "
@@ -120,5 +120,5 @@ def _ceilings(ceilings: Ceilings) -> str:
     )
 
 
-def _shown(value: float | None) -> str:
+def shown(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}" if value < 100 else f"{value:.0f}"

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..errors import DamagedRecord, UsageError
 from ..order.orders import Order, SampleOrder
 from .augment import Augment, draw_flips
+from .batches import Batch, Loader
 from .dali import PREFETCH, REFUSED, as_batch, as_numbers, build_pipeline, run_pipeline, undecodable
 from .damage import DamageLimit
 from .device import CPU, Place, decoding_device, moved
@@ -34,27 +33,8 @@ if TYPE_CHECKING:
 _READ = 512  # samples that are read at once
 
 
-@dataclass
-class Batch:
-    """One rank's part of a global batch; the tensors belong to whoever receives it.
-
-    Attributes:
-        images: float32 [b, 3, H, W], RGB, each value in [-1, 1], on the loader's device.
-        labels: int64 [b], on the loader's device.
-        samples: int64 [b], which images of the data set they are.
-    """
-
-    images: Tensor
-    labels: Tensor
-    samples: NDArray[np.int64]
-
-
-class TrainLoader:
-    """Endless iterator over one rank's slices of the global batches.
-
-    With b = ``batch_size`` and B = b · ``world_size``, a step takes the next B positions of the order and rank r gets
-    the r-th b of them. Epochs follow each other without a gap (unless ``drop``), so a batch may hold the end of one and
-    the beginning of the next, and every rank takes the same number of steps.
+class TrainLoader(Loader):
+    """The batches of images that are stored, with b = ``batch_size`` and B = b · ``world_size``.
 
     A damaged sample (a record that cannot be read, a label out of range, an image without bytes or that DALI cannot
     decode) is replaced by a good one, the same at any world size and after a restart.
@@ -107,13 +87,12 @@ class TrainLoader:
     ) -> None:
         if len(dataset) == 0:
             raise UsageError(f"data set {dataset.name!r} holds no image: pack it again from a folder with images")
-        self._order = order or SampleOrder(len(dataset), seed)
-        self._global_batch, self._drop = batch_size * world_size, drop
-        if drop and self._global_batch > self._order.epoch_size:
-            raise UsageError(
-                f"data.remainder: drop leaves nothing of the {self._order.epoch_size} images of an epoch at a global "
-                f"batch of {self._global_batch}: carry the rest over, or take a smaller batch"
-            )
+        super().__init__(
+            order or SampleOrder(len(dataset), seed),
+            global_batch=batch_size * world_size,
+            drop=drop,
+            position=position,
+        )
         self._dataset = dataset
         self._seed = seed
         self._flip = flip
@@ -135,10 +114,9 @@ class TrainLoader:
             rank=rank,
             world_size=world_size,
             drop=drop,
-            position=position,
+            position=self.position,
             image_size=None if self._options["resize"] else image_size,
         )
-        self.position = self._reader.position
         self._limit = DamageLimit(max_damaged, dataset.name)
         self._replaced = 0
         self._untold: dict[int, DamagedRecord] = {}
@@ -152,9 +130,6 @@ class TrainLoader:
         # Slices are read by a thread of their own, ahead of DALI, while this one waits for DALI or trains.
         self._thread = ThreadPoolExecutor(1, "pfc-reader")
         self._reading = self._thread.submit(self._read_slices)
-
-    def __iter__(self) -> TrainLoader:
-        return self
 
     def __next__(self) -> Batch:
         if self._pipeline is None:
@@ -179,31 +154,13 @@ class TrainLoader:
         labels = torch.from_numpy(slice.labels)
         return Batch(moved(images, self._device), moved(labels, self._device), slice.samples)
 
-    @property
-    def epoch_size(self) -> int:
-        """Positions of an epoch."""
-        return self._order.epoch_size
-
-    @property
-    def epoch(self) -> float:
-        """Epochs before ``position``, a fraction."""
-        return self.position / self._order.epoch_size
-
-    def batches_until(self, epochs: float) -> int:
-        """How many global batches there are from ``position`` to the end of that many epochs of the run."""
-        end = round(epochs * self._order.epoch_size)
-        return self._order.batches(self.position, end, self._global_batch, drop=self._drop)
-
     def take_damage(self) -> tuple[int, dict[int, DamagedRecord]]:
-        """What this rank met since the last call: how many images were replaced, and which damaged samples it met for
-        the first time."""
         replaced, met = self._replaced, self._untold
         self._told.update(met)
         self._replaced, self._untold = 0, {}
         return replaced, met
 
     def close(self) -> None:
-        """Free DALI's threads and buffers; batches already handed out stay valid."""
         self._pipeline = None
         self._thread.shutdown(cancel_futures=True)
         self._ahead.close()

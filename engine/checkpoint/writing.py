@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from .directory import CONFIG, FOLDER, LABELS, Best, install, name_of, tidy
 from .reading import METADATA, STATE
 
 _T = TypeVar("_T")
+_CHUNK_BYTES = 1 << 26
 HIDDEN = ".step-"
 """What the names of directories begin with that are no checkpoints: being written, or being removed."""
 
@@ -172,9 +173,7 @@ class _PiecesPlanner(DefaultSavePlanner):
         self._pieces: dict[tuple[str, torch.Size | None], Piece] = {}
         self._items: list[WriteItem] = []
         for name, parts in pieces.items():
-            for piece in parts:
-                if not len(piece.rows):
-                    continue
+            for piece in (chunk for part in parts for chunk in _chunks(part)):
                 offset = torch.Size((piece.start, *[0] * (piece.rows.ndim - 1)))
                 self._pieces[name, offset] = piece
                 data = TensorWriteData(
@@ -192,6 +191,15 @@ class _PiecesPlanner(DefaultSavePlanner):
     def lookup_object(self, index: MetadataIndex) -> Any:
         piece = self._pieces.get((index.fqn, index.offset))
         return super().lookup_object(index) if piece is None else piece.rows.to(piece.dtype).contiguous()
+
+
+def _chunks(piece: Piece) -> Iterator[Piece]:
+    """Its rows in parts of which one at a time is copied to be written, and read back."""
+    if not len(piece.rows):
+        return
+    size = max(1, _CHUNK_BYTES * len(piece.rows) // max(1, piece.rows.numel() * piece.dtype.itemsize))
+    for start in range(0, len(piece.rows), size):
+        yield dataclasses.replace(piece, rows=piece.rows[start : start + size], start=piece.start + start)
 
 
 class _Writer(FileSystemWriter):

@@ -5,7 +5,7 @@ values are refused with the path of the key, what was found and what is allowed.
 """
 
 from .loading import load_config, parse_config
-from .sections import Adagrad, AdamW, BalancedSampling, BlockSampling, Config, Objective, Spike
+from .sections import Adagrad, AdamW, BalancedSampling, BlockSampling, Config, Generated, Objective, Spike
 
 __all__ = [
     "Adagrad",
@@ -13,6 +13,7 @@ __all__ = [
     "BalancedSampling",
     "BlockSampling",
     "Config",
+    "Generated",
     "Objective",
     "Spike",
     "load_config",

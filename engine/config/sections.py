@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -30,6 +31,27 @@ class Source(Section):
     """A packed data set (folder or .rec)."""
     weight: Positive = 1.0
     """How many times an epoch goes through it."""
+
+
+class Generated(Section):
+    """A training set that is computed while it is read, from a seed: see docs/data.md."""
+
+    generated: Count
+    """Number of identities."""
+    active: Count | None = None
+    """How many of them have images, spread evenly over all; each when absent. The others are negatives only."""
+    images_per_identity: Count = 20
+    """Different images of each active identity."""
+    image_size: Annotated[list[Side], Field(min_length=2, max_length=2)] = [32, 32]
+    """Height and width."""
+    seed: CountOrZero = 0
+    """Of the images; another seed, other identities."""
+
+    @model_validator(mode="after")
+    def _active_of_all(self) -> "Generated":
+        if self.active is not None and self.active > self.generated:
+            raise ValueError(f"active ({self.active}) is more than generated ({self.generated}), the identities")
+        return self
 
 
 class GlobalSampling(Section):
@@ -64,7 +86,9 @@ class BalancedSampling(Section):
     """K."""
 
 
-def _one_or_many(value: Any) -> str:
+def _kind_of_source(value: Any) -> str:
+    if isinstance(value, Generated) or (isinstance(value, dict) and "path" not in value):
+        return "generated"
     return "many" if isinstance(value, list) else "one"
 
 
@@ -74,8 +98,12 @@ Sources = Annotated[
 
 
 class Data(Section):
-    train: Annotated[Annotated[str, Tag("one")] | Annotated[Sources, Tag("many")], Discriminator(_one_or_many)]
-    """A packed data set (folder or .rec), or a list of them: paths, or {path, weight}. Labels are offset set by set."""
+    train: Annotated[
+        Annotated[str, Tag("one")] | Annotated[Sources, Tag("many")] | Annotated[Generated, Tag("generated")],
+        Discriminator(_kind_of_source),
+    ]
+    """A packed data set (folder or .rec), or a list of them: paths, or {path, weight}. Labels are offset set by set. Or
+    {generated: C, ...}: images of C identities that are computed."""
     order: Annotated[GlobalSampling | BlockSampling | BalancedSampling, Field(discriminator="name")] = GlobalSampling()
     """In which order the images come; a name alone takes that order's defaults."""
     remainder: Literal["carry", "drop"] = "carry"
@@ -97,6 +125,9 @@ class Data(Section):
 
     @property
     def sources(self) -> list[Source]:
+        """The packed data sets; [] of a generated one."""
+        if isinstance(self.train, Generated):
+            return []
         return [Source(path=self.train)] if isinstance(self.train, str) else self.train
 
     @model_validator(mode="before")
@@ -105,6 +136,20 @@ class Data(Section):
         if isinstance(tree, dict) and isinstance(tree.get("order"), str):
             return {**tree, "order": {"name": tree["order"]}}
         return tree
+
+    @model_validator(mode="after")
+    def _what_needs_files(self) -> "Data":
+        if isinstance(self.train, Generated):
+            size = self.train.image_size
+            for refused, given in (
+                ("augment", self.augment.active),
+                ("decode: gpu", self.decode == "gpu"),
+                ("order: balanced", isinstance(self.order, BalancedSampling)),
+                (f"an image_size other than the generated one, {size}", self.image_size not in (None, size)),
+            ):
+                if given:
+                    raise ValueError(f"{refused} is for images in files: leave it out, or pack such images (pfc pack)")
+        return self
 
 
 class Backbone(Section):
@@ -158,8 +203,13 @@ class Head(Section):
     """Later rates: [[0.8, 0.5], [0.9, 1.0]] uses half of the classes from 80 % of the run on, all from 90 % on."""
     batch_rate: Rate = 1.0
     """Share of the batch that meets the negatives (D-Softmax-B)."""
-    center_dtype: Literal["float32"] = "float32"
-    """How the centers are stored."""
+    center_dtype: Literal["float32", "bf16"] = "float32"
+    """How the centers and their optimizer's state are stored; bf16 is rounded stochastically."""
+    storage: Literal["device", "host", "file"] = "device"
+    """Where the centers and their optimizer's state are stored: with the head, in (pinned) host memory, or in a file on
+    a local disk, from which each step copies its rows."""
+    storage_dir: str | None = None
+    """Folder of the file of storage: file, on a local SSD; the run's own folder when absent."""
     payload_dtype: Literal["float32", "bf16"] | None = None
     """What embeddings and their gradients travel in between the ranks; their own types when absent."""
     products: Literal["float32", "tf32", "bf16"] | None = None
@@ -169,6 +219,16 @@ class Head(Section):
     """Memory in MiB that the probabilities of a step may take on a rank until the centers are updated; where they need
     more they are recomputed, at the cost of one more matrix product. A sixteenth of a GPU's memory, or 1024 on a
     CPU, when absent."""
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.center_dtype == "bf16" else torch.float32
+
+    @model_validator(mode="after")
+    def _folder_of_a_file(self) -> "Head":
+        if self.storage_dir is not None and self.storage != "file":
+            raise ValueError(f"storage_dir is the folder of storage: file, and storage is {self.storage}: leave it out")
+        return self
 
     @model_validator(mode="after")
     def _rates_in_order(self) -> "Head":
@@ -388,6 +448,15 @@ class Config(Section):
     def _one_exchange_a_step(self) -> "Config":
         if self.backbone.static_graph and self.optimizer.accumulate > 1:
             raise ValueError("backbone.static_graph needs optimizer.accumulate: 1 (DistributedDataParallel's own rule)")
+        return self
+
+    @model_validator(mode="after")
+    def _one_copy(self) -> "Config":
+        if self.checkpoint.asynchronous and self.head.storage != "device":
+            raise ValueError(
+                f"checkpoint.asynchronous would hold a second copy of the centers, too large for head.storage: "
+                f"{self.head.storage}; leave it false: the checkpoint is streamed from there"
+            )
         return self
 
     def images_per_step(self, world_size: int) -> int:

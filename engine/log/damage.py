@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ...data import DamagedRecord, TrainLoader
+from ...data import DamagedRecord, Loader
 
 NAME = "damaged.tsv"
 _SHOWN = 20  # records named on the console; all of them are in the file
@@ -42,7 +42,7 @@ class DamageTally:
         """How many different records were damaged."""
         return len(self._samples)
 
-    def collect(self, loader: TrainLoader) -> None:
+    def collect(self, loader: Loader) -> None:
         """Adds what the loaders of all ranks met since the last call. A collective."""
         replaced, met = loader.take_damage()
         total = torch.tensor(replaced)

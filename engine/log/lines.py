@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ...data import JointDataset, RecordDataset
+from ...data import GeneratedDataset
 from ...partial_fc.device import default_keep_bytes
 from ...partial_fc.kernels.probabilities import MAX_SCALE, probability_bytes
 from ...partial_fc.kernels.products import operand_dtype, rounds_to_bfloat16
 from ...partial_fc.objectives import LogSumExpObjective
-from ..build import decoding_threads, products_of
+from ..build import Dataset, decoding_threads, products_of
 from ..checkpoint import Found
 from ..config import Config, Objective
 from ..evaluation.evaluate import VerificationResult
@@ -23,7 +23,7 @@ from .telemetry import read_json_lines
 
 def opening(
     config: Config,
-    dataset: RecordDataset | JointDataset,
+    dataset: Dataset,
     epoch_size: int,
     network: nn.Module,
     world: World,
@@ -37,18 +37,30 @@ def opening(
     epochs = total_steps * images_per_step / epoch_size
     rates = f"sample_rate {head.sample_rate:g}, batch_rate {head.batch_rate:g}"
     lines = [
-        f"data       {dataset.name}: {len(dataset):,} images of {dataset.num_classes:,} identities, decoded on the "
-        f"{config.data.decode.upper()} by {decoding_threads(config)} thread(s) a rank",
+        f"data       {dataset.name}: {len(dataset):,} images of {_source(config, dataset)}",
         f"backbone   {config.backbone.name}, {parameters / 1e6:.2f} M parameters, input {size[0]}×{size[1]}, "
         f"{config.precision}",
         f"head       {_shown(head.objective)}, {dataset.num_classes:,} × {config.backbone.embedding_dim} centers over "
         f"{world.size} rank(s), {rates}",
+        *_storage(config),
         *_probabilities(config, dataset.num_classes, world),
         *_precision(config, world),
         f"schedule   {total_steps:,} steps of {images_per_step:,} images ({epochs:.1f} epochs) on {world.size} × "
         f"{world.device.type}",
     ]
-    return lines if start is None else [*lines, f"resumed    {start.path}"]
+    if start is None:
+        return lines
+    again = "; its centers are copied into a new file, no other is read" if head.storage == "file" else ""
+    return [*lines, f"resumed    {start.path}{again}"]
+
+
+def _storage(config: Config) -> list[str]:
+    head = config.head
+    if head.storage == "device" and head.center_dtype == "float32":
+        return []
+    folder = head.storage_dir or config.run.path
+    where = {"device": "on the device", "host": "in host memory", "file": f"in a file in {folder}"}[head.storage]
+    return [f"storage    centers and their state {where}, in {head.center_dtype}"]
 
 
 def evaluated(result: VerificationResult, step: int) -> str:
@@ -73,6 +85,16 @@ def closing(run_dir: Path, report: Path, sets: list[str], damage: DamageTally) -
             f"damaged    {damage.records:,} record(s), replaced {damage.replaced:,} times: see {run_dir / DAMAGED}"
         )
     return [*told, f"run        {run_dir}", f"report     {report}"]
+
+
+def _source(config: Config, dataset: Dataset) -> str:
+    """Whose images they are, and what makes them."""
+    if isinstance(dataset, GeneratedDataset):
+        return f"{dataset.active:,} of {dataset.num_classes:,} identities, computed when they are needed"
+    return (
+        f"{dataset.num_classes:,} identities, decoded on the {config.data.decode.upper()} by "
+        f"{decoding_threads(config)} thread(s) a rank"
+    )
 
 
 def _probabilities(config: Config, num_classes: int, world: World) -> list[str]:

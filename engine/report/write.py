@@ -110,6 +110,8 @@ def _trained_on(run: RunRecord) -> tuple[int | None, int | None]:
     """(identities, images) of the training set, as far as they can be told without reading all of it."""
     identities: int | None = run.setting("head", "num_classes")
     train = run.setting("data", "train")
+    if isinstance(train, dict):  # generated
+        return identities, (train["active"] or train["generated"]) * train["images_per_identity"]
     paths = [source["path"] for source in train] if isinstance(train, list) else [train] if train else []
     try:
         dataset = JointDataset.open(paths) if paths else None

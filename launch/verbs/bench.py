@@ -16,6 +16,14 @@ app = typer.Typer(help="Measure speed on this machine, with a baseline in the sa
 
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")]
 Dense = Annotated[bool, typer.Option(help="Measure the plain dense head too.")]
+Peer = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="A local checkout's folder of the common implementation, with partial_fc_v2.py and losses.py: "
+        "its head is measured too, at every rate.",
+    ),
+]
 Warmup = Annotated[int, typer.Option(min=0, help="Untimed steps before.")]
 app.command()(bench_data.data)
 
@@ -41,14 +49,7 @@ def head(
     warmup: Warmup = 2,
     rounds: Annotated[int, typer.Option(min=1, help="How often all lines are measured, one after the other.")] = 2,
     dense: Dense = True,
-    peer: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="A local checkout's folder of the common implementation, with partial_fc_v2.py and losses.py: "
-            "its head is measured too, at every rate.",
-        ),
-    ] = None,
+    peer: Peer = None,
     json_file: JsonFile = None,
     picture: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the figures there.")] = None,
 ) -> int:
@@ -97,6 +98,105 @@ def head(
     for line in results.lines:
         if line.error:
             warn(line.error)
+    return int(any(line.died for line in results.lines))
+
+
+@app.command()
+def scale(
+    classes: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Identities, C. [dim]\\[default: 10⁴, 10⁵, 10⁶, 10⁷][/dim]", show_default=False),
+    ] = None,
+    rate: Annotated[list[float] | None, typer.Option(help="Sample rate. [dim]\\[default: 0.1][/dim]")] = None,
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(min=1, metavar="N", help="Classes sampled a step, in place of --rate: the rate is N/C at each C."),
+    ] = None,
+    ranks: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Processes. [dim]\\[default: one for each GPU; without a GPU two][/dim]"),
+    ] = None,
+    simulate: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="W",
+            help="Measure one rank of a world of W, too: its memory and computation are real, the others do not exist.",
+        ),
+    ] = None,
+    storage: Annotated[list[str], typer.Option(help="Of the centers: device, host or file.")] = ["device"],  # noqa: B006
+    storage_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder of the centers' files, on a local disk. [dim]\\[default: --output][/dim]"
+        ),
+    ] = None,
+    center_dtype: Annotated[list[str], typer.Option(help="Of the centers: float32 or bf16.")] = ["float32"],  # noqa: B006
+    optimizer: Annotated[str, typer.Option(help="Of the centers: row_sgd or row_adagrad.")] = "row_sgd",
+    dim: Annotated[int, typer.Option(min=1, help="Embedding dimension, D.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Samples of each rank in a step.")] = 64,
+    precision: Annotated[str, typer.Option(help="Of the products: float32 or bf16.")] = "float32",
+    objective: Annotated[str, typer.Option(help="See docs/objectives.md.")] = "cosface",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each process, on a CPU.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each line and round.")] = 3,
+    warmup: Warmup = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="How often all lines are measured, one after the other.")] = 2,
+    dense: Dense = True,
+    peer: Peer = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(metavar="GIB", help="The most that a line's processes take together; else all that is free."),
+    ] = None,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Write scale.txt, scale.json, scale.png there.")] = Path(
+        "scale"
+    ),
+) -> int:
+    """Sweep classes, ranks and rates: throughput and memory of the head, until it no longer fits.
+
+    Beside the plain dense head and, with --peer, the common implementation's, in the same run. What does not fit is a
+    line of the table and a cross in the picture, and is not started. See docs/performance.md, "Scaling on one machine".
+    """
+    if rate and rows:
+        raise UsageError("give --rate or --rows, not both")
+    _check_outputs(output)
+    if storage_dir is not None and not storage_dir.is_dir():
+        raise UsageError(f"--storage-dir {storage_dir}: no such folder")
+    from ...benchmarks.scale.plot import plot
+    from ...benchmarks.scale.sweep import Sweep, measure_sweep
+    from ...benchmarks.scale.table import report
+    from ..machine import default_ranks
+
+    sweep = Sweep(
+        classes=tuple(classes or Sweep.classes),
+        rate=tuple(rate or Sweep.rate),
+        rows=tuple(rows or ()),
+        ranks=tuple(ranks or [default_ranks()]),
+        simulate=tuple(simulate or ()),
+        storage=tuple(storage),
+        storage_dir=str(storage_dir or output),
+        center_dtype=tuple(center_dtype),
+        optimizer=optimizer,
+        dim=dim,
+        batch=batch,
+        precision=precision,
+        objective=objective,
+        threads=threads,
+        steps=steps,
+        warmup=warmup,
+        rounds=rounds,
+        dense=dense,
+        peer="" if peer is None else str(peer),
+        memory=memory,
+    )
+    sweep.check()
+    output.mkdir(exist_ok=True)
+    _tell_cores(max(sweep.ranks) * threads)
+    with _progress() as tell:
+        results = measure_sweep(sweep, tell)
+    told = "\n".join(report(results)) + "\n"
+    print(told, end="")
+    (output / "scale.txt").write_text(told, encoding="utf-8")
+    _write_json(output / "scale.json", results.to_dict())
+    plot(results, output / "scale.png")
     return int(any(line.died for line in results.lines))
 
 

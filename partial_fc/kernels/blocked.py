@@ -16,12 +16,12 @@ from ..device import block_bytes
 from . import native
 from .probabilities import UnshiftedLogSumExp
 from .products import ComputeDtype, operand_dtype, products_in
-from .rows import OwnClasses, SampledRows
+from .rows import OwnClasses, SampledRows, computed_dtype
 
 
-def block_rows(weight: Tensor) -> int:
-    """How many rows of a matrix [N, D] make a block."""
-    return max(64, block_bytes(weight.device) // (weight.shape[1] * weight.element_size()))
+def block_rows(weight: Tensor, device: torch.device | None = None) -> int:
+    """How many rows of a matrix [N, D] make a block, on the device that computes them: where they are when None."""
+    return max(64, block_bytes(device or weight.device) // (weight.shape[1] * computed_dtype(weight.dtype).itemsize))
 
 
 class LogSumExpBlocked(UnshiftedLogSumExp):
@@ -32,7 +32,7 @@ class LogSumExpBlocked(UnshiftedLogSumExp):
         total = torch.zeros(len(unit), dtype=torch.float64, device=unit.device)
         weighted = torch.zeros_like(unit)  # U, [B, D]
         size = block_rows(unit)
-        buffer = unit.new_empty(min(size, len(rows)), unit.shape[1]) if rows.index is not None else None
+        buffer = unit.new_empty(min(size, len(rows)), unit.shape[1]) if rows.copies else None
         for start in range(0, len(rows), size):
             stop = min(start + size, len(rows))
             block = rows.measure(start, stop, buffer).to(powers.dtype)

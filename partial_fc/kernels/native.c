@@ -7,49 +7,138 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <math.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #define INLINE static inline __attribute__((always_inline))
 
 /* Rows asked of the memory before they are needed: with 2 KiB rows at random places the hardware guesses too late. */
 #define AHEAD 8
-#define LINE 16 /* floats of a cache line */
+#define LINE 64 /* bytes of a cache line */
 #define SHORTEST 1e-10f /* a shorter row counts as zero: kernels/rows.py */
 #define TINIEST -87.0f /* exp of less is no normal float */
 
-INLINE float *row_of(float *matrix, const int64_t *index, int64_t row, int64_t dim)
+/* Rows at `stride` bytes from each other. */
+typedef struct {
+    char *base;
+    int64_t stride;
+} matrix;
+
+/* How numbers that are stored in bfloat16 are rounded: by a hash of step, row and place, whatever rank and thread has the row.
+ * The row with place p of a walk has the id first + ids[p], or first + p where there are none. */
+typedef struct {
+    const int64_t *ids;
+    int64_t first;
+    uint32_t key;
+} rounding;
+
+INLINE char *row_of(matrix rows, const int64_t *index, int64_t row)
 {
-    return matrix + (index ? index[row] : row) * dim;
+    return rows.base + (index ? index[row] : row) * rows.stride;
 }
 
-INLINE void prefetch(float *matrix, const int64_t *index, int64_t row, int64_t count, int64_t dim, int write)
+INLINE void prefetch(matrix rows, const int64_t *index, int64_t row, int64_t count, int64_t bytes, int write)
 {
     if (!index || row >= count)
         return;
-    float *next = row_of(matrix, index, row, dim);
+    const char *next = row_of(rows, index, row);
     if (write)
-        for (int64_t i = 0; i < dim; i += LINE)
+        for (int64_t i = 0; i < bytes; i += LINE)
             __builtin_prefetch(next + i, 1, 3);
     else
-        for (int64_t i = 0; i < dim; i += LINE)
+        for (int64_t i = 0; i < bytes; i += LINE)
             __builtin_prefetch(next + i, 0, 3);
+}
+
+INLINE void widen(const uint16_t *from, float *to, int64_t dim)
+{
+#pragma omp simd
+    for (int64_t i = 0; i < dim; i++) {
+        union { uint32_t bits; float number; } wide;
+        wide.bits = (uint32_t)from[i] << 16;
+        to[i] = wide.number;
+    }
+}
+
+INLINE uint32_t mix(uint32_t value)
+{
+    value = (value ^ (value >> 16)) * 0x7feb352du;
+    value = (value ^ (value >> 15)) * 0x846ca68bu;
+    return value ^ (value >> 16);
+}
+
+/* Of a finite number, or an infinity. */
+INLINE uint16_t round_up(float number, uint32_t random)
+{
+    uint32_t bits;
+    memcpy(&bits, &number, sizeof bits);
+    return (uint16_t)((bits + random) >> 16);
+}
+
+/* Up with the probability of what the 16 bits that are cut off are worth (kernels/rounding.py says the same in torch). One
+ * hash serves two numbers: its low half the first half of the row, its high half the second. */
+INLINE void round_row(const float *from, uint16_t *to, int64_t dim, uint32_t key)
+{
+    int64_t half = (dim + 1) / 2;
+#pragma omp simd
+    for (int64_t i = 0; i < dim - half; i++) {
+        uint32_t random = mix(key + (uint32_t)i);
+        to[i] = round_up(from[i], random & 0xffffu);
+        to[half + i] = round_up(from[half + i], random >> 16);
+    }
+    if (dim % 2)
+        to[half - 1] = round_up(from[half - 1], mix(key + (uint32_t)(half - 1)) & 0xffffu);
+}
+
+/* Of the part'th matrix of a row. */
+INLINE uint32_t row_key(rounding how, int64_t row, uint32_t part)
+{
+    return mix((uint32_t)(how.first + (how.ids ? how.ids[row] : row)) + how.key) + (part << 16);
 }
 
 /* Raised with every change of the functions' arguments: native.py takes no file that was compiled from an older text. */
 int pfc_native_version(void)
 {
-    return 1;
+    return 2;
 }
 
-/* inverse[i] = 1/|row i|, 0 for a row of zeros; the rows themselves to `out` where that is not null. */
-void pfc_measure_rows(float *matrix, const int64_t *index, int64_t count, int64_t dim, float *out, float *inverse)
+/* Row from_index[i] of one matrix to row to_index[i] of another, `bytes` each; i itself where an index is null. */
+void pfc_copy_rows(matrix to, const int64_t *to_index, matrix from, const int64_t *from_index, int64_t count, int64_t bytes)
 {
-    for (int64_t row = 0; row < AHEAD; row++)
-        prefetch(matrix, index, row, count, dim, 0);
     for (int64_t row = 0; row < count; row++) {
-        prefetch(matrix, index, row + AHEAD, count, dim, 0);
-        const float *from = row_of(matrix, index, row, dim);
+        prefetch(from, from_index, row + AHEAD, count, bytes, 0);
+        prefetch(to, to_index, row + AHEAD, count, bytes, 1);
+        memcpy(row_of(to, to_index, row), row_of(from, from_index, row), bytes);
+    }
+}
+
+/* Asks the system for the rows of a mapped file, without waiting for any. */
+void pfc_will_need(matrix rows, const int64_t *index, int64_t count, int64_t bytes)
+{
+    const uintptr_t page = sysconf(_SC_PAGESIZE);
+    for (int64_t row = 0; row < count; row++) {
+        uintptr_t first = (uintptr_t)row_of(rows, index, row), start = first / page * page;
+        posix_madvise((void *)start, first + bytes - start, POSIX_MADV_WILLNEED);
+    }
+}
+
+INLINE void measure_rows(matrix rows, const int64_t *index, int64_t count, int64_t dim, float *out, float *inverse,
+                         const int narrow)
+{
+    const int64_t bytes = dim * (narrow ? 2 : 4);
+    for (int64_t row = 0; row < AHEAD; row++)
+        prefetch(rows, index, row, count, bytes, 0);
+    for (int64_t row = 0; row < count; row++) {
+        prefetch(rows, index, row + AHEAD, count, bytes, 0);
+        const void *stored = row_of(rows, index, row);
+        const float *from = stored;
+        if (narrow) {
+            widen(stored, out + row * dim, dim);
+            from = out + row * dim;
+        }
         float squares = 0.0f;
 #pragma omp simd reduction(+ : squares)
         for (int64_t i = 0; i < dim; i++)
@@ -63,9 +152,19 @@ void pfc_measure_rows(float *matrix, const int64_t *index, int64_t count, int64_
             norm = (float)sqrt(wide);
         }
         inverse[row] = norm > SHORTEST ? 1.0f / norm : 0.0f;
-        if (out)
-            memcpy(out + row * dim, from, dim * sizeof(float));
+        if (out && !narrow)
+            memcpy(out + row * dim, from, bytes);
     }
+}
+
+/* inverse[i] = 1/|row i|, 0 for a row of zeros; the rows themselves in float to `out` where that is not null, as it must not be
+ * where they are `narrow`, stored in bfloat16. */
+void pfc_measure_rows(matrix rows, const int64_t *index, int64_t count, int64_t dim, float *out, float *inverse, int narrow)
+{
+    if (narrow)
+        measure_rows(rows, index, count, dim, out, inverse, 1);
+    else
+        measure_rows(rows, index, count, dim, out, inverse, 0);
 }
 
 /* Cody and Waite's reduction with a polynomial of degree 6: within 2 units of the last place on [-87, 88]. */
@@ -130,47 +229,86 @@ INLINE void finish_gradient(float *gradient, const float *weight, int64_t dim, c
         gradient[i] = gradient[i] * factor + shift * weight[i];
 }
 
-/* One step of SGD. `gradient` [count, dim] is changed; `inverse` [count], or null where the gradient is by the stored rows
- * already; `velocity` null without momentum. */
-void pfc_sgd(float *weight, float *velocity, const int64_t *index, int64_t count, int64_t dim, float *gradient,
-             const float *inverse, float factor, float rate, float momentum, float decay, int nesterov)
+/* What follows steps `count` rows of several matrices, the centers first. `narrow` says that their rows of `dim` numbers are
+ * stored in bfloat16: widened here, and rounded as they go back. `gradient` [count, dim] is changed; `inverse` [count], or null
+ * where the gradient is by the stored rows already. */
+#define MOST 3 /* matrices with rows of dim numbers */
+
+INLINE float *open_row(matrix rows, const int64_t *index, int64_t row, int64_t dim, const int narrow, float *scratch)
 {
+    char *stored = row_of(rows, index, row);
+    if (!narrow)
+        return (float *)stored;
+    widen((const uint16_t *)stored, scratch, dim);
+    return scratch;
+}
+
+INLINE void close_rows(const matrix *rows, int parts, const int64_t *index, int64_t row, int64_t dim, const int narrow,
+                       const float *scratch, rounding how)
+{
+    if (narrow)
+        for (int part = 0; part < parts; part++)
+            round_row(scratch + part * dim, (uint16_t *)row_of(rows[part], index, row), dim, row_key(how, row, part));
+}
+
+INLINE void prefetch_rows(const matrix *rows, int parts, const int64_t *index, int64_t row, int64_t count, int64_t dim,
+                          const int narrow)
+{
+    for (int part = 0; part < parts; part++)
+        prefetch(rows[part], index, row + AHEAD, count, dim * (narrow ? 2 : 4), 1);
+}
+
+INLINE void sgd(const matrix *rows, int moving, const int64_t *index, int64_t count, int64_t dim, float *gradient,
+                const float *inverse, float factor, float rate, float momentum, float decay, int nesterov, rounding how,
+                const int narrow, float *scratch)
+{
+    const int parts = 1 + moving;
     for (int64_t row = 0; row < count; row++) {
-        prefetch(weight, index, row + AHEAD, count, dim, 1);
-        if (velocity)
-            prefetch(velocity, index, row + AHEAD, count, dim, 1);
-        float *w = row_of(weight, index, row, dim), *g = gradient + row * dim;
+        prefetch_rows(rows, parts, index, row, count, dim, narrow);
+        float *w = open_row(rows[0], index, row, dim, narrow, scratch), *g = gradient + row * dim;
         finish_gradient(g, w, dim, inverse ? inverse + row : NULL, factor, decay);
-        if (!velocity) {
+        if (!moving) {
 #pragma omp simd
             for (int64_t i = 0; i < dim; i++)
                 w[i] -= rate * g[i];
-            continue;
-        }
-        float *v = row_of(velocity, index, row, dim);
-        float ahead = nesterov ? momentum : 1.0f, own = nesterov ? 1.0f : 0.0f;
+        } else {
+            float *v = open_row(rows[1], index, row, dim, narrow, scratch + dim);
+            float ahead = nesterov ? momentum : 1.0f, own = nesterov ? 1.0f : 0.0f;
 #pragma omp simd
-        for (int64_t i = 0; i < dim; i++) {
-            v[i] = momentum * v[i] + g[i];
-            w[i] -= rate * (own * g[i] + ahead * v[i]);
+            for (int64_t i = 0; i < dim; i++) {
+                v[i] = momentum * v[i] + g[i];
+                w[i] -= rate * (own * g[i] + ahead * v[i]);
+            }
         }
+        close_rows(rows, parts, index, row, dim, narrow, scratch, how);
     }
 }
 
-/* One step of AdamW; `steps` counts each row's. */
-void pfc_adamw(float *weight, float *first, float *second, float *steps, const int64_t *index, int64_t count, int64_t dim,
-               float *gradient, const float *inverse, float factor, double rate, double beta1, double beta2, float epsilon,
-               double decay)
+/* One step of SGD on centers and momentum; a momentum whose base is null is none. */
+void pfc_sgd(const matrix *rows, const int64_t *index, int64_t count, int64_t dim, float *gradient, const float *inverse,
+             float factor, rounding how, int narrow, float rate, float momentum, float decay, int nesterov)
+{
+    float *scratch = narrow ? malloc(MOST * dim * sizeof(float)) : NULL;
+    int moving = rows[1].base != NULL;
+    if (narrow)
+        sgd(rows, moving, index, count, dim, gradient, inverse, factor, rate, momentum, decay, nesterov, how, 1, scratch);
+    else
+        sgd(rows, moving, index, count, dim, gradient, inverse, factor, rate, momentum, decay, nesterov, how, 0, scratch);
+    free(scratch);
+}
+
+INLINE void adamw(const matrix *rows, const int64_t *index, int64_t count, int64_t dim, float *gradient,
+                  const float *inverse, float factor, double rate, double beta1, double beta2, float epsilon, double decay,
+                  rounding how, const int narrow, float *scratch)
 {
     const float blend1 = (float)(1.0 - beta1), keep2 = (float)beta2, blend2 = (float)(1.0 - beta2);
     for (int64_t row = 0; row < count; row++) {
-        prefetch(weight, index, row + AHEAD, count, dim, 1);
-        prefetch(first, index, row + AHEAD, count, dim, 1);
-        prefetch(second, index, row + AHEAD, count, dim, 1);
-        float *w = row_of(weight, index, row, dim), *g = gradient + row * dim;
-        float *m = row_of(first, index, row, dim), *v = row_of(second, index, row, dim);
+        prefetch_rows(rows, 3, index, row, count, dim, narrow);
+        float *w = open_row(rows[0], index, row, dim, narrow, scratch), *g = gradient + row * dim;
+        float *m = open_row(rows[1], index, row, dim, narrow, scratch + dim);
+        float *v = open_row(rows[2], index, row, dim, narrow, scratch + 2 * dim);
         finish_gradient(g, w, dim, inverse ? inverse + row : NULL, factor, 0.0f);
-        double passed = *row_of(steps, index, row, 1) += 1.0f;
+        double passed = *(float *)row_of(rows[3], index, row) += 1.0f;
         float size = (float)(rate / (1.0 - pow(beta1, passed))), root = (float)sqrt(1.0 - pow(beta2, passed));
         float shrink = (float)(1.0 - rate * decay);
 #pragma omp simd
@@ -179,16 +317,30 @@ void pfc_adamw(float *weight, float *first, float *second, float *steps, const i
             v[i] = keep2 * v[i] + blend2 * g[i] * g[i];
             w[i] = shrink * w[i] - size * m[i] / (sqrtf(v[i]) / root + epsilon);
         }
+        close_rows(rows, 3, index, row, dim, narrow, scratch, how);
     }
 }
 
-/* One step of Adagrad with one number of state a row. */
-void pfc_adagrad(float *weight, float *sum, const int64_t *index, int64_t count, int64_t dim, float *gradient,
-                 const float *inverse, float factor, float rate, float epsilon, float decay)
+/* One step of AdamW on centers, both moments, and the count of each row's steps, which is a float in any case. */
+void pfc_adamw(const matrix *rows, const int64_t *index, int64_t count, int64_t dim, float *gradient, const float *inverse,
+               float factor, rounding how, int narrow, double rate, double beta1, double beta2, float epsilon, double decay)
+{
+    float *scratch = narrow ? malloc(MOST * dim * sizeof(float)) : NULL;
+    if (narrow)
+        adamw(rows, index, count, dim, gradient, inverse, factor, rate, beta1, beta2, epsilon, decay, how, 1, scratch);
+    else
+        adamw(rows, index, count, dim, gradient, inverse, factor, rate, beta1, beta2, epsilon, decay, how, 0, scratch);
+    free(scratch);
+}
+
+INLINE void adagrad(const matrix *rows, const int64_t *index, int64_t count, int64_t dim, float *gradient,
+                    const float *inverse, float factor, float rate, float epsilon, float decay, rounding how,
+                    const int narrow, float *scratch)
 {
     for (int64_t row = 0; row < count; row++) {
-        prefetch(weight, index, row + AHEAD, count, dim, 1);
-        float *w = row_of(weight, index, row, dim), *g = gradient + row * dim, *total = row_of(sum, index, row, 1);
+        prefetch_rows(rows, 1, index, row, count, dim, narrow);
+        float *w = open_row(rows[0], index, row, dim, narrow, scratch), *g = gradient + row * dim;
+        float *total = (float *)row_of(rows[1], index, row);
         finish_gradient(g, w, dim, inverse ? inverse + row : NULL, factor, decay);
         float squares = 0.0f;
 #pragma omp simd reduction(+ : squares)
@@ -199,5 +351,18 @@ void pfc_adagrad(float *weight, float *sum, const int64_t *index, int64_t count,
 #pragma omp simd
         for (int64_t i = 0; i < dim; i++)
             w[i] -= size * g[i];
+        close_rows(rows, 1, index, row, dim, narrow, scratch, how);
     }
+}
+
+/* One step of Adagrad on centers and each row's sum of squares, a float in any case. */
+void pfc_adagrad(const matrix *rows, const int64_t *index, int64_t count, int64_t dim, float *gradient, const float *inverse,
+                 float factor, rounding how, int narrow, float rate, float epsilon, float decay)
+{
+    float *scratch = narrow ? malloc(MOST * dim * sizeof(float)) : NULL;
+    if (narrow)
+        adagrad(rows, index, count, dim, gradient, inverse, factor, rate, epsilon, decay, how, 1, scratch);
+    else
+        adagrad(rows, index, count, dim, gradient, inverse, factor, rate, epsilon, decay, how, 0, scratch);
+    free(scratch);
 }

@@ -39,21 +39,30 @@ def stored_rows(matrix: Tensor, index: Tensor | None, start: int, stop: int) -> 
     return matrix[start:stop] if index is None else matrix.index_select(0, index[start:stop])
 
 
+def computed_dtype(stored: torch.dtype) -> torch.dtype:
+    """What rows are computed in: as they are stored, or float32 where that is bfloat16."""
+    return torch.float32 if stored == torch.bfloat16 else stored
+
+
 class SampledRows:
-    """K rows of the shard's matrix.
+    """K rows of the shard's matrix, or of a step's copy of them.
 
     Args:
-        weight: the shard's centers [rows, D].
-        index: places of the K in the shard, int64 [K], ascending, each once; None for all rows.
+        weight: centers [rows, D]; in bfloat16, they are widened as they are read.
+        index: places of the K in it, int64 [K], each once, those of ascending classes; None for all rows.
+        device: where they are wanted; where they are stored when None.
 
     Attributes:
+        dtype: of what is returned.
         inverse: inverse norms [K, 1], filled by ``measure``; 0 for a row of zeros.
     """
 
-    def __init__(self, weight: Tensor, index: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, index: Tensor | None, device: torch.device | None = None) -> None:
         self.weight = weight
         self.index = index
-        self.inverse = weight.new_empty(len(self), 1)
+        self.device = device or weight.device
+        self.dtype = computed_dtype(weight.dtype)
+        self.inverse = torch.empty(len(self), 1, dtype=self.dtype, device=self.device)
 
     def __len__(self) -> int:
         return len(self.weight) if self.index is None else len(self.index)
@@ -62,18 +71,27 @@ class SampledRows:
         """``stored_rows`` of the places [start, stop), [n, D]; their inverse norms are known from here on.
 
         Args:
-            buffer: [≥ n, D], where a copy may be put.
+            buffer: [≥ n, D] of ``dtype``, where a copy may be put.
         """
-        if native.supports(self.weight):  # the rows and their norms in one pass
+        if native.supports(self.weight) and self.device == self.weight.device:  # the rows and their norms in one pass
             copy = None
-            if self.index is not None:
-                copy = self.weight.new_empty(stop - start, self.weight.shape[1]) if buffer is None else buffer
-                copy = copy[: stop - start]
+            if self.copies:
+                size = stop - start, self.weight.shape[1]
+                copy = torch.empty(size, dtype=self.dtype) if buffer is None else buffer[: stop - start]
             native.measure_rows(self.weight, self.index, start, stop, copy, self.inverse)
             return self.weight[start:stop] if copy is None else copy
-        rows = stored_rows(self.weight, self.index, start, stop)
+        rows = self.stored(start, stop)
         self.inverse[start:stop] = inverse_norms(rows)
         return rows
+
+    @property
+    def copies(self) -> bool:
+        """Whether ``measure`` copies, so that a buffer serves it."""
+        return self.index is not None or self.dtype != self.weight.dtype or not self.weight.is_contiguous()
+
+    def stored(self, start: int, stop: int) -> Tensor:
+        """``stored_rows`` of the places [start, stop), [n, D] of ``dtype``."""
+        return stored_rows(self.weight, self.index, start, stop).to(self.device, self.dtype)
 
     def normalized(self, start: int, stop: int) -> Tensor:
         """The same, scaled to length 1."""
@@ -81,7 +99,8 @@ class SampledRows:
 
     def at(self, places: Tensor) -> Tensor:
         """The stored rows of any places, [n, D]."""
-        return self.weight[places if self.index is None else self.index[places]]
+        places = places if self.index is None else self.index[places]
+        return self.weight[places.to(self.weight.device)].to(self.device, self.dtype)
 
 
 class OwnClasses:

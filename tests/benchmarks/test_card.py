@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from tests.benchmarks.test_head import stand_in
+from tests.commands import Command, run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,8 +59,12 @@ def test_every_part_runs_with_torch_and_triton_alone(tmp_path: Path) -> None:
 
 
 def test_parts_are_left_out_when_the_time_is_up(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/gpu", "--device", "cpu", "--seconds", "0", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped, the time is up: ceilings" in done.stdout
+    done = Command(bench_gpu, "--device", "cpu", "--seconds", "0", "--out", str(tmp_path), folder=ROOT).wait(300)
+    assert done.exit_code == 0, done.output
+    assert "skipped, the time is up: ceilings" in done.out
     assert json.loads((tmp_path / "gpu.json").read_text())["steps"] == []
+
+
+def bench_gpu(*arguments: str) -> None:
+    sys.argv[1:] = arguments
+    run_script("benchmarks/gpu")

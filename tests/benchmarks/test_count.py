@@ -5,9 +5,10 @@ import torch
 
 from pfc.benchmarks import ceilings
 from pfc.benchmarks.ceilings import Ceilings
-from pfc.benchmarks.head.case import HeadCase, expected_rows
+from pfc.benchmarks.head.case import HeadCase
 from pfc.benchmarks.head.phases import kind_of
 from pfc.benchmarks.ranks import Rank
+from pfc.partial_fc.sampling import expected_rows
 
 
 def test_operations_and_bytes_are_those_counted_by_hand() -> None:

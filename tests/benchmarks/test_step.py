@@ -62,6 +62,7 @@ def test_step_with_the_data_set(tmp_path: Path, capfd: pytest.CaptureFixture[str
         (", image_size: [16, 16]", ["backbone.options.depth=3"], "depth"),
     ],
 )
+@pytest.mark.usefixtures("forked")
 def test_wrong_use_of_step(
     size: str, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -101,6 +101,11 @@ def test_a_switch_of_optimizer_brings_its_own_defaults(config_file: Path) -> Non
         ("schedule.epochs=3", "schedule: give exactly one of steps and epochs"),
         ("schedule.warmup_steps=11", "schedule: warmup_steps (11) is more than steps (10)"),
         ("backbone.static_graph=true optimizer.accumulate=2", "backbone.static_graph needs optimizer.accumulate: 1"),
+        ("head.storage_dir=/tmp", "storage_dir is the folder of storage: file, and storage is device: leave it out"),
+        (
+            "head.storage=host checkpoint.asynchronous=true",
+            "checkpoint.asynchronous would hold a second copy of the centers, too large for head.storage: host",
+        ),
         ("precision=fp8", "precision: found 'fp8', allowed: 'float32', 'bf16' or 'fp16'"),
         ("no-equals-sign", "override 'no-equals-sign': write it as key.sub=value"),
         (

@@ -1,6 +1,7 @@
 """What a run reads: damaged images, several sets, other orders, and another number of ranks in mid-epoch."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +78,31 @@ def test_the_counts_go_on_after_a_restart(damaged: Path, tmp_path: Path) -> None
     assert len((moved.run.path / "damaged.tsv").read_text().splitlines()) == 4
 
 
+AUGMENTED: dict[str, Any] = {
+    "schedule": {"steps": None, "epochs": 1.2},
+    "data": {"batch_size": 6, "augment": {"crop": {"probability": 0.5}, "cutout": {"probability": 0.5}}},
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
+    """The lines of a run on two ranks, and where the same one is that was stopped after 8 steps."""
+    runs = tmp_path_factory.mktemp("runs")
+    lines = train(2, configuration(folder, runs / "straight", **AUGMENTED))
+    train(2, configuration(folder, runs / "stopped", **AUGMENTED), steps=8)
+    return lines, runs / "stopped"
+
+
 @pytest.mark.parametrize("after", [1, 3, 4])
-def test_a_run_stopped_in_mid_epoch_goes_on_on_other_ranks(folder: Path, tmp_path: Path, after: int) -> None:
+def test_a_run_stopped_in_mid_epoch_goes_on_on_other_ranks(
+    folder: Path, stopped: tuple[list[dict[str, Any]], Path], tmp_path: Path, after: int
+) -> None:
     """An epoch has 222 images, 18.5 global batches of 12: stopped at 96, resumed, and through the epoch's end."""
-    sections: dict[str, Any] = {
-        "schedule": {"steps": None, "epochs": 1.5},
-        "data": {"batch_size": 6, "augment": {"crop": {"probability": 0.5}, "cutout": {"probability": 0.5}}},
-    }
-    lines = train(2, configuration(folder, tmp_path / "straight", **sections))
-    train(2, configuration(folder, tmp_path / "moved", **sections), steps=8)
-    sections["data"] = sections["data"] | {"batch_size": 12 // after}
-    resumed = train(after, configuration(folder, tmp_path / "moved", **sections))
-    assert resumed[-1]["step"] == lines[-1]["step"] == 28
+    lines, runs = stopped
+    shutil.copytree(runs, tmp_path / "moved", symlinks=True)
+    data = AUGMENTED["data"] | {"batch_size": 12 // after}
+    resumed = train(after, configuration(folder, tmp_path / "moved", **AUGMENTED | {"data": data}))
+    assert resumed[-1]["step"] == lines[-1]["step"] == 23
     assert resumed[-1]["epoch"] == lines[-1]["epoch"]
     assert [line["loss"] for line in resumed] == pytest.approx([line["loss"] for line in lines], rel=1e-4)
 

@@ -89,8 +89,9 @@ def waits_of_two_steps(tree: dict[str, Any]) -> list[str]:
     trainer = new_trainer(tree)
     trainer.train_step()
     told: list[str] = []
-    wait = trainer.head.wait_for_update
-    trainer.head.wait_for_update = lambda: told.append("wait") or wait()
+    stream = trainer.head.side_stream
+    wait = stream.join
+    stream.join = lambda: told.append("wait") or wait()
     trainer.network.register_forward_pre_hook(lambda *_: told.append("backbone"))
     trainer.head_optimizer.register_step_pre_hook(lambda *_: told.append("update"))
     for _ in range(2):

@@ -25,7 +25,8 @@ def fault(tmp_path: Path, kind: str, place: str, step: int = 3) -> dict[str, obj
 
 
 def test_killed_runs_end_with_the_bits_of_one_that_was_left_alone(config: Path):
-    """python -m tests.launch.faults 20 does this for more of them, started again by the same command too."""
+    """Nor do torchrun's differ from those of pfc train. python -m tests.launch.faults 20 does this for more of them,
+    started again by the same command too."""
     runs = config.parent / "runs"
     assert faults.train(config).wait().exit_code == 0
     whole = faults.final_tensors(runs / "whole")

@@ -1,12 +1,10 @@
-"""Training from the command line: two ranks, wrong use, being stopped and going on, torchrun."""
+"""Training from the command line: two ranks, and wrong use."""
 
 import json
 from pathlib import Path
 
-import pytest
-
 from pfc.data import pack_synthetic
-from tests.commands import pfc, torchrun
+from tests.commands import pfc
 from tests.launch.conftest import CONFIG
 
 
@@ -30,18 +28,13 @@ def losses(run_dir: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_ranks_as_torchrun_starts_them_and_as_pfc_does(folder: Path, tmp_path: Path):
+def test_two_ranks_train(folder: Path, tmp_path: Path):
+    """That they are those of torchrun, bit for bit, tests/launch/test_failures.py shows."""
     config = write_config(folder, tmp_path, steps=2)
     ended = pfc("train", config, "run.name=spawned", "--nproc", "2")
     assert (ended.exit_code, ended.error) == (0, "")
     assert str(tmp_path / "runs/spawned/report.html") in ended.out.replace("\n", "")
-
-    arguments = ["--standalone", "--nproc-per-node=2", "-m", "pfc.launch.train", str(config), "run.name=torchrun"]
-    again = torchrun(*arguments, environment={"GLOO_SOCKET_IFNAME": "lo"}).wait(240)
-    assert again.exit_code == 0, again.error
-    expected = losses(tmp_path / "runs/spawned")
-    assert losses(tmp_path / "runs/torchrun") == pytest.approx(expected, rel=1e-4)
-    assert len(expected) == 2
+    assert len(losses(tmp_path / "runs/spawned")) == 2
 
 
 def test_a_misspelt_key_is_told_before_any_rank_starts(folder: Path, tmp_path: Path):
@@ -62,7 +55,8 @@ def test_a_label_outside_the_range_is_told_once(tmp_path: Path):
     text = json.loads(description.read_text(encoding="utf-8"))
     description.write_text(json.dumps(text | {"identities": 3}), encoding="utf-8")
     config = write_config(tmp_path, tmp_path, steps=300)
-    assert_wrong_use([str(config), "evaluation.pairs=[]", "--nproc", "2"], "label")
+    # What is damaged is counted over some 400 images of a rank.
+    assert_wrong_use([str(config), "evaluation.pairs=[]", "data.batch_size=40", "--nproc", "2"], "label")
 
 
 def test_pfc_train_is_not_for_torchrun(folder: Path, tmp_path: Path):

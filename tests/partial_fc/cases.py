@@ -1,5 +1,6 @@
 """One step of the head on real ranks, compared with the oracle."""
 
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pfc.partial_fc import PartialFC, objectives
 from pfc.partial_fc.kernels.products import ComputeDtype
+from pfc.partial_fc.kernels.rows import computed_dtype
 from pfc.partial_fc.row_gradient import finished_block
+from pfc.partial_fc.storage import Storage
 from tests.partial_fc.oracle import dense_loss
 from tests.ranks import run_ranks
 
@@ -50,6 +53,9 @@ class Case:
     keep_bytes: int = 1 << 30
     compute_dtype: ComputeDtype | None = None
     device: str = "cpu"
+    stored: torch.dtype | None = None
+    """The centers' dtype where it is another than that of the computations."""
+    storage: Storage = "device"
     surroundings: torch.dtype | None = None
     """Autocast's dtype around the head, whose labels then are a column of a matrix."""
 
@@ -70,7 +76,8 @@ def tensors(case: Case, world_size: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(case.seed)
     size = world_size * case.batch
     embeddings = torch.randn(size, case.dim, generator=generator).mul(3.0).double()
-    centers = torch.randn(case.num_classes, case.dim, generator=generator).mul(0.05).double()
+    centers = torch.randn(case.num_classes, case.dim, generator=generator).mul(0.05)
+    centers = centers.to(case.stored or centers.dtype).double()
     labels = torch.randint(0, case.num_classes, (size,), generator=generator)
     if case.labels == "same":
         labels = labels[:1].expand(size).clone()
@@ -90,7 +97,9 @@ def step_on_rank(case: Case) -> StepResult:
         sample_rate=case.sample_rate,
         batch_rate=case.batch_rate,
         seed=case.seed,
-        center_dtype=case.dtype,
+        center_dtype=case.stored or case.dtype,
+        storage=case.storage,
+        storage_dir=tempfile.gettempdir(),
         keep_bytes=case.keep_bytes,
         compute_dtype=case.compute_dtype,
         device=case.device,
@@ -114,11 +123,12 @@ def step_on_rank(case: Case) -> StepResult:
 
 def dense_row_gradient(head: PartialFC) -> Tensor:
     """The gathered row gradients as one dense [rows, D], zero where no gradient is."""
-    total = torch.zeros_like(head.weight)
+    weight = head.weight.detach().to(computed_dtype(head.weight.dtype))
+    total = torch.zeros_like(weight)
     for gradient in head.row_gradients:
         place = slice(None) if gradient.index is None else gradient.index
-        total[place] += finished_block(gradient, 0, len(gradient), head.weight.detach()[place])
-    return total.detach()
+        total[place] += finished_block(gradient, 0, len(gradient), weight[place])
+    return total
 
 
 def check(cases: Iterable[Case], world_size: int, tolerance: float | None = None) -> None:

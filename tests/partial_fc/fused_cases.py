@@ -17,6 +17,7 @@ from pfc.partial_fc.kernels.products import ComputeDtype
 from pfc.partial_fc.kernels.rows import OwnClasses, SampledRows
 from pfc.partial_fc.row_gradient import RowGradient, StepGradient, project
 from pfc.partial_fc.sampling import sample_batch, sample_classes
+from pfc.partial_fc.storage import Storage
 from tests.partial_fc.cases import Case, StepResult, count_questions, step_on_rank
 
 OPTIMIZERS = {
@@ -57,27 +58,26 @@ def same_samples() -> int:
     """The two ways of drawing give the same classes; returns how often a label was met that the draw had chosen."""
     met = 0
     generator = torch.Generator().manual_seed(0)
-    for num_classes in (1, 4096, 6145):
-        for world_size in (1, 2):
-            labels = torch.randint(0, num_classes, (40,), generator=generator)
-            labels[1] = labels[0]
-            for rank in range(world_size):
-                shard = ClassShard.of(num_classes, rank, world_size)
-                for rate, step in ((0.002, 0), (0.12, 1)):
-                    plain = sample_classes(labels, shard, rate=rate, seed=5, step=step)
-                    fixed = sample_classes(labels, shard, rate=rate, seed=5, step=step, fixed=True)
-                    assert torch.equal(fixed.classes, plain.classes)
-                    assert fixed.classes.dtype == torch.int64
-                    assert torch.equal(fixed.columns >= 0, plain.columns >= 0)
-                    here = fixed.columns >= 0
-                    assert fixed.rows is not None
-                    assert torch.equal(fixed.rows[fixed.columns[here]] + shard.start, labels[here])
-                    met += int((fixed.columns[here] < len(fixed.rows) - len(labels)).sum())
+    for num_classes, world_size in ((1, 2), (4096, 1), (6145, 1), (6145, 2)):
+        labels = torch.randint(0, num_classes, (100,), generator=generator)
+        labels[1] = labels[0]
+        for rank in range(world_size):
+            shard = ClassShard.of(num_classes, rank, world_size)
+            for rate, step in ((0.002, 0), (0.12, 1)):
+                plain = sample_classes(labels, shard, rate=rate, seed=5, step=step)
+                fixed = sample_classes(labels, shard, rate=rate, seed=5, step=step, fixed=True)
+                assert torch.equal(fixed.classes, plain.classes)
+                assert fixed.classes.dtype == torch.int64
+                assert torch.equal(fixed.columns >= 0, plain.columns >= 0)
+                here = fixed.columns >= 0
+                assert fixed.rows is not None
+                assert torch.equal(fixed.rows[fixed.columns[here]] + shard.start, labels[here])
+                met += int((fixed.columns[here] < len(fixed.rows) - len(labels)).sum())
     return met
 
 
 def same_batches() -> None:
-    for size in (1, 3, 30, 33, 64, 1000):
+    for size in (1, 30, 64, 1000):
         plain, fixed = (
             sample_batch(size, rate=0.4, seed=3, step=size, device=torch.device("cpu"), fixed=fixed)
             for fixed in (False, True)
@@ -161,16 +161,25 @@ def fused_beside_plain(case: KernelCase) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (pair[1][name], pair[0][name]) for name in pair[0]}
 
 
-def trained(name: str, fused: bool, rate: float, factor: float = 1.0, dim: int = 24) -> dict[str, Tensor]:
+def trained(
+    name: str, fused: bool, rate: float, factor: float = 1.0, dim: int = 24, storage: Storage = "device"
+) -> dict[str, Tensor]:
     """Centers and state after three steps, the second of them of two passes."""
-    head = PartialFC(300, dim, objective=objectives.CosFace(), sample_rate=rate)
+    head = PartialFC(
+        500,
+        dim,
+        objective=objectives.CosFace(),
+        sample_rate=rate,
+        storage=storage,
+        row_state={"momentum": dim, "last": (2, dim)},
+    )
     optimizer = OPTIMIZERS[name](head)
     with on_gpu() if fused else nullcontext():
         for step in range(3):
             for part in range(2 if step == 1 else 1):
                 generator = torch.Generator().manual_seed(10 * step + part)
                 embeddings = torch.randn(9, dim, generator=generator)
-                labels = torch.randint(0, 300, (9,), generator=generator)
+                labels = torch.randint(0, 500, (9,), generator=generator)
                 labels[1] = labels[0]
                 head(embeddings, labels).backward()
             if factor != 1.0:
@@ -179,18 +188,18 @@ def trained(name: str, fused: bool, rate: float, factor: float = 1.0, dim: int =
             optimizer.step()
             optimizer.zero_grad()
     state = optimizer.state_dict()["state"]
-    return {"centers": head.weight.detach(), **{key: value.to_local() for key, value in state.items()}}
+    return {"centers": head.centers.to_local(), **{key: value.to_local() for key, value in state.items()}}
 
 
 def broken_step(name: str, rate: float) -> bool:
     """Whether a step that is broken on the device alone leaves every bit; the same unbroken step does not."""
     changed = []
+    head = PartialFC(500, 24, objective=objectives.CosFace(), sample_rate=rate)
+    optimizer = OPTIMIZERS[name](head)
+    with on_gpu():
+        head(torch.randn(9, 24), torch.arange(9)).backward()
+    tensors = [head.weight.data, *optimizer._row_state().values()]
     for broken in (True, False):
-        head = PartialFC(300, 24, objective=objectives.CosFace(), sample_rate=rate)
-        optimizer = OPTIMIZERS[name](head)
-        with on_gpu():
-            head(torch.randn(9, 24), torch.arange(9)).backward()
-        tensors = [head.weight.data, *optimizer._row_state().values()]
         before = [tensor.clone() for tensor in tensors]
         with torch.no_grad():
             head.row_gradients[0].apply([], tensors, optimizer, torch.ones(()), torch.tensor(broken))  # type: ignore[attr-defined]
@@ -235,7 +244,7 @@ def accumulated(name: str, fused: bool, rate: float, keep_bytes: int, sum_number
     """Centers and state after two steps of three passes each, whose rows are added in several parts."""
     from pfc.partial_fc.kernels.fused import gradient as fused_gradient
 
-    classes = 9001 if rate < 1 else 901  # interpreting takes its time
+    classes = 4501 if rate < 1 else 901  # interpreting takes its time
     head = PartialFC(classes, 8, objective=objectives.CosFace(scale=16.0), sample_rate=rate, keep_bytes=keep_bytes)
     optimizer = OPTIMIZERS[name](head)
     generator = torch.Generator().manual_seed(0)
@@ -253,12 +262,12 @@ def accumulated(name: str, fused: bool, rate: float, keep_bytes: int, sum_number
 
 
 def questions_of_steps(name: str, rate: float, passes: int) -> list[int]:
-    """How often each of three steps with the fused kernels asks something of the device."""
-    classes = 9001 if rate < 1 else 901
+    """How often each of two steps with the fused kernels asks something of the device."""
+    classes = 4501 if rate < 1 else 901
     head = PartialFC(classes, 8, objective=objectives.CosFace(), sample_rate=rate)
     optimizer = OPTIMIZERS[name](head)
     batches = [(torch.randn(9, 8, requires_grad=True), torch.randint(0, classes, (9,))) for _ in range(passes)]
-    return [count_questions(lambda: _step(head, optimizer, batches)) for _ in range(3)]
+    return [count_questions(lambda: _step(head, optimizer, batches)) for _ in range(2)]
 
 
 def _step(head: PartialFC, optimizer: RowOptimizer, batches: list[tuple[Tensor, Tensor]]) -> None:

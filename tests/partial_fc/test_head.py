@@ -213,10 +213,14 @@ def test_a_copy_is_made_where_ranks_share_the_centers() -> None:
     assert run_ranks(2, copied_on_a_rank) == [True, True]
 
 
-def test_centers_in_half_precision_are_refused() -> None:
+def test_centers_become_bfloat16_by_their_argument_alone() -> None:
     head = PartialFC(30, 8, objective=objectives.CosFace())
-    with pytest.raises(ValueError, match=r"center_dtype must be float32 or float64, found torch\.bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"are torch\.float32 and cannot become torch\.bfloat16: give PartialFC another"
+    ):
         head.to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"center_dtype must be float32, float64 or bfloat16, found torch\.float16"):
+        PartialFC(30, 8, objective=objectives.CosFace(), center_dtype=torch.float16)
     assert head.double().weight.dtype == torch.float64
 
 
@@ -342,7 +346,7 @@ def test_wrong_shapes_and_types_are_named(embeddings: torch.Tensor, labels: torc
         ({"embedding_dim": 0}, "embedding_dim must be at least 1"),
         ({"sample_rate": 0.0}, r"sample_rate must lie in \(0, 1\], found 0.0"),
         ({"batch_rate": 1.5}, r"batch_rate must lie in \(0, 1\], found 1.5"),
-        ({"center_dtype": torch.float16}, "center_dtype must be float32 or float64"),
+        ({"center_dtype": torch.float16}, "center_dtype must be float32, float64 or bfloat16"),
         ({"compute_dtype": torch.float16}, 'compute_dtype must be bfloat16, float32, float64 or "tf32"'),
     ],
 )

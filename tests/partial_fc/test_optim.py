@@ -366,6 +366,6 @@ def test_without_fused_kernels_a_step_asks_little(
     monkeypatch.setattr(sampling, "_permuted", by_the_host)
     monkeypatch.setattr(device, "host_sees", lambda _: False)
     monkeypatch.setattr(native, "supports", lambda _: False)
-    monkeypatch.setattr(row_update, "block_rows", lambda _: 64)
+    monkeypatch.setattr(row_update, "block_rows", lambda *_: 64)
     expected = passes if sample_rate == 1.0 else 2 * passes + 2 * (passes > 1)
     assert count_questions(step) == expected

@@ -56,7 +56,7 @@ def test_every_class_is_equally_likely(num_classes: int, rate: float) -> None:
     Sums of squared deviations, in units of the variance, are χ²(C) (the sample of a step has a fixed size, which takes
     one degree of freedom a block, nothing against C); by its normal approximation 4.4 σ is one in 10⁵.
     """
-    steps = 2000
+    steps = 1000
     nobody = torch.empty(0, dtype=torch.int64)
     shard = ClassShard.of(num_classes, 0, 1)
     counts = torch.zeros(num_classes, dtype=torch.float64)

@@ -70,7 +70,6 @@ def oracle_trajectory(name: str, parameters: dict[str, float]) -> tuple[list[flo
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        ("cosface", {"scale": 16.0, "margin": 0.35}),
         ("arcface", {"scale": 16.0, "margin": 0.3}),
         ("d_softmax", {"scale": 16.0, "stop": 0.9}),
         ("p2sgrad", {}),

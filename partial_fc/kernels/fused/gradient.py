@@ -26,15 +26,19 @@ class FusedGradient:
         columns: place of each sample's own class among the step's rows, int64 [B]; −1 where another rank has it.
         own: ∂loss/∂ŵ by these, [B, D].
         draw: how many places each block of classes has, before those of the batch; None where all rows are used.
+        padded: whether the step's index has places that are no row, −1, and is in no order.
     """
 
     needs_rows = False
 
-    def __init__(self, negatives: FusedPowers, columns: Tensor, own: Tensor, draw: Draw | None = None) -> None:
+    def __init__(
+        self, negatives: FusedPowers, columns: Tensor, own: Tensor, draw: Draw | None = None, *, padded: bool = True
+    ) -> None:
         self.negatives = negatives
         self.rows = negatives.rows
         self.own = OwnSlopes(columns, own)
         self.draw = draw
+        self.padded = padded
 
     def adds(self, others: Sequence[RowGradient]) -> bool:
         """Whether ``apply`` adds these up too."""
@@ -88,14 +92,14 @@ class FusedGradient:
     @cached_property
     def _places(self) -> Tensor | None:
         """The places that are rows, int64 [K], in the order of the rows; None where all are."""
-        if self.rows.index is None:
+        if self.rows.index is None or not self.padded:
             return None
         ascending, places = self.rows.index.sort()
         return places[ascending >= 0]
 
     @property
     def index(self) -> Tensor | None:
-        return None if self.rows.index is None or self._places is None else self.rows.index[self._places]
+        return self.rows.index if self.rows.index is None or self._places is None else self.rows.index[self._places]
 
     @property
     def inverse(self) -> Tensor:

@@ -1,7 +1,6 @@
 """Checkpoints: whole or not at all, kept, and the best of them."""
 
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -29,6 +28,7 @@ from pfc.engine.checkpoint import (
 )
 from pfc.engine.checkpoint.manager import check_space
 from pfc.engine.trainer import Trainer
+from tests.commands import forkserver
 from tests.engine.runs import configuration, new_trainer, pack, train
 from tests.ranks import run_ranks
 
@@ -56,8 +56,7 @@ def assert_is_of_its_step(found: Found) -> None:
 
 
 def test_a_save_killed_at_any_moment_leaves_the_one_before(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.engine.checkpoint.test_checkpoint"])
+    context = forkserver()
     moments, last, inside = random.Random(0), 0, 0
     for _ in range(20):
         receiver, sender = context.Pipe(duplex=False)

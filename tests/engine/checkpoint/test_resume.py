@@ -16,7 +16,7 @@ from pfc.engine.config import Config, parse_config
 from tests.engine.runs import configuration, final_tensors, new_trainer, pack, train
 from tests.ranks import run_ranks
 
-BATCH, BEFORE, AFTER = 12, 8, 20
+BATCH, BEFORE, AFTER = 12, 8, 13
 """Images of a global batch, of 222 in the set; steps before the change of ranks, in the first epoch, and after it."""
 
 
@@ -86,6 +86,27 @@ def test_a_run_goes_on_on_another_number_of_ranks(
     assert [line["step"] for line in lines] == list(range(1, BEFORE + AFTER + 1))
     assert losses(lines)[:BEFORE] == straight[:BEFORE]
     assert losses(lines)[BEFORE:] == pytest.approx(straight[BEFORE:], rel=1e-4)
+
+
+@pytest.mark.parametrize(("before", "after"), [("file", "file"), ("device", "host")])
+def test_a_run_goes_on_wherever_its_centers_are_stored(folder: Path, tmp_path: Path, before: str, after: str) -> None:
+    def stored(runs: str, storage: str) -> Config:
+        head = {"sample_rate": 0.3, "storage": storage, "center_dtype": "bf16"}
+        return configuration(folder, tmp_path / runs, head=head)
+
+    lines = train(2, stored("straight", "device"))
+    train(2, stored("moved", before), steps=4)
+    assert losses(train(2, stored("moved", after))) == losses(lines)
+    assert_same(final(2, stored("straight", "device")), final(2, stored("moved", after)))
+
+
+def test_centers_may_become_narrower(folder: Path, tmp_path: Path) -> None:
+    train(1, configuration(folder, tmp_path), steps=4)
+    narrow = configuration(folder, tmp_path, head={"center_dtype": "bf16", "storage": "file"})
+    lines = train(1, narrow)
+    assert len(lines) == 8
+    assert losses(lines)[-1] < losses(lines)[0]
+    assert final(1, narrow)["centers"].dtype == torch.bfloat16
 
 
 def test_what_changed_is_told_and_what_must_not_is_refused() -> None:

@@ -1,0 +1,130 @@
+"""Seconds of a step by phase: a roofline of operations and bytes at the machine's ceilings."""
+
+from dataclasses import dataclass
+
+from .backbone import BackboneCost
+from .machine import Machine
+from .setup import Setup
+from .traffic import Collective, Transfer
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of a step on a rank.
+
+    Attributes:
+        flops: of its matrix products and convolutions.
+        bytes: to and from the rank's memory; of an exchange, sent to other ranks; of storage, over the link.
+        seconds: that it takes.
+        beside: whether it runs while the phases before it do, and counts only where it takes longer than they.
+    """
+
+    name: str
+    flops: float
+    bytes: float
+    seconds: float
+    beside: bool = False
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """The phases in their order."""
+
+    phases: tuple[Phase, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Of the step: its phases one after the other; those beside them take longer, or no time at all."""
+        alone = sum(phase.seconds for phase in self.phases if not phase.beside)
+        return max([alone, *(phase.seconds for phase in self.phases if phase.beside)])
+
+    def of(self, *names: str) -> float:
+        """Seconds of the phases whose names begin so."""
+        return sum(phase.seconds for phase in self.phases if phase.name.startswith(names))
+
+
+def head_phases(setup: Setup, machine: Machine) -> list[Phase]:
+    """The head's own two walks over the rows, for a step with all its micro-batches."""
+    rows, batch, dim, passes = setup.rows, setup.batch_rate * setup.global_batch, setup.dim, setup.accumulate
+    kept = setup.kept_passes(machine)
+    product = 2 * batch * rows * dim
+    probabilities, width = setup.probability_bytes(machine), setup.operand(machine)
+    read = rows * setup.center_bytes
+    stepped = 2 * setup.stepped_rows * setup.row_bytes
+    forward, forward_moved = 2 * passes * product, passes * read + kept * probabilities
+    update, update_moved = passes * product, stepped + kept * probabilities
+    if setup.reduction == "gram":
+        forward = update = passes * 2 * rows * dim**2
+        forward_moved, update_moved = passes * read, stepped
+    elif setup.reduction == "cosines":  # all at once: normalised rows, cosines, their exponentials and slopes
+        whole = passes * (2 * rows * dim * (width + 4) + 8 * 4 * batch * rows)
+        forward_moved, update_moved = passes * read + whole, stepped + passes * 4 * batch * rows
+    else:
+        again = passes - kept
+        update += again * product
+        update_moved += again * read
+    if machine.gpu:  # rows as operands, written and read twice; slopes of float32, written and read
+        forward_moved += passes * rows * dim * 3 * width
+        update_moved += passes * rows * dim * 8
+    return [
+        Phase("head forward", forward, forward_moved, _roofline(setup, machine, forward, forward_moved)),
+        Phase("row update", update, update_moved, _roofline(setup, machine, update, update_moved)),
+    ]
+
+
+def _roofline(setup: Setup, machine: Machine, flops: float, moved: float) -> float:
+    """On a GPU memory is read while products are made; a core of a CPU does one after the other."""
+    products = flops / _rate(machine, setup.products if machine.gpu else "float32")
+    memory = moved / (machine.bandwidth if setup.rate == 1 else machine.scattered)
+    return max(products, memory) if machine.gpu else products + memory
+
+
+def _rate(machine: Machine, precision: str) -> float:
+    """Of products in that precision, or where the machine has none of its own, in float32."""
+    return machine.products.get(precision, machine.products["float32"])
+
+
+def step_time(
+    setup: Setup,
+    machine: Machine,
+    backbone: BackboneCost,
+    exchanges: list[Collective],
+    moved: Transfer,
+    precision: str,
+) -> StepTime:
+    """That of a training step; the loader's work is not in it.
+
+    Args:
+        precision: of the backbone.
+    """
+    passes = setup.accumulate
+    rate = _rate(machine, precision if machine.gpu else "float32")
+    once = backbone.seconds(machine.convolutions or rate, machine.elementwise or machine.bandwidth)
+    flops = backbone.flops
+    touched = sum(size * count for (_, size), count in backbone.operations.items())
+    gather, numbers, scatter, gradients = exchanges
+    forward, update = head_phases(setup, machine)
+    backward = 2 * passes * once
+    optimizer = 3 * backbone.parameters + 2 * backbone.state
+    phases = [
+        Phase("backbone forward", passes * flops, passes * touched, passes * once),
+        Phase("gather embeddings", 0, gather.sent * passes, gather.seconds),
+        forward,
+        Phase("sum two numbers", 0, numbers.sent * passes, numbers.seconds),
+        Phase("scatter gradients", 0, scatter.sent * passes, scatter.seconds),
+        Phase("backbone backward", 2 * passes * flops, 2 * passes * touched, backward),
+        # In buckets, as the last backward pass goes on.
+        Phase("rest of the backbone's exchange", 0, gradients.sent, max(0.0, gradients.seconds - 2 * once)),
+        Phase("backbone optimizer", 0, optimizer, optimizer / machine.bandwidth),
+        update,
+    ]
+    operations = 3 * passes * sum(backbone.operations.values())
+    if machine.gpu:
+        launched = machine.overhead * passes + operations * machine.launch
+        phases.append(Phase("launches on the host", 0, 0, launched, beside=True))
+    else:
+        phases.append(Phase("overhead of the head", 0, 0, machine.overhead * passes))
+    if setup.storage != "device":
+        total = moved.fetched + moved.written
+        phases.append(Phase("rows to and from storage", 0, total, moved.seconds, beside=machine.gpu))
+    return StepTime(tuple(phases))
