@@ -44,6 +44,8 @@ def machine_here(ranks: int, dim: int, threads: int) -> Machine:
         scattered=mean("scattered"),
         convolutions=mean("convolutions"),
         elementwise=mean("elementwise"),
+        exponential=mean("exponential"),
+        rounding=mean("rounding"),
         per_node=ranks,
         fused=first["fused"],
         overhead=mean("overhead"),
@@ -77,6 +79,16 @@ def _ceilings(rank: Rank, dim: int) -> dict[str, Any]:
     found["convolutions"] = 3 * 2 * images.numel() * 64 * 9 / seconds
     seconds = median(lambda: torch.prelu(batch_norm(images, None, None, slope, slope, True), slope).sum().backward())
     found["elementwise"] = 3 * 4 * images.nbytes / seconds  # both read and write all, and twice so on the way back
+    found |= {"exponential": 0.0, "rounding": 0.0}
+    if not gpu:
+        block = torch.zeros(_SIDE, BATCH)
+        found["exponential"] = median(lambda: block.mul_(0.5).exp_().sum(dim=0)) / block.numel()
+        whole, rounded = (
+            statistics.median(head_steps(rank, one.config).time(rank, steps=5)[1])
+            for dtype in ("float32", "bf16")
+            if (one := head_case(_NUMBERS // 8 // dim, dim, 1.0, "device", dtype, "row_adagrad", rank.size))
+        )
+        found["rounding"] = max(0.0, rounded - whole) * rank.size / (_NUMBERS // 8)
     small = head_case(8 * BATCH, dim, 0.5, "device", "float32", "row_sgd", rank.size)
     found["overhead"] = statistics.median(head_steps(rank, small.config).time(rank, steps=20)[1])
     return found

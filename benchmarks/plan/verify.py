@@ -1,13 +1,9 @@
 """What is predicted for real steps, and what is measured."""
 
 import ctypes
-import re
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +17,7 @@ from ...engine.plan.memory import head_memory
 from ...engine.plan.setup import Setup
 from ...engine.plan.timing import head_phases
 from ...engine.plan.traffic import transfer
-from ..ranks import Rank, run
+from ..ranks import OwnMemory, Rank, run
 from .cases import BATCH, CASES, Case, head_steps, whole_steps
 from .here import machine_here
 
@@ -120,46 +116,18 @@ def _measured(rank: Rank, tree: dict[str, Any], whole: bool, folder: str) -> dic
     """Peak memory and seconds of every step. What the first step of all loads is not counted: a small one is first."""
     of = whole_steps if whole else head_steps
     config = parse_config(tree)
-    config = _with_head(config, storage_dir=folder)
+    if config.head.storage == "file":
+        config = _with_head(config, storage_dir=folder)
     small = config.model_copy(update={"data": config.data.model_copy(update={"batch_size": 2})})
     of(rank, _with_head(small, num_classes=8 * BATCH)).time(rank, steps=2)
     if rank.device.type == "cpu":
         ctypes.CDLL(None).malloc_trim(0)  # gives back what was freed, or the large one would find it there
-    with _peak(rank) as peak:
+    before = rank.reset_peak()
+    with OwnMemory() as memory:
         clock, own = of(rank, config).time(rank, _STEPS)
-    return {"clock": clock, "own": own, "peak": peak()}
+    peak = memory.peak if rank.device.type == "cpu" else rank.peak() - before
+    return {"clock": clock, "own": own, "peak": peak}
 
 
 def _with_head(config: Config, **keys: Any) -> Config:
     return config.model_copy(update={"head": config.head.model_copy(update=keys)})
-
-
-@contextmanager
-def _peak(rank: Rank) -> Iterator[Callable[[], int]]:
-    """Yields what gives the bytes that were taken inside beyond those before: on a GPU the allocator's; on a CPU the
-    process's own, looked at every few milliseconds, without the pages of mapped files."""
-    if rank.device.type != "cpu":
-        before = rank.reset_peak()
-        yield lambda: rank.peak() - before
-        return
-    before = most = _private()
-    ended = threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not ended.wait(0.003):
-            most = max(most, _private())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield lambda: most - before
-    finally:
-        ended.set()
-        watcher.join()
-
-
-def _private() -> int:
-    """Resident bytes of this process that no file stands behind."""
-    status = Path("/proc/self/status").read_text()
-    return sum(1024 * int(size) for size in re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", status, re.MULTILINE))

@@ -26,6 +26,8 @@ class Machine:
             places.
         convolutions, elementwise: operations a second of the backbone's convolutions, and bytes a second of its other
             operations; those of products and of memory when None.
+        exponential, rounding: seconds of one probability, and of one number that is stored in bfloat16, where they are
+            passes of their own; a GPU makes them while memory is read.
         fused: whether the head's fused kernels run there (compute capability 8.0).
         host_link: between a GPU and the host's memory, each way.
         disk: of one machine, read and written added up.
@@ -46,6 +48,8 @@ class Machine:
     scattered: float
     convolutions: float | None = None
     elementwise: float | None = None
+    exponential: float = 0.0
+    rounding: float = 0.0
     fused: bool = True
     host_link: float = 25 * GB
     disk: float = 3 * GB
@@ -64,7 +68,7 @@ class Machine:
     def mean(self, other: "Machine") -> "Machine":
         """Between two measurements of one machine."""
         products = {name: (rate + other.products[name]) / 2 for name, rate in self.products.items()}
-        rates = ("bandwidth", "scattered", "convolutions", "elementwise", "overhead")
+        rates = ("bandwidth", "scattered", "convolutions", "elementwise", "exponential", "rounding", "overhead")
         return replace(
             self, products=products, **{name: (getattr(self, name) + getattr(other, name)) / 2 for name in rates}
         )

@@ -15,6 +15,9 @@ _CONTEXT, _PROCESS, _CPU_PROCESS = 1.5 * GB, 3 * GB, 0.4 * GB
 Measured: a process without."""
 
 
+_FREED_ROWS, _FREED = 10 * 4096, 48 << 20
+"""What the C library keeps of freed memory: rows in float32 that were drawn for the first centers, and at least so many
+bytes (measured)."""
 _NOT_GIVEN_BACK = 0.4
 """Of the activations: what the C library keeps of freed tensors under 32 MiB (measured: iresnet18, mobilefacenet).
 With MALLOC_MMAP_THRESHOLD_=262144 it keeps nothing, and a step takes two to four times as long."""
@@ -79,7 +82,8 @@ def head_memory(setup: Setup, machine: Machine) -> Head:
     of_batch = 36 * batch * dim
     passes = setup.accumulate
     block, forward, update = _blocks(setup, machine)
-    drawing = 0 if setup.rate == 1 or (machine.gpu and machine.fused) else 56 * rows  # sorted, several copies
+    drawn = 2 if setup.staged else 1  # the next step's too
+    drawing = 0 if setup.rate == 1 or setup.fused(machine) else 56 * drawn * rows  # sorted, several copies
     if setup.reduction == "cosines":
         met = int(setup.batch_rate * batch)
         kept = passes * (setup.operand(machine) + 4) * rows * dim // 2 + passes * 4 * met * rows
@@ -87,6 +91,8 @@ def head_memory(setup: Setup, machine: Machine) -> Head:
     else:
         kept = setup.kept_passes(machine) * setup.probability_bytes(machine)
     staged = 2 * rows * setup.row_bytes if setup.staged else 0
+    if setup.staged and passes > 1:  # their rows once more, together
+        staged += int(setup.stepped_rows) * setup.row_bytes
     if setup.storage != "device" and not setup.staged and machine.gpu:
         staged = 2 * block // setup.center_bytes * setup.row_bytes  # blocks of rows pass through
     return Head(
@@ -95,7 +101,7 @@ def head_memory(setup: Setup, machine: Machine) -> Head:
         sampled=staged,
         index=passes * rows * (4 + (8 if setup.rate < 1 else 0) + (16 if setup.staged else 0)),
         kept=kept,
-        forward=max(forward + of_batch, drawing),
+        forward=max(forward + of_batch, drawing, 0 if machine.gpu else max(_FREED, _FREED_ROWS * 4 * dim)),
         update=update + of_batch // 3,
     )
 
@@ -104,7 +110,7 @@ def _blocks(setup: Setup, machine: Machine) -> tuple[int, int, int]:
     """Bytes of a block of rows, and what the blocks of the forward pass and of the row update take."""
     batch, dim, wide = setup.global_batch, setup.dim, 1 + sum(width > 1 for width in setup.state.values())
     item, all_kept = setup.operand(machine), setup.kept_passes(machine) == setup.accumulate
-    if machine.gpu and machine.fused and setup.reduction == "blocks":
+    if setup.fused(machine):
         rows = min(setup.rows, max(1024, _FUSED_NUMBERS // max(batch, dim)))
         updated = min(setup.rows, max(1024, _UPDATE_NUMBERS // dim))
         p = 0 if all_kept else item * batch
@@ -113,8 +119,9 @@ def _blocks(setup: Setup, machine: Machine) -> tuple[int, int, int]:
     block = (_GPU_BLOCK if machine.gpu else _CPU_BLOCK * machine.threads) // (4 * dim) * dim * 4
     of_batch = 0 if all_kept else block // dim * batch
     block = min(block, int(setup.rows) * 4 * dim)
-    # On a GPU torch's own operations step a block: it and its state gathered, as they were, and as they become.
-    return block, 3 * block + of_batch, (3 * wide + 3 if machine.gpu else 2) * block + of_batch
+    # On a GPU torch's own operations step a block: it and its state gathered, as they were, as they become, rounded.
+    copies = 3 * wide + (7 if setup.center_dtype == "bf16" else 3)
+    return block, 3 * block + of_batch, (copies if machine.gpu else 2) * block + of_batch
 
 
 def plan_memory(setup: Setup, machine: Machine, backbone: BackboneCost, *, copied: bool = False) -> Memory:

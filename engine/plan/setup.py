@@ -10,7 +10,7 @@ from ...partial_fc.kernels.probabilities import MAX_SCALE
 from ...partial_fc.objectives import LogSumExpObjective, Objective
 from ...partial_fc.sampling import expected_rows
 from .. import build
-from ..config import Adagrad, AdamW, Config
+from ..config import Config
 from .machine import Machine
 
 Precision = Literal["float32", "tf32", "bf16"]
@@ -74,7 +74,7 @@ class Setup:
             accumulate=config.optimizer.accumulate,
             storage=head.storage,
             center_dtype=head.center_dtype,
-            state=row_state(config.optimizer.head, dim),
+            state=build.row_state_of(config),
             products=products,
             keep=None if head.keep_mib is None else head.keep_mib << 20,
             payload=(payload, payload),
@@ -136,6 +136,17 @@ class Setup:
         """Whether a step works on copies of its rows: those that it uses of centers outside the device."""
         return self.storage != "device" and self.rate < 1
 
+    def fused(self, machine: Machine) -> bool:
+        """Whether the fused kernels make the step; elsewhere on a GPU torch's own operations do."""
+        on_device = self.storage == "device" or self.staged
+        return (
+            machine.gpu
+            and machine.fused
+            and on_device
+            and self.center_dtype == "float32"
+            and self.reduction == "blocks"
+        )
+
     def operand(self, machine: Machine) -> int:
         """Bytes of a number of the products' operands. A CPU's stay float32."""
         return ITEM[self.products] if machine.gpu else 4
@@ -151,15 +162,6 @@ class Setup:
     def probability_bytes(self, machine: Machine) -> int:
         """Of the probabilities of one micro-batch."""
         return int(self.batch_rate * self.global_batch * self.rows) * self.operand(machine)
-
-
-def row_state(section: object, dim: int) -> dict[str, int]:
-    """Name → numbers a row of the optimizer that this section describes."""
-    if isinstance(section, Adagrad):
-        return {"sum": 1}
-    if isinstance(section, AdamW):
-        return {"first_moment": dim, "second_moment": dim, "steps": 1}
-    return {"momentum": dim} if getattr(section, "momentum", 0) else {}
 
 
 def completed(config: Config, classes: int | None) -> tuple[Config, list[str]]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from .backbone import BackboneCost
 from .machine import Machine
-from .setup import Setup
+from .setup import ITEM, Setup
 from .traffic import Collective, Transfer
 
 
@@ -63,12 +63,22 @@ def head_phases(setup: Setup, machine: Machine) -> list[Phase]:
         again = passes - kept
         update += again * product
         update_moved += again * read
-    if machine.gpu:  # rows as operands, written and read twice; slopes of float32, written and read
+    if machine.gpu and setup.reduction == "blocks" and not setup.fused(machine):
+        # torch's own operations: each walks through all rows, or all probabilities, in float32
+        wide = 1 + sum(width > 1 for width in setup.state.values())
+        forward_moved += passes * (3 * 4 * rows * dim + 8 * 4 * batch * rows)
+        update_moved += (7 * wide + 15) * 4 * setup.stepped_rows * dim
+    elif machine.gpu:  # rows as operands, written and read twice; slopes of float32, written and read
         forward_moved += passes * rows * dim * 3 * width
         update_moved += passes * rows * dim * 8
+    exponentials = 0.0 if setup.reduction == "gram" else machine.exponential * batch * rows
+    numbers = setup.stepped_rows * (setup.center_bytes + setup.wide_state_bytes) / ITEM[setup.center_dtype]
+    rounding = machine.rounding * numbers if setup.center_dtype == "bf16" else 0.0
+    walks = [("head forward", forward, forward_moved, passes * exponentials)]
+    walks.append(("row update", update, update_moved, (passes - kept) * exponentials + rounding))
     return [
-        Phase("head forward", forward, forward_moved, _roofline(setup, machine, forward, forward_moved)),
-        Phase("row update", update, update_moved, _roofline(setup, machine, update, update_moved)),
+        Phase(name, flops, moved, _roofline(setup, machine, flops, moved) + besides)
+        for name, flops, moved, besides in walks
     ]
 
 

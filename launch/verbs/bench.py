@@ -114,7 +114,7 @@ def scale(
     ] = None,
     ranks: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Processes. [dim]\\[default: one for each GPU; without a GPU two][/dim]"),
+        typer.Option(min=1, help="Processes. [dim]\\[default: as of head; with --simulate none][/dim]"),
     ] = None,
     simulate: Annotated[
         list[int] | None,
@@ -169,7 +169,7 @@ def scale(
         classes=tuple(classes or Sweep.classes),
         rate=tuple(rate or Sweep.rate),
         rows=tuple(rows or ()),
-        ranks=tuple(ranks or [default_ranks()]),
+        ranks=tuple(ranks or (() if simulate else [default_ranks()])),
         simulate=tuple(simulate or ()),
         storage=tuple(storage),
         storage_dir=str(storage_dir or output),
@@ -189,7 +189,7 @@ def scale(
     )
     sweep.check()
     output.mkdir(exist_ok=True)
-    _tell_cores(max(sweep.ranks) * threads)
+    _tell_cores(max(sweep.ranks, default=1) * threads)
     with _progress() as tell:
         results = measure_sweep(sweep, tell)
     told = "\n".join(report(results)) + "\n"

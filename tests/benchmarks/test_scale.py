@@ -33,7 +33,7 @@ def test_what_does_not_fit_is_shown_beside_what_does(
     body = "os.kill(os.getpid(), 9)"
     classes = ["--classes", "300", "--classes", "200000", "--rows", "30"]
     options = [*SMALL, *classes, "--memory", "0.04", "--peer", stand_in(peer, body), "--simulate", "8"]
-    assert main(["bench", "scale", *options, "--output", str(output)]) == 1  # the peer died
+    assert main(["bench", "scale", *options, "--ranks", "2", "--output", str(output)]) == 1  # the peer died
     told = capsys.readouterr().out
     assert told == (output / "scale.txt").read_text()
     told, reasons = told.rsplit("\n\n", 1)
