@@ -3,7 +3,7 @@
 import os
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -90,13 +90,14 @@ def build_network(config: Config, world: World) -> nn.Module:
     return network
 
 
+def products_name(config: Config) -> Literal["float32", "tf32", "bf16"]:
+    """What the head's products are made in, by the configuration's names."""
+    return config.head.products or ("bf16" if config.precision == "bf16" else "float32")
+
+
 def products_of(config: Config) -> ComputeDtype:
-    """What the head's products are made in."""
-    wanted = config.head.products or ("bf16" if config.precision == "bf16" else "float32")
-    return {"float32": torch.float32, "bf16": torch.bfloat16}.get(wanted, "tf32")
-
-
-_SECONDS_BETWEEN_LINES = 5.0
+    """The same as the head takes it."""
+    return {"float32": torch.float32, "bf16": torch.bfloat16}.get(products_name(config), "tf32")
 
 
 def build_head(config: Config, world: World, *, initialise: bool = True) -> PartialFC:
@@ -133,6 +134,9 @@ def row_state_of(config: Config) -> dict[str, int]:
     if isinstance(section, AdamW):
         return RowAdamW.row_state(dim)
     return RowAdagrad.row_state(dim) if isinstance(section, Adagrad) else RowSGD.row_state(dim, section.momentum)
+
+
+_SECONDS_BETWEEN_LINES = 5.0
 
 
 class _Initialising:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.errors import UsageError
@@ -36,6 +37,15 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         table.add_row(*row)
     console = Console()
     (console if console.is_terminal else Console(width=200)).print(table)
+
+
+def check_outputs(*files: Path | None, picture: Path | None = None) -> None:
+    """Before anything is measured: a wrong name should not cost the figures."""
+    if picture is not None and picture.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise UsageError(f"--plot {picture}: must end in .png, .pdf or .svg")
+    for file in (*files, picture):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise UsageError(f"{file}: no folder {file.absolute().parent} to write it to")
 
 
 def parse_size(text: str) -> tuple[int, int] | None:

@@ -11,8 +11,9 @@ optimizer.zero_grad()
 """
 
 from . import objectives
-from .head import LastSample, PartialFC
+from .head import PartialFC
 from .optim import RowAdagrad, RowAdamW, RowOptimizer, RowSGD
 from .row_gradient import RowGradient
+from .sampling import LastSample
 
 __all__ = ["LastSample", "PartialFC", "RowAdagrad", "RowAdamW", "RowGradient", "RowOptimizer", "RowSGD", "objectives"]

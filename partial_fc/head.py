@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,30 +14,13 @@ from .centers import ClassShard, as_dtensor, fill_initially, read_rows, write_ro
 from .exchange import Exchange
 from .kernels.probabilities import KeepBudget
 from .kernels.products import ComputeDtype
-from .kernels.rows import OwnClasses, SampledRows, computed_dtype, normalize, normalize_backward
+from .kernels.rows import computed_dtype
 from .objectives import Objective
-from .row_gradient import RowGradient, StagedGradient, StepGradient
-from .sampling import ClassSample, negative_rows, sample_batch, sample_classes
+from .row_gradient import RowGradient
+from .sampling import LastSample
 from .side_stream import SideStream
-from .storage import PLACES, RowStore, StagedRows, Storage, TakenRows
-
-
-@dataclass(frozen=True)
-class LastSample:
-    """What the last step used on this rank.
-
-    Attributes:
-        sample: its classes.
-        batch: places in the global batch that met the negatives, int64, ascending.
-    """
-
-    sample: ClassSample
-    batch: Tensor
-
-    @property
-    def classes(self) -> Tensor:
-        """Global class ids, int64 [K], ascending; on the host, where the centers are not on the device."""
-        return self.sample.classes
+from .step import HeadLoss
+from .storage import PLACES, RowStore, StagedRows, Storage
 
 
 class PartialFC(nn.Module):
@@ -227,13 +209,10 @@ class PartialFC(nn.Module):
         Changed rows are stored too when it returns. The head calls it wherever it reads or writes the centers; so must
         who takes ``weight`` as it is.
         """
-        self._join_update()
-        if self.staged is not None:
-            self.staged.settle()
-
-    def _join_update(self) -> None:
         if self.side_stream is not None:
             self.side_stream.join()
+        if self.staged is not None:
+            self.staged.settle()
 
     def clear_gradients(self) -> None:
         """Forgets the gradients gathered so far; the row optimizer's ``zero_grad`` calls it."""
@@ -241,6 +220,21 @@ class PartialFC(nn.Module):
         self.gradients_applied = False
         self.accumulated_scale = None
         self.gradient_scale.grad = None
+
+    def add_gradient(self, gradient: RowGradient, scale: Tensor) -> None:
+        """One more pass's gradient by the centers.
+
+        Args:
+            scale: what its loss was multiplied with, []; NaN where something is not finite.
+        """
+        probe = self.gradient_scale
+        if probe.grad is None or probe.grad._version != self._probe_version:
+            self.clear_gradients()  # a module's zero_grad has cleared it, which knows no row gradients
+        self.row_gradients.append(gradient)
+        scale = scale.to(probe.dtype)
+        probe.grad = scale.clone() if probe.grad is None else probe.grad + scale
+        self._probe_version = probe.grad._version
+        self.accumulated_scale = scale if self.accumulated_scale is None else self.accumulated_scale + scale
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The mean loss over the global batch, a float32 scalar (float64 where the centers are).
@@ -262,7 +256,7 @@ class PartialFC(nn.Module):
         if self.training and min(self.sample_rate, self.batch_rate) < 1 and devices.is_recorded(self.device):
             raise RuntimeError("a CUDA graph would repeat one class sample at every replay: leave the head out of it")
         with devices.own_precision(self.device):
-            return _HeadLoss.apply(embeddings, self.weight, labels.contiguous(), self, torch.is_grad_enabled())  # type: ignore[return-value]
+            return HeadLoss.apply(embeddings, self.weight, labels.contiguous(), self, torch.is_grad_enabled())  # type: ignore[return-value]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PartialFC":
         """What ``to``, ``cuda``, ``double`` and the like do. Centers that are stored elsewhere stay there."""
@@ -313,154 +307,8 @@ class PartialFC(nn.Module):
             f"{self.sample_rate}, batch_rate={self.batch_rate}, rows {self.shard.start}–{self.shard.stop} here"
         )
 
-    def _sample(self, labels: Tensor, *, fixed: bool) -> tuple[ClassSample, Tensor | None]:
-        """The classes and the part of the batch [B'] (None for all) of this step."""
-        class_rate, batch_rate = (self.sample_rate, self.batch_rate) if self.training else (1.0, 1.0)
-        seed, step, size, device = self.seed, self.steps, len(labels), labels.device
-        known = labels if self.staged is None else labels.cpu()  # where the rows are copied from
-        classes = sample_classes(known, self.shard, rate=class_rate, seed=seed, step=step, fixed=fixed)
-        classes = replace(classes, columns=classes.columns.to(device))
-        batch = sample_batch(size, rate=batch_rate, seed=seed, step=step, device=device, fixed=fixed)
-        self.last_sample = LastSample(classes, torch.arange(size, device=device) if batch is None else batch)
-        return classes, batch
-
-    def _rows(self, sample: ClassSample) -> tuple[SampledRows, TakenRows | None]:
-        """The step's rows: the stored ones, or a copy of them."""
-        weight, staged = self.weight.detach(), self.staged
-        if staged is None:
-            return SampledRows(weight, sample.rows), None
-        if sample.rows is None:  # all of them, a block at a time
-            staged.settle()
-            return SampledRows(weight, None, self.device), None
-        taken = staged.take(sample.rows, spare=len(sample.columns))
-        rate, seed, step = self.sample_rate, self.seed, self.steps + 1
-        if self.training and rate < 1.0:
-            staged.fetch(lambda: negative_rows(self.shard, rate=rate, seed=seed, step=step))
-        return SampledRows(taken.parts[0], taken.index), taken
-
-    def _check_labels(self, labels: Tensor) -> None:
-        """Every rank sees all labels, so that all of them refuse a wrong one together and none is left waiting."""
-        wrong = (labels < 0) | (labels >= self.num_classes)
-        if not devices.host_sees(labels.device):
-            message = f"a label lies outside [0, {self.num_classes})"
-            torch._assert_async(~wrong.any(), message)
-        elif wrong.any():
-            place = int(wrong.nonzero()[0])
-            rank, position = divmod(place, len(labels) // self.exchange.world_size)
-            raise ValueError(
-                f"label {int(labels[place])} (sample {position} of rank {rank}) lies outside [0, {self.num_classes})"
-            )
-
 
 def _checked_rate(name: str, rate: float) -> float:
     if not 0.0 < rate <= 1.0:
         raise ValueError(f"{name} must lie in (0, 1], found {rate}")
     return rate
-
-
-class _HeadLoss(torch.autograd.Function):
-    """One step of the head, in seven parts."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, embeddings: Tensor, weight: Tensor, labels: Tensor, head: PartialFC, backward: bool
-    ) -> Tensor:
-        objective = head.objective.at(head.steps)
-        head._join_update()
-        dtype = computed_dtype(weight.dtype)
-        # ① the global batch
-        batch, labels = head.exchange.gather_batch(embeddings.detach(), labels)
-        head._check_labels(labels)
-        unit, inverse = normalize(batch.to(dtype))  # [B, D], [B, 1]
-        # ② the sample
-        sampled = head.training and head.sample_rate < 1.0
-        computed = weight if head.staged is None or not sampled else head.staged.centers
-        fused = objective.fused_kernel(computed, head.compute_dtype, head.budget)
-        sample, part = head._sample(labels, fixed=fused is not None and head.staged is None)
-        rows, taken = head._rows(sample)
-        everyone = slice(None) if part is None else part
-        # ③ two numbers per sample
-        part_unit = unit[everyone]
-        size = len(part_unit)
-        kernel = fused or objective.kernel(size, head.embedding_dim, len(rows), head.compute_dtype, head.budget)
-        own = OwnClasses(sample.columns)
-        own_rows = torch.zeros_like(unit)
-        if len(rows):
-            here = (own.columns >= 0)[:, None]  # [B, 1], whether the sample's class is
-            own_rows = torch.where(here, normalize(rows.at(own.columns.clamp_min(0)))[0], 0.0)
-        numbers = torch.zeros(2, len(labels), dtype=torch.float64, device=unit.device)
-        numbers[0] = (unit.double() * own_rows.double()).sum(dim=1)
-        part_own = own if part is None else OwnClasses(own.columns[part])
-        numbers[1, everyone] = kernel.forward(part_unit, rows, part_own, backward=backward)
-        # ④ … of all ranks
-        target, negatives = head.exchange.sum(numbers)
-        negatives = kernel.finish(negatives[everyone])
-        # ⑤ the loss, and its slopes by the two numbers
-        with torch.set_grad_enabled(backward):
-            target.requires_grad_(backward)
-            negatives.requires_grad_(backward)
-            loss = objective.intra(target).mean() + objective.inter(target[everyone], negatives).mean()
-        if head.training:
-            head.steps += 1
-        if not backward:
-            return loss.to(dtype)
-        target_slope, negatives_slope = torch.autograd.grad(loss, (target, negatives), materialize_grads=True)
-        ctx.head, ctx.kernel, ctx.rows, ctx.own, ctx.everyone = head, kernel, rows, own, everyone
-        ctx.kernel_is_fused, ctx.draw, ctx.taken = fused is not None, sample.draw, taken
-        ctx.embedding_dtype = embeddings.dtype
-        ctx.negatives = negatives.detach(), negatives_slope
-        ctx.save_for_backward(unit, inverse, own_rows, target_slope)
-        return loss.detach().to(dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if torch.is_grad_enabled():
-            raise RuntimeError("the head's gradient has no gradient of its own: call backward without create_graph")
-        with devices.own_precision(grad.device):
-            return _HeadLoss._gradients(ctx, grad), None, None, None, None
-
-    @staticmethod
-    def _gradients(ctx: Any, grad: Tensor) -> Tensor:
-        head: PartialFC = ctx.head
-        unit, inverse, own_rows, target_slope = ctx.saved_tensors
-        negatives, negatives_slope = ctx.negatives
-        part_grad, unit_rows_grad = ctx.kernel.backward(negatives, negatives_slope * grad.double())
-        own_slope = (target_slope * grad.double()).to(unit.dtype)[:, None]  # [B, 1]
-        # ⑥ ∂loss/∂embeddings, of all ranks' classes, to each rank its own samples
-        unit_grad = torch.zeros_like(unit)  # [B, D]
-        unit_grad[ctx.everyone] = part_grad
-        unit_grad += own_slope * own_rows
-        mine_grad, broken = head.exchange.sum_and_scatter(unit_grad, ~torch.isfinite(grad))
-        size = len(mine_grad)
-        mine = slice(head.exchange.rank * size, (head.exchange.rank + 1) * size)
-        embedding_grad = normalize_backward(mine_grad, unit[mine], inverse[mine]) * head.exchange.world_size
-        embedding_grad = embedding_grad.to(ctx.embedding_dtype)
-        if not ctx.needs_input_grad[1]:  # frozen centers
-            return embedding_grad
-        # ⑦ ∂loss/∂rows, computed in the row update
-        slopes = own_slope * unit
-        if ctx.kernel_is_fused:
-            from .kernels.fused.gradient import FusedGradient
-
-            padded = ctx.taken is None
-            gradient = FusedGradient(unit_rows_grad, ctx.own.columns, slopes, ctx.draw, padded=padded)
-        else:
-            gradient = StepGradient(ctx.rows, unit_rows_grad, ctx.own, slopes)
-        if ctx.taken is not None:
-            gradient = StagedGradient(gradient, ctx.taken, ctx.rows)
-        _accumulate(head, gradient, torch.where(broken > 0, torch.nan, grad))
-        assert head.gradient_scale.grad is not None
-        head.side_stream = head.side_stream or SideStream(unit.device)
-        head.side_stream.mark(head.gradient_scale.grad)
-        return embedding_grad
-
-
-def _accumulate(head: PartialFC, gradient: RowGradient, scale: Tensor) -> None:
-    probe = head.gradient_scale
-    if probe.grad is None or probe.grad._version != head._probe_version:
-        head.clear_gradients()  # a module's zero_grad has cleared it, which knows no row gradients
-    head.row_gradients.append(gradient)
-    scale = scale.to(probe.dtype)
-    probe.grad = scale.clone() if probe.grad is None else probe.grad + scale
-    head._probe_version = probe.grad._version
-    head.accumulated_scale = scale if head.accumulated_scale is None else head.accumulated_scale + scale

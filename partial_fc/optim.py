@@ -167,7 +167,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape of the state of one row, [n]."""
+        """Name → shape of the state of one row, [n]; asked when the base class is initialised."""
 
     @abstractmethod
     def update(self, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:

@@ -46,7 +46,7 @@ class StepGradient:
         rows: the centers that the step used.
         negatives: the negatives' part.
         own: the samples' own classes.
-        slopes: ∂loss/∂ŵ of each sample's own class, [B, D].
+        slopes: ∂loss/∂ŵ of the own classes that are here, [M, D], in the order of ``own.samples``.
     """
 
     def __init__(self, rows: SampledRows, negatives: UnitGradient, own: OwnClasses, slopes: Tensor) -> None:
@@ -55,7 +55,7 @@ class StepGradient:
         self.needs_rows = negatives.needs_rows
         self.negatives = negatives
         self.own = own
-        self.slopes = slopes[own.samples] * rows.inverse[own.places]
+        self.slopes = slopes * rows.inverse[own.places]
 
     @property
     def index(self) -> Tensor | None:

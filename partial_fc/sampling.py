@@ -47,8 +47,33 @@ class ClassSample:
         return self.rows[self.rows >= 0].sort().values + self.shard.start
 
 
+@dataclass(frozen=True)
+class LastSample:
+    """What the last step used on this rank.
+
+    Attributes:
+        sample: its classes.
+        batch: places in the global batch that met the negatives, int64, ascending.
+    """
+
+    sample: ClassSample
+    batch: Tensor
+
+    @property
+    def classes(self) -> Tensor:
+        """Global class ids, int64 [K], ascending; on the host, where the centers are not on the device."""
+        return self.sample.classes
+
+
 def sample_classes(
-    labels: Tensor, shard: ClassShard, *, rate: float, seed: int, step: int, fixed: bool = False
+    labels: Tensor,
+    shard: ClassShard,
+    *,
+    rate: float,
+    seed: int,
+    step: int,
+    fixed: bool = False,
+    negatives: Tensor | None = None,
 ) -> ClassSample:
     """The classes of one step on one shard: a random share ``rate`` of them, and the batch's own.
 
@@ -62,16 +87,17 @@ def sample_classes(
         seed: of the run.
         step: any integer; another step, another sample.
         fixed: whether shapes must follow from all but the labels, for a GPU: the same classes, with padding.
+        negatives: what ``negative_rows`` gave for this step, where it is known already.
     """
     mine = (labels >= shard.start) & (labels < shard.stop)
     if rate >= 1.0:
         return ClassSample(shard, None, torch.where(mine, labels - shard.start, -1))
     if fixed and shard.rows:
         return _fixed_sample(labels, mine, shard, Draw.of(shard, rate, seed, step))
-    negatives = _random_classes(shard, rate, seed, step, labels.device)
+    draw = _random_classes(shard, rate, seed, step, labels.device) if negatives is None else negatives + shard.start
     nothing = labels.new_full((1,), -1)
     # Filtered after sorting, by the −1 that always leads: on a GPU the host then waits once, for how many there are.
-    classes = torch.cat([nothing, negatives, torch.where(mine, labels, -1)]).unique()[1:]
+    classes = torch.cat([nothing, draw, torch.where(mine, labels, -1)]).unique()[1:]
     return ClassSample(shard, classes - shard.start, torch.where(mine, torch.searchsorted(classes, labels), -1))
 
 

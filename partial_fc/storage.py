@@ -15,7 +15,7 @@ Both steps' rows stand in buffers that change places and grow only where a step 
 import math
 import mmap
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,9 +69,9 @@ class RowStore:
         widths = {name: math.prod(shape) for name, shape in shapes.items()}
         together = [name for name, width in widths.items() if width > 1 or name == CENTERS]
         columns = [name for name in widths if name not in together]
-        record = _aligned(sum(widths[name] for name in together) * dtype.itemsize)
+        record = aligned(sum(widths[name] for name in together) * dtype.itemsize)
         number = torch.promote_types(dtype, torch.float32)
-        column = _aligned(rows * number.itemsize)
+        column = aligned(rows * number.itemsize)
         self._map: mmap.mmap | None = None
         records, *rest = self._memory(rows * record + len(columns) * column, directory).split(
             [rows * record, *[column] * len(columns)]
@@ -152,7 +152,8 @@ class StagedRows:
         self._spare = 0
         self._process = os.getpid()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pfc-rows")
-        self._read: Future[None] | None = None
+        self._read: Future[Tensor] | None = None
+        self._key: Hashable = None  # of what is read
         self._written: Future[None] | None = None
 
     @property
@@ -184,14 +185,26 @@ class StagedRows:
             self._changed = None
         return taken
 
-    def fetch(self, places: Callable[[], Tensor]) -> None:
+    def fetch(self, key: Hashable, places: Callable[[], Tensor]) -> None:
         """Begins to read rows that the next step will take.
 
         Args:
+            key: what they follow from.
             places: gives them, as for ``take``; called in another thread.
         """
         buffer, store, spare, begin = self._next, self.store, self._spare, self._mark()
+        self._key = key
         self._read = self._thread.submit(lambda: buffer.fill(store, places(), spare, begin))
+
+    def fetched(self, key: Hashable) -> Tensor | None:
+        """The places of ``fetch`` when they have been read, if it was called with this key; else None."""
+        if self._read is None or key != self._key:
+            return None
+        try:
+            return self._read.result()
+        except BaseException:
+            self._read = None  # the step may be tried again
+            raise
 
     def sum_up(self, places: Tensor) -> TakenRows:
         """The rows of several passes that make one step, or of one that another followed; arguments as of ``take``."""
@@ -257,10 +270,8 @@ class _Buffer:
 
     def __init__(self, store: RowStore, device: torch.device) -> None:
         self.device = device
-        self._read = torch.empty(
-            0, dtype=torch.int64, device="cpu"
-        )  # places of the rows that were read before, ascending
-        self._used = 0
+        # Places of the rows that were read before, ascending; how many rows there are in all.
+        self._read, self._used = torch.empty(0, dtype=torch.int64, device="cpu"), 0
         with devices.selected(device):
             self._stream = devices.streams(device).Stream()
         self.parts = [part.new_empty(0, *part.shape[1:], device=device) for part in store.parts.values()]
@@ -269,14 +280,16 @@ class _Buffer:
     def forget(self) -> None:
         self._read, self._used = self._read[:0], 0
 
-    def fill(self, store: RowStore, places: Tensor, spare: int, begin: Any) -> None:
-        """Reads rows, int64 [n]; nothing uses those that stood here before from the event ``begin`` on."""
+    def fill(self, store: RowStore, places: Tensor, spare: int, begin: Any) -> Tensor:
+        """Reads rows, int64 [n], and returns their places; nothing uses those that stood here before from the event
+        ``begin`` on."""
         store.will_need(places)
         self.forget()
         self._reserve(len(places) + spare)
         self._gather(store, places)
         self._copy(self.parts, self._host, begin)
         self._read = places
+        return places
 
     def complete(self, store: RowStore, places: Tensor, spare: int) -> Tensor:
         """Reads those of the rows that are missing; where all are: int64 [K], on the host."""
@@ -330,5 +343,6 @@ class _Buffer:
         devices.streams(self.device).synchronize()
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """Bytes that a row of ``size`` bytes takes in a store."""
     return -(-size // _LINE) * _LINE

@@ -72,7 +72,7 @@ CASES = (
     head_case(400_000, 512, 0.1, "device", "float32", "row_sgd", 2),
     head_case(600_000, 512, 0.1, "device", "bf16", "row_sgd", 2),
     head_case(600_000, 512, 1 / 64, "host", "bf16", "row_adamw", 2),
-    head_case(400_000, 512, 0.1, "file", "float32", "row_sgd", 2),
+    head_case(400_000, 512, 0.5, "file", "float32", "row_sgd", 2),
     Case(
         2,
         {
@@ -87,7 +87,7 @@ CASES = (
     head_case(1_000_000, 128, 0.1, "file", "bf16", "row_adamw", 1),
     head_case(1_000_000, 128, 1.0, "device", "float32", "row_adagrad", 2),
 )
-"""Every storage, dtype and row optimizer, rates 1, 0.1 and 1/64, one rank and two; and the trainer's step."""
+"""Every storage, dtype and row optimizer, rates from 1 to 1/64, one rank and two; and the trainer's step."""
 
 
 class Steps(NamedTuple):

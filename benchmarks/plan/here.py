@@ -11,6 +11,7 @@ from torch.nn.functional import batch_norm
 
 from ...engine.plan.machine import Machine
 from ...partial_fc import device as devices
+from ...partial_fc.kernels import native
 from ..ceilings import DTYPES
 from ..ranks import Rank, run
 from .cases import BATCH, Steps, head_case, head_steps
@@ -81,8 +82,8 @@ def _ceilings(rank: Rank, dim: int) -> dict[str, Any]:
     found["elementwise"] = 3 * 4 * images.nbytes / seconds  # both read and write all, and twice so on the way back
     found |= {"exponential": 0.0, "rounding": 0.0}
     if not gpu:
-        block = torch.zeros(_SIDE, BATCH)
-        found["exponential"] = median(lambda: block.mul_(0.5).exp_().sum(dim=0)) / block.numel()
+        block, inverse, total = torch.zeros(_SIDE, BATCH), torch.ones(_SIDE, 1), torch.zeros(BATCH, dtype=torch.float64)
+        found["exponential"] = median(_exponentials, block, inverse, total) / block.numel()
         whole, rounded = (
             statistics.median(head_steps(rank, one.config).time(rank, steps=5)[1])
             for dtype in ("float32", "bf16")
@@ -92,6 +93,13 @@ def _ceilings(rank: Rank, dim: int) -> dict[str, Any]:
     small = head_case(8 * BATCH, dim, 0.5, "device", "float32", "row_sgd", rank.size)
     found["overhead"] = statistics.median(head_steps(rank, small.config).time(rank, steps=20)[1])
     return found
+
+
+def _exponentials(block: Tensor, inverse: Tensor, total: Tensor) -> None:
+    if native.supports(block):
+        native.exponentials(block.zero_(), inverse, 64.0, float("inf"), total)
+    else:
+        block.mul_(inverse).exp_().sum(dim=0)
 
 
 def _gather(rows: Tensor, places: Tensor, out: Tensor) -> None:

@@ -5,19 +5,20 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
+from ...partial_fc import RowAdagrad, RowAdamW, RowSGD
 from .backbone import BackboneCost
 from .machine import GB, Machine
 from .memory import Memory, plan_memory
 from .setup import Setup
-from .timing import StepTime, step_time
+from .timing import STORAGE, StepTime, step_time
 from .traffic import Collective, Transfer, collectives, transfer
 
 _MOST_CLASSES = 10**11
 _STATES: dict[str, Callable[[int], dict[str, int]]] = {
-    "row_sgd, momentum": lambda dim: {"momentum": dim},
-    "row_sgd, momentum 0": lambda dim: {},
-    "row_adagrad": lambda dim: {"sum": 1},
-    "row_adamw": lambda dim: {"first_moment": dim, "second_moment": dim, "steps": 1},
+    "row_sgd, momentum": lambda dim: RowSGD.row_state(dim, 0.9),
+    "row_sgd, momentum 0": RowSGD.row_state,
+    "row_adagrad": RowAdagrad.row_state,
+    "row_adamw": RowAdamW.row_state,
 }
 
 
@@ -123,7 +124,7 @@ def options(plan: Plan) -> list[Option]:
     """Every storage and dtype, with the optimizer that is set and with the one that keeps least beside the centers."""
     dim = plan.setup.dim
     own = next((name for name, state in _STATES.items() if state(dim) == plan.setup.state), "as set")
-    states = {own: dict(plan.setup.state), "row_adagrad": {"sum": 1}}
+    states = {own: dict(plan.setup.state), "row_adagrad": RowAdagrad.row_state(dim)}
     found = []
     for storage in ("device", "host", "file"):
         for dtype in ("float32", "bf16"):
@@ -152,8 +153,8 @@ def advice(plan: Plan, ways: list[Option]) -> list[str]:
     if setup.storage != "device" and on_device.fits:
         said.append(f"head.storage=device fits too: {_figures(on_device)}, here {_figures(plan)}")
     moved = plan.transfer.seconds
-    rest = sum(phase.seconds for phase in plan.time.phases if not phase.beside)
-    if setup.storage != "device" and machine.gpu and moved > rest:
+    rest = _rest(plan)
+    if machine.gpu and _waits(plan):
         hidden = _first(lambda millionths: _waits(plan.of(rate=millionths / 10**6)), 1, 10**6) - 1
         said.append(
             f"the step waits for rows from storage: {1e3 * moved:,.0f} ms, all else {1e3 * rest:,.0f} ms; up to "
@@ -175,8 +176,12 @@ def advice(plan: Plan, ways: list[Option]) -> list[str]:
 
 
 def _waits(plan: Plan) -> bool:
-    rest = sum(phase.seconds for phase in plan.time.phases if not phase.beside)
-    return plan.transfer.seconds > rest
+    return plan.transfer.seconds > _rest(plan)
+
+
+def _rest(plan: Plan) -> float:
+    """Seconds of a step without what is moved to and from storage."""
+    return StepTime(tuple(phase for phase in plan.time.phases if phase.name != STORAGE)).seconds
 
 
 def _lack(plan: Plan) -> str:
@@ -184,6 +189,9 @@ def _lack(plan: Plan) -> str:
     machine, memory = plan.machine, plan.memory
     if machine.gpu and memory.device > machine.memory:
         return f"does not fit: {memory.device / GB:,.1f} GB of a GPU's {machine.memory / GB:,.1f} GB"
+    if memory.disk * plan.ranks_here > machine.disk_space:
+        here = memory.disk * plan.ranks_here
+        return f"does not fit: {here / GB:,.1f} GB of the {machine.disk_space / GB:,.1f} GB that the disk has"
     here = memory.host * plan.ranks_here
     return f"does not fit: {here / GB:,.1f} GB of the {machine.host_memory / GB:,.1f} GB of a machine's memory"
 

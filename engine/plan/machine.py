@@ -1,5 +1,6 @@
 """What a rank has: memory, and the rates of its products, its memory and its links."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -29,8 +30,9 @@ class Machine:
         exponential, rounding: seconds of one probability, and of one number that is stored in bfloat16, where they are
             passes of their own; a GPU makes them while memory is read.
         fused: whether the head's fused kernels run there (compute capability 8.0).
-        host_link: between a GPU and the host's memory, each way.
-        disk: of one machine, read and written added up.
+        host_link: between a GPU and the host's memory, each way; host_copy: at which the host's cores copy rows of one
+            rank between its memory and what the link reads and writes.
+        disk: of one machine, read and written added up; disk_space: bytes that are free there.
         inside: between two ranks of one machine, each way; network: of machines, for each rank.
         per_node: ranks of one machine.
         overhead: seconds of a step of the head whatever its size: launches, Python, waiting for the others.
@@ -52,7 +54,9 @@ class Machine:
     rounding: float = 0.0
     fused: bool = True
     host_link: float = 25 * GB
+    host_copy: float = 20 * GB
     disk: float = 3 * GB
+    disk_space: float = math.inf
     inside: float = 20 * GB
     network: float = 25 * GB
     per_node: int = 8
@@ -74,7 +78,8 @@ class Machine:
         )
 
     def to_dict(self) -> dict[str, object]:
-        return {**vars(self), "products": dict(self.products)}
+        space = None if self.disk_space == math.inf else self.disk_space  # JSON has no infinity
+        return {**vars(self), "products": dict(self.products), "disk_space": space}
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,9 @@ class Memory:
         return sum(part.disk for part in self.parts)
 
     def fits(self, machine: Machine, ranks: int) -> bool:
-        """Whether the device, and the machine with so many ranks, have so much memory."""
-        return (self.device <= machine.memory or not machine.gpu) and self.host * ranks <= machine.host_memory
+        """Whether the device, and the machine with so many ranks, have so much memory and disk space."""
+        on_device = self.device <= machine.memory or not machine.gpu
+        return on_device and self.host * ranks <= machine.host_memory and self.disk * ranks <= machine.disk_space
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,9 @@ def head_memory(setup: Setup, machine: Machine) -> Head:
     """Of a step on the rank with most rows. ``forward`` and ``update`` are what only that part of a step needs."""
     rows, batch, dim = int(setup.rows), setup.global_batch, setup.dim
     state = setup.row_bytes - setup.center_bytes
-    # What the batch takes: itself, normalised, own centers, sums and slopes, and a float64 product of two of them.
-    of_batch = 36 * batch * dim
+    # What the batch takes: itself, normalised, and its gradient; and of the samples whose class is here, which without
+    # the fused kernels are one in W, their centers and slopes, and a float64 product of two of them.
+    of_batch = (12 + 24 // (1 if setup.fused(machine) else setup.ranks)) * batch * dim
     passes = setup.accumulate
     block, forward, update = _blocks(setup, machine)
     drawn = 2 if setup.staged else 1  # the next step's too
@@ -112,16 +114,23 @@ def _blocks(setup: Setup, machine: Machine) -> tuple[int, int, int]:
     item, all_kept = setup.operand(machine), setup.kept_passes(machine) == setup.accumulate
     if setup.fused(machine):
         rows = min(setup.rows, max(1024, _FUSED_NUMBERS // max(batch, dim)))
-        updated = min(setup.rows, max(1024, _UPDATE_NUMBERS // dim))
+        stepped = min(setup.rows, max(1024, _UPDATE_NUMBERS // dim))
         p = 0 if all_kept else item * batch
-        forward = rows * (item * dim + p) + setup.rows * batch * 4 / _TILE
-        return int(rows * setup.center_bytes), int(forward), int(updated * (4 * dim + (p and p + item * dim)))
+        # A block is made before the one before it is given back.
+        forward = (1 + (rows < setup.rows)) * rows * (item * dim + p) + setup.rows * batch * 4 / _TILE
+        update = stepped * ((1 + (stepped < setup.rows)) * 4 * dim + (p and p + item * dim))
+        return int(rows * setup.center_bytes), int(forward), int(update)
     block = (_GPU_BLOCK if machine.gpu else _CPU_BLOCK * machine.threads) // (4 * dim) * dim * 4
     of_batch = 0 if all_kept else block // dim * batch
     block = min(block, int(setup.rows) * 4 * dim)
     # On a GPU torch's own operations step a block: it and its state gathered, as they were, as they become, rounded.
     copies = 3 * wide + (7 if setup.center_dtype == "bf16" else 3)
     return block, 3 * block + of_batch, (copies if machine.gpu else 2) * block + of_batch
+
+
+def _pinned(size: int) -> int:
+    """What two buffers of together ``size`` bytes take in pinned memory, where torch rounds up to a power of two."""
+    return 2 << max(0, size // 2 - 1).bit_length() if size else 0
 
 
 def plan_memory(setup: Setup, machine: Machine, backbone: BackboneCost, *, copied: bool = False) -> Memory:
@@ -140,7 +149,7 @@ def plan_memory(setup: Setup, machine: Machine, backbone: BackboneCost, *, copie
     parts = [
         Part("centers", **{where: rows[0]}),
         Part("row state", **{where: rows[1]}),
-        Part("sampled rows", head.sampled + head.index, head.sampled if machine.gpu else 0),
+        Part("sampled rows", head.sampled + head.index, _pinned(head.sampled) if machine.gpu else 0),
         Part("kept probabilities" if setup.reduction == "blocks" else "cosines and rows", head.kept),
         Part("backbone, gradients, optimizer", of_network),
         Part("activations", backbone.activations),

@@ -60,7 +60,8 @@ class Report:
         """What it comes to, and advice."""
         plan = self.plan
         verdict = "fits" if plan.fits else "DOES NOT FIT"
-        most = f"{self.classes:,} identities at this rate, and a rate of {self.rate:g} for these identities"
+        rate = f"a rate of {self.rate:g}" if self.rate else "no rate"
+        most = f"{self.classes:,} identities at this rate, and {rate} with these identities"
         return [
             f"{verdict}; {1e3 * plan.time.seconds:,.1f} ms a step, {plan.images_per_second:,.0f} images/s at best",
             f"at most: {most}" if self.classes else "at most: not even one identity",
@@ -161,6 +162,7 @@ class Report:
 def plot(plan: Plan, file: Path) -> None:
     """Memory of a rank and time of a step over 1 to 1024 ranks, for 10⁶ to 10⁹ identities; dots where it fits."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -181,6 +183,8 @@ def plot(plan: Plan, file: Path) -> None:
     for axis in (left, right):
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
+        for side in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            side(FuncFormatter(_tick))
         axis.set_xticks(RANKS, [str(ranks) for ranks in RANKS])
         axis.set_xlabel("ranks")
         axis.grid(color="#e4e4e4", linewidth=0.7)
@@ -199,6 +203,12 @@ def plot(plan: Plan, file: Path) -> None:
 def _points(xs: Sequence[float], ys: Sequence[float], places: Iterable[int]) -> tuple[list[float], list[float]]:
     chosen = list(places)
     return [xs[place] for place in chosen], [ys[place] for place in chosen]
+
+
+def _tick(value: float, _: int) -> str:
+    """Powers of ten with their doubles and fives, so that labels do not run into each other."""
+    digits = f"{value:e}"
+    return f"{value:,.10g}" if digits[0] in "125" and not digits[2:8].strip("0") else ""
 
 
 def _gb(size: float) -> str:

@@ -9,13 +9,13 @@ from ...partial_fc.kernels.gram import pays
 from ...partial_fc.kernels.probabilities import MAX_SCALE
 from ...partial_fc.objectives import LogSumExpObjective, Objective
 from ...partial_fc.sampling import expected_rows
+from ...partial_fc.storage import aligned
 from .. import build
 from ..config import Config
 from .machine import Machine
 
 Precision = Literal["float32", "tf32", "bf16"]
 ITEM = {"float32": 4, "tf32": 4, "bf16": 2}
-_LINE = 64  # bytes to which rows outside the device are aligned
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,6 @@ class Setup:
         head, dim = config.head, config.backbone.embedding_dim
         if head.num_classes is None:
             raise UsageError("how many identities? Give --classes N or head.num_classes, or the data set's folder")
-        products = head.products or ("bf16" if config.precision == "bf16" else "float32")
         payload = ITEM[head.payload_dtype] if head.payload_dtype else 4
         plain = cls(
             classes=head.num_classes,
@@ -75,7 +74,7 @@ class Setup:
             storage=head.storage,
             center_dtype=head.center_dtype,
             state=build.row_state_of(config),
-            products=products,
+            products=build.products_name(config),
             keep=None if head.keep_mib is None else head.keep_mib << 20,
             payload=(payload, payload),
         )
@@ -128,7 +127,7 @@ class Setup:
         """Of one center with its state, as it is stored."""
         together = self.center_bytes + self.wide_state_bytes
         if self.storage != "device":
-            together = -(-together // _LINE) * _LINE
+            together = aligned(together)
         return together + self.state_bytes - self.wide_state_bytes
 
     @property

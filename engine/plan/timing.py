@@ -7,6 +7,9 @@ from .machine import Machine
 from .setup import ITEM, Setup
 from .traffic import Collective, Transfer
 
+STORAGE = "rows to and from storage"
+"""The name of that phase."""
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -136,5 +139,5 @@ def step_time(
         phases.append(Phase("overhead of the head", 0, 0, machine.overhead * passes))
     if setup.storage != "device":
         total = moved.fetched + moved.written
-        phases.append(Phase("rows to and from storage", 0, total, moved.seconds, beside=machine.gpu))
+        phases.append(Phase(STORAGE, 0, total, moved.seconds, beside=machine.gpu))
     return StepTime(tuple(phases))

@@ -61,7 +61,7 @@ class Transfer:
     Attributes:
         fetched, written: bytes of rows.
         disk: bytes that the disk reads and writes, for all ranks of the machine.
-        seconds: of the slower of link and disk. On a CPU the rows are copied by the cores that compute.
+        seconds: of the slowest of link, disk and the cores that copy; on a CPU the cores that compute.
     """
 
     fetched: float = 0.0
@@ -85,7 +85,7 @@ def transfer(setup: Setup, machine: Machine, host: float) -> Transfer:
         fetched = setup.shard * (setup.accumulate * setup.center_bytes + setup.row_bytes)
     written = stepped * setup.row_bytes
     if machine.gpu:
-        seconds = max(fetched, written) / machine.host_link
+        seconds = max(max(fetched, written) / machine.host_link, (fetched + written) / machine.host_copy)
     else:
         seconds = 2 * (fetched + written) / machine.scattered if setup.staged else 0.0
     disk, here = 0.0, machine.ranks_here(setup.ranks)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ...data.errors import UsageError
-from ..console import warn
+from ..console import check_outputs, warn
 from . import bench_data
 
 app = typer.Typer(help="Measure speed on this machine, with a baseline in the same run.", no_args_is_help=True)
@@ -62,9 +62,7 @@ def head(
     """
     if rate and sampled:
         raise UsageError("give --rate or --sampled, not both")
-    _check_outputs(json_file, picture)
-    if picture is not None and picture.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise UsageError(f"--plot {picture}: must end in .png, .pdf or .svg")
+    check_outputs(json_file, picture=picture)
     from ...benchmarks.head.grid import HeadGrid, measure_grid
     from ...benchmarks.head.table import report
     from ..machine import default_ranks
@@ -157,7 +155,7 @@ def scale(
     """
     if rate and rows:
         raise UsageError("give --rate or --rows, not both")
-    _check_outputs(output)
+    check_outputs(output)
     if storage_dir is not None and not storage_dir.is_dir():
         raise UsageError(f"--storage-dir {storage_dir}: no such folder")
     from ...benchmarks.scale.plot import plot
@@ -221,7 +219,7 @@ def step(
     It is the trainer's own step, on one made-up batch unless --data is given; without it head.num_classes may be any
     number. For comparison, in the same run and with the same backbone, the plain dense head.
     """
-    _check_outputs(json_file)
+    check_outputs(json_file)
     from ...benchmarks.head.table import step_report
     from ...benchmarks.ranks import RankDied
     from ...benchmarks.step import completed, measure_step
@@ -266,13 +264,6 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("", total=None)
         yield lambda done, total, what: progress.update(task, completed=done, total=total, description=what)
-
-
-def _check_outputs(*files: Path | None) -> None:
-    """Before anything is measured: a wrong name should not cost the figures."""
-    for file in files:
-        if file is not None and not file.absolute().parent.is_dir():
-            raise UsageError(f"{file}: no folder {file.absolute().parent} to write it to")
 
 
 def _write_json(file: Path | None, figures: dict[str, Any]) -> None:

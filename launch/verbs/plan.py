@@ -1,5 +1,7 @@
 """``pfc plan``: what a configuration needs, how fast it can be, and what would fit, before anything is trained."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -7,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...data.errors import UsageError
-from ..console import print_table, warn
+from ..console import check_outputs, print_table, warn
 
 if TYPE_CHECKING:
+    from ...engine.config import Config
     from ...engine.plan.machine import Machine
 
 
@@ -51,14 +54,21 @@ def plan(
     host_link: Annotated[
         float | None, typer.Option(min=0.001, metavar="GB/s", help="Between a GPU and the host's memory, each way.")
     ] = None,
+    host_copy: Annotated[
+        float | None, typer.Option(min=0.001, metavar="GB/s", help="Of rows that the host copies for a rank.")
+    ] = None,
     network: Annotated[
         float | None, typer.Option(min=0.001, metavar="GB/s", help="Between machines, for each rank, each way.")
     ] = None,
     disk: Annotated[float | None, typer.Option(min=0.001, metavar="GB/s", help="Of a machine's local disk.")] = None,
+    disk_space: Annotated[
+        float | None,
+        typer.Option(min=0.001, metavar="GB", help="Free there. [dim]\\[default: what is free here; no limit][/dim]"),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Run real steps here, and compare them with what is predicted for them.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the plan, or what --verify found, as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan, or what --verify found, as JSON.")] = False,
     picture: Annotated[
         Path | None,
         typer.Option("--plot", metavar="FILE.png", help="Draw memory and time over ranks, for 10⁶ to 10⁹ identities."),
@@ -71,11 +81,10 @@ def plan(
     docs/scaling.md explains the model.
     """
     if verify:
-        return _verify(json)
+        return _verify(as_json)
     if config is None:
         raise UsageError("give a configuration, or --verify")
-    if picture is not None:
-        _check_picture(picture)
+    check_outputs(picture=picture)
     from ...engine.config import load_config
     from ...engine.plan.backbone import dry_run
     from ...engine.plan.limits import Plan
@@ -88,10 +97,12 @@ def plan(
         "host_memory": host_memory,
         "bandwidth": bandwidth,
         "host_link": host_link,
+        "host_copy": host_copy,
         "network": network,
         "disk": disk,
+        "disk_space": disk_space,
     }
-    machine, ranks = _machine(card, world, settings.backbone.embedding_dim)
+    machine, ranks = _machine(card, world, settings)
     setup = Setup.of(settings, ranks)
     changes = {name: 1e9 * value for name, value in given.items() if value is not None}
     if bandwidth is not None:
@@ -113,10 +124,8 @@ def plan(
     report = Report.of(made, assumed)
     if picture is not None:
         plot(made, picture)
-    if json:
-        from json import dumps
-
-        print(dumps(report.to_dict(), indent=2))
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
     else:
         print("\n".join(report.first_lines()))
         for table in report.tables():
@@ -127,7 +136,7 @@ def plan(
     return 0 if made.fits else 1
 
 
-def _machine(card: str | None, world: int | None, dim: int) -> "tuple[Machine, int]":
+def _machine(card: str | None, world: int | None, config: "Config") -> "tuple[Machine, int]":
     """The machine that is asked for, and how many ranks."""
     if card is not None:
         from ...engine.plan.machine import card_machine
@@ -139,27 +148,21 @@ def _machine(card: str | None, world: int | None, dim: int) -> "tuple[Machine, i
     here = default_ranks()
     ranks = world or here
     at_work = min(ranks, here)
-    return machine_here(at_work, dim, max(1, usable_cores() // at_work)), ranks
+    machine = machine_here(at_work, config.backbone.embedding_dim, max(1, usable_cores() // at_work))
+    folder = Path(config.head.storage_dir or config.run.path).absolute()
+    there = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    return replace(machine, disk_space=shutil.disk_usage(there).free), ranks
 
 
-def _check_picture(picture: Path) -> None:
-    if picture.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise UsageError(f"--plot {picture}: must end in .png, .pdf or .svg")
-    if not picture.absolute().parent.is_dir():
-        raise UsageError(f"{picture}: no folder {picture.absolute().parent} to write it to")
-
-
-def _verify(json: bool) -> int:
+def _verify(as_json: bool) -> int:
     from ...benchmarks.plan.verify import verify
 
     def tell(done: int, total: int, case: str) -> None:
         warn(f"{done + 1}/{total} {case}")
 
     checks = list(verify(tell))
-    if json:
-        from json import dumps
-
-        print(dumps([check.to_dict() for check in checks], indent=2))
+    if as_json:
+        print(json.dumps([check.to_dict() for check in checks], indent=2))
     else:
         titles = [
             "configuration",

@@ -146,7 +146,7 @@ def fused_beside_plain(case: KernelCase) -> dict[str, tuple[Tensor, Tensor]]:
         total = kernel.finish(kernel.forward(unit, rows, own_classes, backward=True))
         unit_grad, negatives = kernel.backward(total, slope)
         gradient: RowGradient
-        step = StepGradient(rows, negatives, own_classes, own)
+        step = StepGradient(rows, negatives, own_classes, own[own_classes.samples])
         gradient = FusedGradient(negatives, where, own) if fused else step  # type: ignore[arg-type]
         chosen = weight if index is None else weight[index]
         assert gradient.index is None if index is None else torch.equal(gradient.index, index)

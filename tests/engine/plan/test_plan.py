@@ -16,7 +16,7 @@ from pfc.data.errors import UsageError
 from pfc.engine.backbones import build_backbone
 from pfc.engine.config import parse_config
 from pfc.engine.plan.backbone import BackboneCost, dry_run
-from pfc.engine.plan.limits import Plan, largest_classes, largest_rate
+from pfc.engine.plan.limits import Plan, advice, largest_classes, largest_rate, options
 from pfc.engine.plan.machine import GB, Machine, card_machine
 from pfc.engine.plan.memory import head_memory
 from pfc.engine.plan.report import plot
@@ -101,6 +101,14 @@ def test_the_largest_number_of_identities_is_the_largest(storage: Any, keep: int
     most = largest_classes(plan)
     assert plan.of(classes=most).fits
     assert not any(plan.of(classes=more).fits for more in (most + 1, most + most // 100, 2 * most, 100 * most))
+
+
+def test_a_file_has_no_more_rows_than_the_disk_has_room() -> None:
+    machine = replace(CPU, disk_space=10 * GB)
+    plan = Plan(made(storage="file", ranks=2, state={"momentum": 512}), machine, NOTHING)
+    assert largest_classes(plan) == 10 * GB // 4096
+    assert not plan.fits
+    assert "GB of the 10.0 GB that the disk has" in advice(plan, options(plan))[0]
 
 
 def test_the_largest_rate_is_the_largest() -> None:
