@@ -36,7 +36,7 @@ class HeadLoss(torch.autograd.Function):
         copied = head.staged is not None and head.training and head.sample_rate < 1.0
         where_computed = head.staged.centers if head.staged is not None and copied else weight
         fused = objective.fused_kernel(where_computed, head.compute_dtype, head.budget)
-        sample, part = _sample(head, labels, fixed=fused is not None and not copied)
+        sample, part = draw_sample(head, labels, fixed=fused is not None and not copied)
         rows, taken = _rows(head, sample)
         everyone = slice(None) if part is None else part
         # ③ two numbers per sample
@@ -118,7 +118,7 @@ def _gradients(ctx: Any, grad: Tensor) -> Tensor:
     return embedding_grad
 
 
-def _sample(head: "PartialFC", labels: Tensor, *, fixed: bool) -> tuple[ClassSample, Tensor | None]:
+def draw_sample(head: "PartialFC", labels: Tensor, *, fixed: bool) -> tuple[ClassSample, Tensor | None]:
     """The classes and the part of the batch [B'] (None for all) of this step."""
     class_rate, batch_rate = (head.sample_rate, head.batch_rate) if head.training else (1.0, 1.0)
     seed, step, size, device = head.seed, head.steps, len(labels), labels.device

@@ -18,6 +18,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ...partial_fc import PartialFC
+from ...partial_fc import step as head_step
 from ...partial_fc.kernels import native
 from ..ranks import Rank
 from .heads import Head
@@ -88,7 +89,7 @@ def _labelled(head: Head, rank: Rank) -> Iterator[None]:
     calls: list[tuple[Any, str, str]]
     if isinstance(head.module, PartialFC):
         calls = [(head.module.exchange, name, "exchange") for name in ("gather_batch", "sum", "sum_and_scatter")]
-        calls.append((head.module, "_sample", "sample"))
+        calls.append((head_step, "draw_sample", "sample"))
     else:
         calls = [(dist, name, "exchange") for name in ("all_gather", "all_reduce", "reduce")]
     if (passes := native.passes()) is not None:
