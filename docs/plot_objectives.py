@@ -18,10 +18,18 @@ from torch import Tensor
 
 from pfc.engine.report.figures import GREY, SET_COLOURS, STYLE
 from pfc.partial_fc import objectives
-from pfc.partial_fc.objectives import Objective, SquaresObjective
+from pfc.partial_fc.objectives import Numbers, Objective, SoftplusObjective, SquaresObjective
+from pfc.partial_fc.objectives.state import ObjectiveState
 
 IMAGES = Path(__file__).parent / "images"
-SHOWN: dict[str, dict[str, Any]] = {"combined": {"m1": 1.1, "m2": 0.2, "m3": 0.1}}  # its defaults are softmax
+SHOWN: dict[str, dict[str, Any]] = {
+    "combined": {"m1": 1.1, "m2": 0.2, "m3": 0.1},  # its defaults are softmax
+    "adaface": {"concentration": 4.0},  # so that norms of 0 to 40 spread as in a training that has gone on
+}
+SEEN = {"adaface": ("norm", (1.0, 20.0, 45.0)), "magface": ("norm", (10.0, 60.0, 110.0))}
+"""What the curves of an objective differ in, where it is not the negatives."""
+FOR_NOISE = "noise", (-2.0, 0.0, 2.0)
+CLASSES = 100_000
 TARGETS = (0.0, 0.4, 0.8)
 COSINES = (0.25, 0.5, 0.75)  # ℓ = s·cosine is what one negative of that cosine amounts to
 SQUARES = (0.0, 1.0, 2.0)
@@ -37,14 +45,18 @@ def main(folder: Path = IMAGES) -> list[Path]:
     with rc_context(STYLE):
         for name, objective in shown.items():
             files.append(_save(draw_one(name, objective), folder / f"objective-{name}.svg"))
-        files.append(_save(draw_together(shown), folder / "objectives-together.svg"))
+        alike = {name: one for name, one in shown.items() if _sees_two_numbers(one)}
+        files.append(_save(draw_together(alike), folder / "objectives-together.svg"))
     return files
 
 
-def slopes(objective: Objective, target: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, ∂loss/∂target and ∂loss/∂negatives of each sample [B], float64, by autograd."""
+def slopes(
+    objective: Objective, target: Tensor, negatives: Tensor, norm: float = 20.0, noise: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, ∂loss/∂target and ∂loss/∂negatives of each sample [B], float64, by autograd; with the first state."""
     target, negatives = (numbers.double().detach().requires_grad_() for numbers in (target, negatives))
-    loss = objective(target, negatives)
+    others = {"norm": torch.full_like(target, norm), "noise": torch.full_like(target, noise)}
+    loss = objective(target, negatives, **others, state=_state(objective))
     by_target, by_negatives = torch.autograd.grad(loss.sum(), (target, negatives))
     return loss.detach(), by_target, by_negatives
 
@@ -54,35 +66,64 @@ def draw_one(name: str, objective: Objective) -> Figure:
     scale = _scale(objective)
     if isinstance(objective, SquaresObjective):
         symbol, levels, widest = "q", SQUARES, 4.0
+    elif isinstance(objective, SoftplusObjective):
+        symbol, levels, widest = "u", (0.0, 20.0, 40.0), 60.0
     else:
         symbol, levels, widest = r"\ell", [scale * cosine for cosine in COSINES], scale
     figure = Figure(figsize=(10.5, 2.9), layout=ConstrainedLayoutEngine(wspace=0.05))
     figure.suptitle(_title(name, objective), fontsize=10, x=0.01, ha="left")
     axes: Sequence[Axes] = figure.subplots(1, 4)
     target = torch.linspace(-0.999, 0.999, POINTS)
-    for level, colour, width in zip(levels, SET_COLOURS[:3], WIDTHS, strict=True):
-        loss, by_target, _ = slopes(objective, target, torch.full_like(target, level))
-        axes[0].plot(target, loss, color=colour, linewidth=width, label=f"${symbol} = {level:g}$")
+    differs, values = SEEN.get(name, FOR_NOISE) if objective.sees else (symbol, levels)
+    for level, colour, width in zip(values, SET_COLOURS[:3], WIDTHS, strict=True):
+        others = {differs: level} if objective.sees else {}
+        negatives = torch.full_like(target, levels[1] if objective.sees else level)
+        loss, by_target, _ = slopes(objective, target, negatives, **others)
+        told = rf"\mathrm{{{differs}}}" if objective.sees else symbol
+        axes[0].plot(target, loss, color=colour, linewidth=width, label=f"${told} = {level:g}$")
         axes[1].plot(target, -by_target, color=colour, linewidth=width)
     negatives = torch.linspace(0.0, widest, POINTS)
     for place, colour, width in zip(TARGETS, SET_COLOURS[3:6], WIDTHS, strict=True):
         loss, _, by_negatives = slopes(objective, torch.full_like(negatives, place), negatives)
         axes[2].plot(negatives, loss, color=colour, linewidth=width, label=f"$z_y = {place:g}$")
-        axes[3].plot(negatives, by_negatives, color=colour, linewidth=width)
+        if objective.hard_by == "constant":
+            axes[3].plot(negatives, by_negatives, color=colour, linewidth=width)
+    counts = "push", rf"push  $\partial$loss$/\partial {symbol}$"
+    if objective.hard_by != "constant":
+        _draw_hard(axes[3], objective)
+        counts = "z_k", "counts as"
     # The slope by the target may grow without bound as |z_y| → 1; the picture ends at 2.5 times the scale.
     axes[1].set_ylim(0, min(2.5 * scale, axes[1].get_ylim()[1]))
-    axes[3].set_ylim(0, 1.05)
+    if objective.hard_by == "constant":
+        axes[3].set_ylim(0, max(0.02, min(1.05, 1.05 * axes[3].get_ylim()[1])))
     for panel, x, y in (
         (axes[0], "z_y", "loss"),
         (axes[1], "z_y", r"pull  $-\partial$loss$/\partial z_y$"),
         (axes[2], symbol, "loss"),
-        (axes[3], symbol, rf"push  $\partial$loss$/\partial {symbol}$"),
+        (axes[3], symbol if counts[0] == "push" else counts[0], counts[1]),
     ):
         panel.set_xlabel(f"${x}$")
         panel.set_ylabel(y)
     axes[0].legend()
     axes[2].legend()
     return figure
+
+
+def _draw_hard(panel: Axes, objective: Objective) -> None:
+    """What a negative's cosine counts as, for a sample with z_y = 0.8; the curriculum's t is 0.3 and 0.6."""
+    cosine = torch.linspace(-0.2, 1.0, POINTS, dtype=torch.float64)
+    target = torch.full_like(cosine, 0.8)
+    largest = torch.full((POINTS, objective.top_k + 1), 0.5, dtype=torch.float64) if objective.top_k else None
+    panel.plot(cosine, cosine, color=GREY, linestyle=(0, (4, 2)), linewidth=1.0)
+    for moved, colour in zip((0.3, 0.6), SET_COLOURS[:2], strict=True):
+        state = {name: torch.tensor(moved) for name in objective.first_state(CLASSES)}
+        hard = objective.hard(Numbers(target, state=state), largest)
+        assert hard is not None
+        panel.plot(cosine, hard.transform(cosine)[0], color=colour, label=f"$t = {moved:g}$" if state else None)
+        if not state:
+            break
+    if panel.get_legend_handles_labels()[0]:
+        panel.legend()
 
 
 def draw_together(shown: dict[str, Objective]) -> Figure:
@@ -115,6 +156,17 @@ def draw_together(shown: dict[str, Objective]) -> Figure:
     axes[0].set_ylim(0, 1.4)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     return figure
+
+
+def _sees_two_numbers(objective: Objective) -> bool:
+    return not objective.sees and objective.hard_by == "constant" and not isinstance(objective, SoftplusObjective)
+
+
+def _state(objective: Objective) -> dict[str, Tensor]:
+    kept = ObjectiveState(objective, CLASSES, torch.device("cpu"), torch.float64)
+    return {name: value.detach() for name, value in kept.state_dict().items()} | (
+        {"norm_mean": torch.tensor(20.0), "norm_deviation": torch.tensor(20.0)} if "norm" in objective.sees else {}
+    )
 
 
 def _random_negatives(objective: Objective, classes: int = 100_000, dim: int = 512) -> float:

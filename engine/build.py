@@ -5,8 +5,9 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data import GeneratedDataset, GeneratedLoader, JointDataset, Loader, RecordDataset, TrainLoader
 from ..data.errors import UsageError
@@ -64,13 +65,19 @@ class Parts:
     scaler: torch.amp.GradScaler
 
 
-def build_parts(config: Config, world: World, *, initialise: bool = True) -> Parts:
-    """All parts, of a completed configuration; ``initialise`` says whether the centers begin at random."""
-    network, head = build_network(config, world), build_head(config, world, initialise=initialise)
+def build_parts(config: Config, world: World, *, initialise: bool = True, class_weights: Tensor | None = None) -> Parts:
+    """All parts, of a completed configuration.
+
+    Args:
+        initialise: whether the centers begin at random.
+        class_weights: float [C], as ``read_class_weights`` gives them.
+    """
+    network = build_network(config, world)
+    head = build_head(config, world, initialise=initialise, class_weights=class_weights)
     return Parts(
         network,
         head,
-        build_backbone_optimizer(config, network),
+        build_backbone_optimizer(config, network, head),
         build_head_optimizer(config, head),
         torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16"),
     )
@@ -100,7 +107,38 @@ def products_of(config: Config) -> ComputeDtype:
     return {"float32": torch.float32, "bf16": torch.bfloat16}.get(products_name(config), "tf32")
 
 
-def build_head(config: Config, world: World, *, initialise: bool = True) -> PartialFC:
+def read_class_weights(config: Config, dataset: Dataset) -> Tensor | None:
+    """What ``head.class_weights`` says, float32 [C]; None for none.
+
+    Raises:
+        UsageError: the file is not there, or does not fit the data set.
+    """
+    section, classes = config.head.class_weights, dataset.num_classes
+    if section is None:
+        return None
+    if section.file is not None:
+        try:
+            weights = np.load(section.file, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UsageError(f"head.class_weights.file: {section.file}: {error}") from None
+        if not isinstance(weights, np.ndarray) or weights.shape != (classes,) or weights.dtype.kind not in "fiu":
+            found = f"{weights.dtype} {list(weights.shape)}" if isinstance(weights, np.ndarray) else "several arrays"
+            raise UsageError(f"head.class_weights.file: {section.file} must hold {classes} numbers, found {found}")
+        if not (np.isfinite(weights) & (weights >= 0)).all():
+            raise UsageError(f"head.class_weights.file: {section.file}: weights must be finite and not negative")
+        return torch.from_numpy(weights.astype(np.float32))
+    assert section.frequency is not None
+    if isinstance(dataset, GeneratedDataset):  # as many images of each
+        return torch.ones(classes)
+    labels = dataset.labels(damaged=-1)
+    counts = np.bincount(labels[labels >= 0], minlength=classes).astype(np.float64)
+    weights = np.where(counts > 0, np.maximum(counts, 1) ** -section.frequency, 0.0)
+    return torch.from_numpy((weights * counts.sum() / (weights * counts).sum()).astype(np.float32))
+
+
+def build_head(
+    config: Config, world: World, *, initialise: bool = True, class_weights: Tensor | None = None
+) -> PartialFC:
     section = config.head
     assert section.num_classes is not None
     try:
@@ -118,6 +156,8 @@ def build_head(config: Config, world: World, *, initialise: bool = True) -> Part
             row_state=row_state_of(config),
             initialise=initialise,
             progress=_Initialising(world),
+            sub_centers=section.sub_centers,
+            class_weights=class_weights,
             compute_dtype=products_of(config),
             keep_bytes=None if section.keep_mib is None else section.keep_mib << 20,
             payload_dtype={"float32": torch.float32, "bf16": torch.bfloat16, None: None}[section.payload_dtype],
@@ -153,17 +193,22 @@ class _Initialising:
             print(f"initialising centers: {done:,} of this rank's {rows:,}", flush=True)
 
 
-def build_backbone_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
-    """Fused, on CPUs too: it reads on the device whether a step is to be skipped (``found_inf``).
+def build_backbone_optimizer(config: Config, network: nn.Module, head: PartialFC) -> torch.optim.Optimizer:
+    """Fused, on CPUs too: it reads on the device whether a step is to be skipped (``found_inf``). What the head's
+    objective learns besides the centers is in a group of its own, without weight decay.
 
     All of its state is there, zero, before the first step: torch makes it in that step, out of uninitialised memory
     where the step is skipped; and a checkpoint is read into it where it lies, on its device and with its strides.
     """
     section = config.optimizer.backbone
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": parameters}]
+    if learned := head.objective_state.learned():
+        groups.append({"params": learned, "weight_decay": 0.0})
+        parameters = [*parameters, *learned]
     if isinstance(section, AdamW):
         betas = section.betas[0], section.betas[1]
-        adamw = torch.optim.AdamW(parameters, section.lr, betas, section.eps, section.weight_decay, fused=True)
+        adamw = torch.optim.AdamW(groups, section.lr, betas, section.eps, section.weight_decay, fused=True)
         for parameter in parameters:
             adamw.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
@@ -172,7 +217,7 @@ def build_backbone_optimizer(config: Config, network: nn.Module) -> torch.optim.
             }
         return adamw
     sgd = torch.optim.SGD(
-        parameters,
+        groups,
         section.lr,
         momentum=section.momentum,
         weight_decay=section.weight_decay,

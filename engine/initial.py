@@ -86,11 +86,15 @@ def _check_shapes(parts: Parts, there: dict[str, torch.Size], path: Path) -> Non
 
 
 def _check_centers(parts: Parts, source: checkpoint.Found) -> None:
-    entry, dim = source.shapes().get(_CENTERS), parts.head.embedding_dim
+    entry, shape = source.shapes().get(_CENTERS), parts.head.centers.shape[1:]
     if entry is None:
         raise UsageError(f"init.centers: {source.path} holds a backbone without centers: give centers: new")
-    if entry.size[1] != dim:  # cannot be with one and the same network, unless a file was put together by hand
-        raise UsageError(f"init.centers: {source.path} has centers of {entry.size[1]} numbers, this run of {dim}")
+    if entry.size[1:] != shape:
+        there, here = (" × ".join(map(str, size)) for size in (entry.size[1:], shape))
+        raise UsageError(
+            f"init.centers: {source.path} has centers of {there} numbers, this run of {here}: set head.sub_centers as "
+            "it was trained, or give centers: new"
+        )
 
 
 def _keep_centers(config: Config, parts: Parts, source: checkpoint.Found, labels: bytes | None) -> None:

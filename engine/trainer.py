@@ -82,7 +82,10 @@ class Trainer:
 
         self.heartbeat.enter("building the network and the head", on_files=True)
         torch.manual_seed(config.run.seed)
-        self.parts = parts = build.build_parts(config, world, initialise=self.start.found is None)
+        weights = build.read_class_weights(config, self.dataset)
+        self.parts = parts = build.build_parts(
+            config, world, initialise=self.start.found is None, class_weights=weights
+        )
         self.network, self.head = parts.network, parts.head
         self.backbone_optimizer, self.head_optimizer = parts.backbone_optimizer, parts.head_optimizer
         self.labels = labels = label_map.read_label_map(self.dataset)

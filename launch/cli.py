@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ..data.errors import UsageError, forbidden
-from .verbs import bench, convert, doctor, embed, evaluate, export, inspect, pack, plan, train
+from .verbs import bench, centers, convert, doctor, embed, evaluate, export, inspect, pack, plan, train
 
 app = typer.Typer(
     name="pfc",
@@ -28,6 +28,7 @@ app.add_typer(pack.app, name="pack")
 app.command()(inspect.inspect)
 app.command()(evaluate.evaluate)
 app.command()(embed.embed)
+app.command()(centers.centers)
 app.command()(export.export)
 app.command()(convert.convert)
 app.add_typer(bench.app, name="bench")

@@ -75,7 +75,7 @@ def fill_initially(
 def write_rows(
     rows: Tensor, shard: ClassShard, source: Tensor | Callable[[int, int], Tensor], classes: Tensor | None
 ) -> None:
-    """Copies this shard's part of ``source`` into ``rows`` [rows, D], in place.
+    """Copies this shard's part of ``source`` into ``rows`` [rows, D] (or [rows, S, D]), in place.
 
     Args:
         source: centers [N, D], the same on every rank; or a function that returns those of [start, stop) as
@@ -86,11 +86,12 @@ def write_rows(
     Raises:
         ValueError: a shape, or a row of the source, does not fit.
     """
-    num_classes, dim = shard.num_classes, rows.shape[1]
+    num_classes, shape = shard.num_classes, rows.shape[1:]
+    sizes = ", ".join(map(str, shape))
     size = len(source) if isinstance(source, Tensor) else None
-    if isinstance(source, Tensor) and source.shape != (num_classes if classes is None else size, dim):
+    if isinstance(source, Tensor) and source.shape != (num_classes if classes is None else size, *shape):
         expected = num_classes if classes is None else "N"
-        raise ValueError(f"centers must be [{expected}, {dim}], found {list(source.shape)}")
+        raise ValueError(f"centers must be [{expected}, {sizes}], found {list(source.shape)}")
     if classes is None:
         order, ascending = None, torch.arange(shard.start, shard.stop)
     else:
@@ -105,9 +106,9 @@ def write_rows(
     for start, first, last in zip(edges[0].tolist(), *torch.searchsorted(ascending, edges).tolist(), strict=True):
         stop = min(start + _BLOCK, num_classes if size is None else size)
         values = source[start:stop] if isinstance(source, Tensor) else source(start, stop)
-        if values.shape != (stop - start, dim):
+        if values.shape != (stop - start, *shape):
             found = list(values.shape)
-            raise ValueError(f"centers of classes {start} to {stop} must be [{stop - start}, {dim}], found {found}")
+            raise ValueError(f"centers of classes {start} to {stop} must be [{stop - start}, {sizes}], found {found}")
         taken = values[(ascending[first:last] - start).to(values.device)].to(rows.device, rows.dtype)
         rows[slice(first, last) if order is None else order[first:last].to(rows.device)] = taken
 

@@ -1,7 +1,8 @@
 """Every collective of the head, and the one place that knows what this torch version calls them.
 
 A step has three, whatever the number of ranks: the batch is gathered, two numbers per sample are summed, the
-embeddings' gradients are summed and scattered. With one rank there is nothing to exchange and nothing is called.
+embeddings' gradients are summed and scattered. Objectives with hard negatives have one more, of z_y or of the largest
+cosines. With one rank there is nothing to exchange and nothing is called.
 """
 
 import torch
@@ -47,6 +48,14 @@ class Exchange:
             gathered[:, :width].contiguous().view(embeddings.dtype),
             gathered[:, width:].contiguous().view(torch.int64).view(-1),
         )
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Those of every rank, equally many: [...] → [W, ...]."""
+        if self.world_size == 1:
+            return values[None]
+        gathered = values.new_empty(self.world_size, *values.shape)
+        _all_gather(gathered.view(-1), values.contiguous().view(-1), group=self.group)
+        return gathered
 
     def sum(self, numbers: Tensor) -> Tensor:
         """The sum over the ranks, in place."""

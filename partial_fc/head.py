@@ -16,6 +16,7 @@ from .kernels.probabilities import KeepBudget
 from .kernels.products import ComputeDtype
 from .kernels.rows import computed_dtype
 from .objectives import Objective
+from .objectives.state import ObjectiveState
 from .row_gradient import RowGradient
 from .sampling import LastSample
 from .side_stream import SideStream
@@ -66,6 +67,11 @@ class PartialFC(nn.Module):
             "tf32" is float32 for which a GPU's tensor cores read 10 bits of each operand's mantissa: each is off by up
             to 2⁻¹¹ of itself, so a negative's cosine by less than 0.001 and its logit at scale 64 by less than 0.0625
             (mostly a hundredth of that), where bfloat16 operands are off by 2⁻⁹. A CPU makes them in float32.
+        sub_centers: S rows a class, in [1, 64]. The nearest one counts, of a sample's own class and of the others, so
+            that images of another kind, or of another person under this name, get a center of their own (Deng et al.
+            2020, "Sub-center ArcFace"). Sampling draws classes.
+        class_weights: weight of each class's samples in the mean of the losses, float [C], finite and not negative, the
+            same on every rank; all 1 when None.
         keep_bytes: how much the probabilities [B, K] of a step may take between the forward pass and the row update,
             in bytes, those of all its backward passes together; above it they are recomputed, one more matrix
             product for less memory. A sixteenth of a GPU's memory when None, 1 GiB on a CPU.
@@ -95,6 +101,8 @@ class PartialFC(nn.Module):
         row_state: Mapping[str, int | Sequence[int]] | None = None,
         initialise: bool = True,
         progress: Callable[[int, int], None] | None = None,
+        sub_centers: int = 1,
+        class_weights: Tensor | None = None,
         compute_dtype: ComputeDtype | None = None,
         keep_bytes: int | None = None,
         payload_dtype: torch.dtype | None = None,
@@ -112,8 +120,11 @@ class PartialFC(nn.Module):
             raise ValueError("storage file needs storage_dir, the folder that the file is to be in")
         if compute_dtype not in (None, torch.bfloat16, torch.float32, torch.float64, "tf32"):
             raise ValueError(f'compute_dtype must be bfloat16, float32, float64 or "tf32", found {compute_dtype}')
+        if not 1 <= sub_centers <= 64:
+            raise ValueError(f"sub_centers must lie in [1, 64], found {sub_centers}")
         self.num_classes = num_classes
         self.embedding_dim = embedding_dim
+        self.sub_centers = sub_centers
         self.objective = objective
         self.sample_rate = sample_rate
         self.batch_rate = batch_rate
@@ -124,17 +135,25 @@ class PartialFC(nn.Module):
         where = torch.device(device) if device is not None else torch.get_default_device()
         self.staged: StagedRows | None = None
         """The steps' copies of their rows, where the centers are not on the device."""
+        rows = self.shard.rows * sub_centers
         if storage == "device":
-            centers = torch.zeros(self.shard.rows, embedding_dim, dtype=center_dtype, device=where)
+            centers = torch.zeros(rows, embedding_dim, dtype=center_dtype, device=where)
         else:
             folder = storage_dir if storage == "file" else None
-            store = RowStore(self.shard.rows, embedding_dim, center_dtype, row_state or {}, folder)
+            store = RowStore(rows, embedding_dim, center_dtype, row_state or {}, folder)
             centers, self.staged = store.centers, StagedRows(store, where)
         if initialise:
-            fill_initially(centers, self.shard, seed, progress)
+            fill_initially(self.of_classes(centers), self.shard, seed, progress)
         self.weight = nn.Parameter(centers)
-        """This rank's centers [rows, D], where they are stored. Its ``grad`` stays None: see ``row_gradients``. See too
-        ``wait_for_update``."""
+        """This rank's centers [rows·S, D], where they are stored. Its ``grad`` stays None: see ``row_gradients``. See
+        too ``wait_for_update``."""
+        expected = max(2, round(num_classes * self.sample_rate))
+        self.objective_state = ObjectiveState(objective, expected, where, computed_dtype(center_dtype))
+        """What the objective keeps; its parameters, if it learns any, are for an optimizer of your own: their
+        gradient is that of the global mean on every rank."""
+        self.class_weights: Tensor | None
+        weights = None if class_weights is None else self._checked_weights(class_weights).to(where)
+        self.register_buffer("class_weights", weights, persistent=False)
         self.budget = KeepBudget(devices.default_keep_bytes(where) if keep_bytes is None else keep_bytes)
         """The limit ``keep_bytes``, and what is stored now."""
         self.gradient_scale = nn.Parameter(torch.ones((), device=where))
@@ -159,9 +178,24 @@ class PartialFC(nn.Module):
 
     @property
     def centers(self) -> DTensor:
-        """All centers, DTensor [C, D] with Shard(0); its local part is this rank's memory."""
+        """All centers, DTensor [C, D] with Shard(0), [C, S, D] of S > 1 sub-centers; its local part is this rank's
+        memory."""
         self.wait_for_update()
-        return as_dtensor(self.weight.detach(), self.num_classes, self.exchange)
+        return self.as_dtensor(self.weight.detach())
+
+    def as_dtensor(self, rows: Tensor) -> DTensor:
+        """Numbers of this rank's rows [rows·S, ...] with those of all ranks, [C, ...] or [C, S, ...]."""
+        local = rows if self.sub_centers == 1 else rows.unflatten(0, (self.shard.rows, self.sub_centers))
+        return as_dtensor(local, self.num_classes, self.exchange)
+
+    def read(self, rows: Tensor, value: Tensor) -> None:
+        """Copies a checkpoint's value, as ``as_dtensor`` makes it or a full tensor, into this rank's ``rows``."""
+        local = rows if self.sub_centers == 1 else rows.unflatten(0, (self.shard.rows, self.sub_centers))
+        read_rows(local, self.shard, value)
+
+    def of_classes(self, rows: Tensor) -> Tensor:
+        """Rows [rows·S, D] as one row a class, [rows, S·D]."""
+        return rows.view(self.shard.rows, self.sub_centers * self.embedding_dim)
 
     @property
     def keep_bytes(self) -> int:
@@ -191,8 +225,8 @@ class PartialFC(nn.Module):
         """Sets the centers, from as many classes as there are here or, by way of ``classes``, from others.
 
         Args:
-            source: [N, D], the same on every rank; or a function (start, stop) → [stop − start, D] of the source's
-                rows, asked for a block at a time.
+            source: [N, D], or [N, S, D] of S > 1 sub-centers, the same on every rank; or a function (start, stop) →
+                [stop − start, ...] of the source's rows, asked for a block at a time.
             classes: for each class here its row in the source, int64 [C]; −1 for a new class, which keeps the center
                 that it has. None where the source has the same classes, N = C. So a head with more, fewer or
                 reordered classes goes on with what another one learned.
@@ -201,7 +235,8 @@ class PartialFC(nn.Module):
             ValueError: a shape, or a row of the source, does not fit.
         """
         self.wait_for_update()
-        write_rows(self.weight, self.shard, source, classes)
+        shape = (self.embedding_dim,) if self.sub_centers == 1 else (self.sub_centers, self.embedding_dim)
+        write_rows(self.weight.data.view(self.shard.rows, *shape), self.shard, source, classes)
 
     def wait_for_update(self) -> None:
         """All that comes next waits for the row update, which runs at the same time as the backbone's backward pass.
@@ -256,7 +291,10 @@ class PartialFC(nn.Module):
         if self.training and min(self.sample_rate, self.batch_rate) < 1 and devices.is_recorded(self.device):
             raise RuntimeError("a CUDA graph would repeat one class sample at every replay: leave the head out of it")
         with devices.own_precision(self.device):
-            return HeadLoss.apply(embeddings, self.weight, labels.contiguous(), self, torch.is_grad_enabled())  # type: ignore[return-value]
+            learned = self.objective_state.learned()
+            return HeadLoss.apply(  # type: ignore[return-value]
+                embeddings, self.weight, labels.contiguous(), self, torch.is_grad_enabled(), *learned
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PartialFC":
         """What ``to``, ``cuda``, ``double`` and the like do. Centers that are stored elsewhere stay there."""
@@ -288,18 +326,27 @@ class PartialFC(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _, _, missing, unexpected, errors = rest
         names = {prefix + "centers", prefix + "steps"}
-        there = {name for name in state_dict if name.startswith(prefix)}
+        # objective_state reads its own.
+        there = {name for name in state_dict if name.startswith(prefix) and ".objective_state." not in f".{name}"}
         missing.extend(sorted(names - there))
         unexpected.extend(sorted(there - names))
         if not names <= there:
             return
         self.wait_for_update()
         try:
-            read_rows(self.weight, self.shard, state_dict[prefix + "centers"])
+            self.read(self.weight, state_dict[prefix + "centers"])
         except ValueError as error:
             errors.append(f"{prefix}centers: {error}; load_centers takes centers of other classes")
             return
         self.steps = int(state_dict[prefix + "steps"])
+
+    def _checked_weights(self, weights: Tensor) -> Tensor:
+        """This rank's part of the class weights, float32 [rows]."""
+        if weights.shape != (self.num_classes,):
+            raise ValueError(f"class_weights must be [{self.num_classes}], found {list(weights.shape)}")
+        if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+            raise ValueError("class_weights must be finite and not negative")
+        return weights[self.shard.start : self.shard.stop].float().clone()
 
     def extra_repr(self) -> str:
         return (

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from . import device as devices
-from .centers import as_dtensor, read_rows
 from .head import PartialFC
-from .kernels.blocked import block_rows
 from .kernels.rounding import Rounding
 from .kernels.row_step import RowStep
-from .kernels.rows import computed_dtype
+from .kernels.rows import block_rows, computed_dtype
 from .row_gradient import GradientSum, RowGradient, StagedGradient
 from .row_update import apply
 from .storage import CENTERS, TakenRows
@@ -103,7 +101,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                 if copies:
                     self._read_again(copies, torch.cat([one.taken.places for one in copies]).unique())
             tensors = [self.head.weight.data, *self._row_state().values()]
-            apply(gradients, tensors, self, factor, broken, self._rounding())
+            apply(gradients, tensors, self, factor, broken, self._rounding(), self.head.sub_centers)
 
     def _step_copy(self, gradients: list[StagedGradient], factor: Tensor, broken: Tensor) -> None:
         """Steps a copy of the rows, which is then written back."""
@@ -112,7 +110,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         gradient: RowGradient = gradients[0].inner
         taken = gradients[0].taken
         if len(gradients) > 1 or taken is not staged.latest:  # later passes may have taken their places
-            total = GradientSum(gradients, block_rows(staged.centers))
+            total = GradientSum(gradients, block_rows(staged.centers, sub_centers=self.head.sub_centers))
             assert total.index is not None
             taken = self._read_again(gradients, total.index.cpu())
             if len(gradients) > 1:
@@ -120,7 +118,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                 gradient = total
         parts = dict(zip(staged.store.parts, taken.parts, strict=True))
         tensors = [parts[CENTERS], *(parts[name] for name in self._row_state())]
-        apply([gradient], tensors, self, factor, broken, self._rounding(taken.places.to(self.head.device)))
+        rounding = self._rounding(taken.places.to(self.head.device))
+        apply([gradient], tensors, self, factor, broken, rounding, self.head.sub_centers)
         staged.write(taken)
 
     def _read_again(self, gradients: list[StagedGradient], places: Tensor) -> TakenRows:
@@ -140,7 +139,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         head = self.head
         if head.weight.dtype != torch.bfloat16:
             return None
-        return Rounding.of(head.seed, head.steps, head.shard.start, ids)
+        return Rounding.of(head.seed, head.steps, head.shard.start * head.sub_centers, ids)
 
     def state_dict(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """``state``: name → DTensor [C, ...] with Shard(0); ``param_groups``: the hyper-parameters.
@@ -149,7 +148,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         """
         head = self.head
         head.wait_for_update()
-        state = {name: as_dtensor(local, head.num_classes, head.exchange) for name, local in self._row_state().items()}
+        state = {name: head.as_dtensor(local) for name, local in self._row_state().items()}
         groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
         return {"state": state, "param_groups": groups}
 
@@ -157,11 +156,11 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Takes what ``state_dict`` gave, its states as DTensors of this layout or as full tensors [C, ...]."""
         self.head.wait_for_update()
-        local_state, shard = self._row_state(), self.head.shard
+        local_state = self._row_state()
         if state_dict["state"].keys() != local_state.keys():
             raise ValueError(f"state has {sorted(state_dict['state'])}, this optimizer needs {sorted(local_state)}")
         for name, value in state_dict["state"].items():
-            read_rows(local_state[name], shard, value)
+            self.head.read(local_state[name], value)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved)
 
@@ -197,7 +196,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             if head.staged is None:
                 wide = shape != (1,)
                 dtype = head.weight.dtype if wide else computed_dtype(head.weight.dtype)
-                state[name] = torch.zeros(head.shard.rows, *shape, dtype=dtype, device=head.weight.device)
+                state[name] = torch.zeros(len(head.weight), *shape, dtype=dtype, device=head.weight.device)
                 continue
             stored = head.staged.store.parts
             if name not in stored or stored[name].shape[1:] != shape:

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from . import device as devices
 from .kernels import native
-from .kernels.blocked import block_rows
 from .kernels.rounding import Rounding
-from .kernels.rows import computed_dtype, stored_rows
+from .kernels.rows import block_rows, computed_dtype, stored_rows
 from .row_gradient import GradientSum, RowGradient, project
 
 
@@ -50,6 +49,7 @@ def apply(
     factor: Tensor,
     broken: Tensor,
     rounding: Rounding | None = None,
+    sub_centers: int = 1,
 ) -> None:
     """One step.
 
@@ -60,6 +60,7 @@ def apply(
         factor: multiplies the gradient, [].
         broken: bool []; on a GPU, where the host does not know it, a step that is broken leaves all as it was.
         rounding: of tensors in bfloat16, None where there are none; without ids where these are the gradient's places.
+        sub_centers: rows of a class, which are never in two blocks.
     """
     gradient, *others = gradients
     if isinstance(gradient, AppliesItself) and gradient.adds(others):
@@ -70,7 +71,7 @@ def apply(
     # A row of one number has its momentum apart, in float32, which the passes over bfloat16 do not expect.
     compiled = rule.step_rows if here and native.supports(weight) and weight.shape[1] > 1 else None
     number = 1.0 if compiled is None else float(factor)
-    size = block_rows(weight, factor.device)
+    size = block_rows(weight, factor.device, sub_centers)
     if others:
         gradient = GradientSum(gradients, size)
     if rounding is not None and rounding.ids is None and gradient.index is not None:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from . import device as devices
-from .kernels.rows import OwnClasses, SampledRows, computed_dtype, normalize, normalize_backward
+from .kernels import KernelSetup
+from .kernels.hard import largest_cosines
+from .kernels.rows import OwnClasses, SampledRows, computed_dtype, nearest_of_own, normalize, normalize_backward
 from .row_gradient import RowGradient, StagedGradient, StepGradient
 from .sampling import ClassSample, LastSample, negative_rows, sample_batch, sample_classes
 from .side_stream import SideStream
@@ -18,11 +20,20 @@ if TYPE_CHECKING:
 
 
 class HeadLoss(torch.autograd.Function):
-    """The mean loss over the global batch; its backward leaves the gradients as ``PartialFC`` says."""
+    """The mean loss over the global batch; its backward leaves the gradients as ``PartialFC`` says.
+
+    ``learned`` are the head's parameters that the objective learns, in the order of their names.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, embeddings: Tensor, weight: Tensor, labels: Tensor, head: "PartialFC", backward: bool
+        ctx: Any,
+        embeddings: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        head: "PartialFC",
+        backward: bool,
+        *learned: Tensor,
     ) -> Tensor:
         objective = head.objective.at(head.steps)
         if head.side_stream is not None:
@@ -35,56 +46,95 @@ class HeadLoss(torch.autograd.Function):
         # ② the sample
         copied = head.staged is not None and head.training and head.sample_rate < 1.0
         where_computed = head.staged.centers if head.staged is not None and copied else weight
-        fused = objective.fused_kernel(where_computed, head.compute_dtype, head.budget)
-        sample, part = draw_sample(head, labels, fixed=fused is not None and not copied)
+        fused = head.sub_centers == 1 and objective.fuses(where_computed, head.compute_dtype)
+        sample, part = draw_sample(head, labels, fixed=fused and not copied)
         rows, taken = _rows(head, sample)
         everyone = slice(None) if part is None else part
-        # ③ two numbers per sample
-        part_unit = unit[everyone]
-        size = len(part_unit)
-        kernel = fused or objective.kernel(size, head.embedding_dim, len(rows), head.compute_dtype, head.budget)
-        own = OwnClasses(sample.columns)
+        # ③ numbers of each sample: of its own class, the nearest of its rows …
+        classes = OwnClasses(sample.columns)
+        own = nearest_of_own(classes, rows, unit, head.sub_centers)
         # The M samples whose class this rank has, one in W; with the fused kernels all, as the host must not ask.
-        here = slice(None) if fused is not None else own.samples
+        here = slice(None) if fused else own.samples
         columns = own.columns[here]
         own_rows = unit.new_zeros(len(columns), head.embedding_dim)  # [M, D]
         if len(rows):
             own_rows = torch.where((columns >= 0)[:, None], normalize(rows.at(columns.clamp_min(0)))[0], 0.0)
-        numbers = torch.zeros(2, len(labels), dtype=torch.float64, device=unit.device)
-        numbers[0, here] = (unit[here].double() * own_rows.double()).sum(dim=1)
-        part_own = own if part is None else OwnClasses(own.columns[part])
-        numbers[1, everyone] = kernel.forward(part_unit, rows, part_own, backward=backward)
-        # ④ … of all ranks
-        target, negatives = head.exchange.sum(numbers)
-        negatives = kernel.finish(negatives[everyone])
-        # ⑤ the loss, and its slopes by the two numbers
+        of_own = unit.new_zeros(1 if head.class_weights is None else 2, len(labels), dtype=torch.float64)
+        of_own[0, here] = (unit[here].double() * own_rows.double()).sum(dim=1)
+        if head.class_weights is not None and head.shard.rows:
+            weights = head.class_weights[(labels[here] - head.shard.start).clamp(0, head.shard.rows - 1)].double()
+            of_own[1, here] = torch.where(columns >= 0, weights, 0.0)
+        of = head.objective_state.numbers(objective, batch, seed=head.seed, step=head.steps, training=head.training)
+        # … and of the negatives; some objectives must know the batch's z_y, or the nearest negatives, before
+        early = objective.hard_by == "target"
+        if early:
+            of_own = head.exchange.sum(of_own)
+            of = head.objective_state.update(objective, replace(of, target=of_own[0]), training=head.training)
+        part_unit, part_classes = unit[everyone], classes if part is None else OwnClasses(classes.columns[part])
+        largest = None
+        if objective.hard_by == "largest":
+            count = objective.top_k + 1
+            found = largest_cosines(part_unit, rows, part_classes, count, head.compute_dtype, head.sub_centers)
+            largest = head.exchange.gather(found).transpose(0, 1).flatten(1).topk(count).values.double()
+        state = {name: value.requires_grad_(backward and name in objective.learned) for name, value in of.state.items()}
+        setup = KernelSetup(
+            batch=len(part_unit),
+            dim=head.embedding_dim,
+            rows=len(rows),
+            compute_dtype=head.compute_dtype,
+            budget=head.budget,
+            hard=objective.hard(of.at(everyone), largest),
+            state=state,
+            sub_centers=head.sub_centers,
+        )
         with torch.set_grad_enabled(backward):
-            target.requires_grad_(backward)
-            negatives.requires_grad_(backward)
-            loss = objective.intra(target).mean() + objective.inter(target[everyone], negatives).mean()
+            kernel = objective.fused_kernel(setup) if fused else objective.kernel(setup)
+        sums = unit.new_zeros(kernel.sums, len(labels), dtype=torch.float64)
+        sums[:, everyone] = kernel.forward(part_unit, rows, part_classes, backward=backward)
+        # ④ … of all ranks
+        if early:
+            sums = head.exchange.sum(sums)
+        else:
+            of_own, sums = head.exchange.sum(torch.cat([of_own, sums])).split([len(of_own), len(sums)])
+            of = head.objective_state.update(objective, replace(of, target=of_own[0]), training=head.training)
+        negatives = kernel.finish(sums[:, everyone])
+        # ⑤ the loss, and its slopes by the numbers
+        with torch.set_grad_enabled(backward):
+            leaves = [of.target, negatives, of.norm, *(state[name] for name in sorted(objective.learned))]
+            for leaf in leaves:
+                leaf.requires_grad_(backward)
+            met = replace(of.at(everyone), negatives=kernel.attach(negatives), state={**of.state, **state})
+            intra, inter = objective.intra(replace(of, state=met.state)), objective.inter(met)
+            if head.class_weights is not None:
+                intra, inter = intra * of_own[1], inter * of_own[1, everyone]
+            loss = intra.mean() + inter.mean()
         if head.training:
             head.steps += 1
         if not backward:
             return loss.to(dtype)
-        target_slope, negatives_slope = torch.autograd.grad(loss, (target, negatives), materialize_grads=True)
+        target_slope, negatives_slope, norm_slope, *learned_slopes = torch.autograd.grad(
+            loss, leaves, materialize_grads=True
+        )
         ctx.head, ctx.kernel, ctx.rows, ctx.own, ctx.part, ctx.here = head, kernel, rows, own, part, here
-        ctx.kernel_is_fused, ctx.draw, ctx.taken = fused is not None, sample.draw, taken
+        ctx.kernel_is_fused, ctx.draw, ctx.taken = fused, sample.draw, taken
         ctx.embedding_dtype = embeddings.dtype
         ctx.negatives = negatives.detach(), negatives_slope
-        ctx.save_for_backward(unit, inverse, own_rows, target_slope)
+        ctx.learned_slopes = learned_slopes
+        ctx.save_for_backward(unit, inverse, own_rows, target_slope, norm_slope)
         return loss.detach().to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if torch.is_grad_enabled():
             raise RuntimeError("the head's gradient has no gradient of its own: call backward without create_graph")
         with devices.own_precision(grad.device):
-            return _gradients(ctx, grad), None, None, None, None
+            learned = ((slope * grad).to(grad.dtype) for slope in ctx.learned_slopes)
+            return _gradients(ctx, grad), None, None, None, None, *learned
 
 
 def _gradients(ctx: Any, grad: Tensor) -> Tensor:
     head: PartialFC = ctx.head
-    unit, inverse, own_rows, target_slope = ctx.saved_tensors
+    unit, inverse, own_rows, target_slope, norm_slope = ctx.saved_tensors
     negatives, negatives_slope = ctx.negatives
     unit_grad, unit_rows_grad = ctx.kernel.backward(negatives, negatives_slope * grad.double())  # [B', D]
     own_slope = (target_slope * grad.double()).to(unit.dtype)[ctx.here, None]  # [M, 1]
@@ -95,8 +145,10 @@ def _gradients(ctx: Any, grad: Tensor) -> Tensor:
     mine_grad, broken = head.exchange.sum_and_scatter(unit_grad, ~torch.isfinite(grad))
     size = len(mine_grad)
     mine = slice(head.exchange.rank * size, (head.exchange.rank + 1) * size)
-    embedding_grad = normalize_backward(mine_grad, unit[mine], inverse[mine]) * head.exchange.world_size
-    embedding_grad = embedding_grad.to(ctx.embedding_dtype)
+    embedding_grad = normalize_backward(mine_grad, unit[mine], inverse[mine])
+    if len(norm_slope):  # ∂‖x‖/∂x = x̂
+        embedding_grad += (norm_slope[mine] * grad.double()).to(unit.dtype)[:, None] * unit[mine]
+    embedding_grad = (embedding_grad * head.exchange.world_size).to(ctx.embedding_dtype)
     if not ctx.needs_input_grad[1]:  # frozen centers
         return embedding_grad
     # ⑦ ∂loss/∂rows, computed in the row update
@@ -125,7 +177,8 @@ def draw_sample(head: "PartialFC", labels: Tensor, *, fixed: bool) -> tuple[Clas
     known, negatives = labels, None
     if head.staged is not None:
         known = labels.cpu()  # where the rows are copied from
-        negatives = head.staged.fetched((step, class_rate)) if class_rate < 1.0 else None
+        fetched = head.staged.fetched((step, class_rate)) if class_rate < 1.0 else None
+        negatives = None if fetched is None else fetched[:: head.sub_centers] // head.sub_centers
     classes = sample_classes(known, head.shard, rate=class_rate, seed=seed, step=step, fixed=fixed, negatives=negatives)
     classes = replace(classes, columns=classes.columns.to(device))
     batch = sample_batch(size, rate=batch_rate, seed=seed, step=step, device=device, fixed=fixed)
@@ -136,15 +189,23 @@ def draw_sample(head: "PartialFC", labels: Tensor, *, fixed: bool) -> tuple[Clas
 def _rows(head: "PartialFC", sample: ClassSample) -> tuple[SampledRows, TakenRows | None]:
     """The step's rows: the stored ones, or a copy of them; the reading of the next step's begins."""
     weight, staged = head.weight.detach(), head.staged
+    index = sample.rows if sample.rows is None else rows_of_classes(sample.rows, head.sub_centers)
     if staged is None:
-        return SampledRows(weight, sample.rows), None
-    if sample.rows is None:  # all of them, a block at a time
+        return SampledRows(weight, index), None
+    if index is None:  # all of them, a block at a time
         staged.settle()
         return SampledRows(weight, None, head.device), None
-    taken = staged.take(sample.rows, spare=len(sample.columns))
-    shard, seed, step, rate = head.shard, head.seed, head.steps + 1, head.sample_rate
-    staged.fetch((step, rate), lambda: negative_rows(shard, rate=rate, seed=seed, step=step))
+    taken = staged.take(index, spare=len(sample.columns) * head.sub_centers)
+    shard, seed, step, rate, each = head.shard, head.seed, head.steps + 1, head.sample_rate, head.sub_centers
+    staged.fetch((step, rate), lambda: rows_of_classes(negative_rows(shard, rate=rate, seed=seed, step=step), each))
     return SampledRows(taken.parts[0], taken.index), taken
+
+
+def rows_of_classes(classes: Tensor, sub_centers: int) -> Tensor:
+    """Places of the rows of some classes, int64 [n·S]: those of a class stand next to each other."""
+    if sub_centers == 1:
+        return classes
+    return (classes[:, None] * sub_centers + torch.arange(sub_centers, device=classes.device)).flatten()
 
 
 def _check_labels(head: "PartialFC", labels: Tensor) -> None:

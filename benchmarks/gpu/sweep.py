@@ -58,7 +58,6 @@ def _times_of_tiles(run: GpuRun) -> dict[tuple[int, int, int, int, int], float]:
         count=rows,
         compute_dtype=torch.bfloat16,
         scale=64.0,
-        ceiling=None,
     )
     times = {}
     for shape in _TILES if run.gpu else _TILES[:2]:

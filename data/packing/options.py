@@ -22,7 +22,9 @@ class PackOptions:
     keep_bytes: all images keep their bytes, whatever they are. check: decode them nevertheless, to find those that
     cannot be read.
     min_images: leave out identities with fewer images. only, without: text files with an identity's name a line: pack
-    these alone, or all others. keep_labels: labels stay the numbers that the source gives; otherwise they are 0, 1, ...
+    these alone, or all others. without_images: a text file with the number of an image a line, counted from 0 in the
+    order of the source: leave these out.
+    keep_labels: labels stay the numbers that the source gives; otherwise they are 0, 1, ...
     shards: how many ``.rec`` files; or images_per_shard, how many images each of them has at most.
     shuffle: all images over all shards, by ``seed``; otherwise they stay in the order of the source.
     workers: processes, None for one a core. The result does not depend on it.
@@ -39,6 +41,7 @@ class PackOptions:
     min_images: int = 1
     only: str | Path | None = None
     without: str | Path | None = None
+    without_images: str | Path | None = None
     keep_labels: bool = False
     shards: int = 1
     images_per_shard: int | None = None

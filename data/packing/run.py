@@ -185,6 +185,7 @@ def _unusual(options: PackOptions) -> dict[str, Any]:
         "min_images": options.min_images if options.min_images > 1 else None,
         "only": options.only and printable(str(options.only)),
         "without": options.without and printable(str(options.without)),
+        "without_images": options.without_images and printable(str(options.without_images)),
         "keep_labels": options.keep_labels or None,
         "shuffle": None if options.shuffle else False,
     }
@@ -197,6 +198,7 @@ def _key(source: Source, store: Storing, chosen: Selection, creation: dict[str, 
     versions = [version("pfc"), PIL.__version__, np.__version__, store.check]  # numpy's shuffle may change
     digest.update(json.dumps([creation, versions]).encode())
     digest.update(chosen.labels.tobytes())
+    digest.update(chosen.images.tobytes())
     for part in source.content():
         digest.update(part)
     return digest.hexdigest()

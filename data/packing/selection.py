@@ -29,7 +29,11 @@ def select(source: Source, options: PackOptions) -> Selection:
     """The images of ``source`` that ``options`` choose, and their labels; UsageError if there are none."""
     if options.min_images < 1:
         raise UsageError(f"min_images {options.min_images}: an identity has at least 1")
-    counts = np.bincount(source.codes[source.codes >= 0], minlength=len(source.names))
+    there = source.codes >= 0
+    if options.without_images is not None:
+        there[_numbered(len(there), Path(options.without_images))] = False
+    had_images = np.bincount(source.codes[source.codes >= 0], minlength=len(source.names))
+    counts = np.bincount(source.codes[there], minlength=len(source.names))
     kept = counts >= options.min_images
     if options.only is not None:
         kept &= _named(source.names, Path(options.only))
@@ -54,15 +58,14 @@ def select(source: Source, options: PackOptions) -> Selection:
             names = [""] * identities
             for code in np.flatnonzero(kept).tolist():
                 names[labels[code]] = source.names[code]
-    images = np.flatnonzero((source.codes >= 0) & kept[source.codes]).astype(np.int32)
-    had_images = counts > 0
+    images = np.flatnonzero(there & kept[source.codes]).astype(np.int32)
     return Selection(
         images=images,
         labels=labels,
         identities=identities,
         names=names,
-        dropped_identities=int((had_images & ~kept).sum()),
-        dropped_images=int(counts.sum()) - len(images),
+        dropped_identities=int(((had_images > 0) & ~kept).sum()),
+        dropped_images=int(had_images.sum()) - len(images),
     )
 
 
@@ -78,6 +81,20 @@ def _named(names: Sequence[str], path: Path) -> np.ndarray:
         unknown = sorted(listed.difference(names))
         raise UsageError(f"{path} names {len(unknown)} identities that the source does not have: {some(unknown)}")
     return found
+
+
+def _numbered(images: int, path: Path) -> np.ndarray:
+    """The images whose numbers the file lists, int64 [n]; a line that is none of them is an error."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split()
+    except OSError as error:
+        raise UsageError(f"{path}: {(error.strerror or '').lower()}; give a text file with a number a line") from None
+    wrong = [line for line in lines if not line.isascii() or not line.isdigit() or int(line) >= images]
+    if wrong:
+        raise UsageError(
+            f"{path} has {len(wrong)} line(s) that are no number of an image, 0 to {images - 1}: {some(sorted(wrong))}"
+        )
+    return np.array([int(line) for line in lines], dtype=np.int64)
 
 
 class _Picked(LazyTexts):

@@ -22,6 +22,7 @@ from .reading import Found, load, network_tensors
 from .writing import Content, Piece
 
 _OPTIMIZER = "backbone_optimizer/"
+_OBJECTIVE = "head/objective/"
 
 
 def capture(
@@ -95,11 +96,16 @@ def restore(
         before = load_config(found.path / CONFIG)
         changed = changes(before, config, found.path, begun=state["position"] > 0)
     saved, tensors = found.shapes(), _backbone_tensors(parts) | _sharded(parts)
-    states = [name for name in tensors if name.startswith(_OPTIMIZER)]
+    states = [name for name in tensors if name.startswith(_OPTIMIZER) and not name.startswith(_OPTIMIZER + _OBJECTIVE)]
     if states and not any(name in saved for name in states):  # a converted one, or trained without momentum
         for name in states:
             tensors.pop(name).zero_()
         changed.append("begins     with a new state of the backbone's optimizer: the checkpoint has none")
+    of_objective = [name for name in tensors if _OBJECTIVE in name and name not in saved]
+    if of_objective:  # another objective, or one that the checkpoint's writer had none of
+        for name in of_objective:
+            tensors.pop(name)
+        changed.append("begins     with a new state of the objective: the checkpoint has none")
     _check(found, tensors)
     seed_generators(config.run.seed, world.rank, state["step"])
     for name, value in load(found, tensors, (f"rng/{world.rank}/",)).items():
@@ -131,12 +137,19 @@ def _sharded(parts: Parts) -> dict[str, DTensor]:
 
 
 def _backbone_tensors(parts: Parts) -> dict[str, Tensor]:
-    """Weights and buffers of the network, and its optimizer's state by parameter name."""
-    return network_tensors(parts.network) | {
-        f"{_OPTIMIZER}{name}/{key}": value
-        for name, parameter in parts.network.named_parameters()
-        for key, value in parts.backbone_optimizer.state[parameter].items()
-    }
+    """Weights and buffers of the network, its optimizer's state by parameter name, and the objective's numbers."""
+    objective = parts.head.objective_state
+    learned = {f"{_OBJECTIVE}{name}": parameter for name, parameter in objective.named_parameters()}
+    state = {f"{_OBJECTIVE}{name}": value.detach() for name, value in objective.state_dict().items()}
+    return (
+        network_tensors(parts.network)
+        | state
+        | {
+            f"{_OPTIMIZER}{name}/{key}": value
+            for name, parameter in (*parts.network.named_parameters(), *learned.items())
+            for key, value in parts.backbone_optimizer.state[parameter].items()
+        }
+    )
 
 
 def _check(found: Found, tensors: Mapping[str, Tensor]) -> None:
@@ -149,7 +162,7 @@ def _check(found: Found, tensors: Mapping[str, Tensor]) -> None:
                 f"{found.path} has another configuration: {name} is {there} there and {here} here; {advice}"
             )
     for name in saved:
-        if name.startswith(_OPTIMIZER) and name not in tensors:
+        if name.startswith(_OPTIMIZER) and _OBJECTIVE not in name and name not in tensors:
             raise UsageError(
                 f"{found.path} has another configuration: {name} does not belong to this backbone optimizer; {advice}"
             )

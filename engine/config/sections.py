@@ -192,6 +192,22 @@ class Objective(BaseModel):
         return objectives.build(self.name, **(self.model_extra or {}))
 
 
+class ClassWeights(Section):
+    """Of the identities' losses, given or by their numbers of images; one of the two."""
+
+    file: str | None = None
+    """A .npy file of one number for each identity, in the order of the labels: finite, not negative."""
+    frequency: Annotated[float, Field(gt=0, le=1)] | None = None
+    """β: an identity of n images weighs n^−β, times what makes the mean over all images 1. 1 gives every identity the
+    same weight in the long run, 0.5 is between that and none."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "ClassWeights":
+        if (self.file is None) == (self.frequency is None):
+            raise ValueError("class_weights: give file or frequency, one of the two")
+        return self
+
+
 class Head(Section):
     objective: Objective = Objective.model_validate({})
     """What is minimised: see docs/objectives.md."""
@@ -203,6 +219,11 @@ class Head(Section):
     """Later rates: [[0.8, 0.5], [0.9, 1.0]] uses half of the classes from 80 % of the run on, all from 90 % on."""
     batch_rate: Rate = 1.0
     """Share of the batch that meets the negatives (D-Softmax-B)."""
+    sub_centers: Annotated[int, Field(ge=1, le=64)] = 1
+    """Centers of each identity, of which the nearest one counts: images of another kind, or of another person under
+    this name, get one of their own (Sub-center ArcFace)."""
+    class_weights: ClassWeights | None = None
+    """How much the losses of each identity's images weigh; all alike when absent."""
     center_dtype: Literal["float32", "bf16"] = "float32"
     """How the centers and their optimizer's state are stored; bf16 is rounded stochastically."""
     storage: Literal["device", "host", "file"] = "device"

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from ...data import GeneratedDataset
 from ...partial_fc.device import default_keep_bytes
 from ...partial_fc.kernels.probabilities import MAX_SCALE, probability_bytes
 from ...partial_fc.kernels.products import operand_dtype, rounds_to_bfloat16
-from ...partial_fc.objectives import LogSumExpObjective
+from ...partial_fc.objectives import LogSumExpObjective, SoftplusObjective
 from ..build import Dataset, decoding_threads, products_of
 from ..checkpoint import Found
 from ..config import Config, Objective
@@ -104,15 +105,16 @@ def _probabilities(config: Config, num_classes: int, world: World) -> list[str]:
 
     Nothing for objectives that have no such choice.
     """
-    head, objective = config.head, config.head.objective.build()
-    if not isinstance(objective, LogSumExpObjective) or objective.scale > MAX_SCALE:
+    head, objective = config.head, config.head.objective.build().at(0)
+    exponential = isinstance(objective, LogSumExpObjective) and objective.scale <= MAX_SCALE
+    if not exponential and not isinstance(objective, SoftplusObjective):
         return []
     batch = math.ceil(head.batch_rate * config.data.batch_size * world.size)
     dtype = operand_dtype(products_of(config), world.device)
     allowed = default_keep_bytes(world.device) if head.keep_mib is None else head.keep_mib << 20
     told = []
     for rate in dict.fromkeys([head.sample_rate, *(later for _, later in head.sample_rate_schedule)]):
-        rows = math.ceil(rate * -(-num_classes // world.size))
+        rows = math.ceil(rate * -(-num_classes // world.size)) * head.sub_centers
         size, passes = probability_bytes(batch, rows, dtype), config.optimizer.accumulate
         kept = sum(size * number <= allowed for number in range(1, passes + 1))
         done, each = "kept" if kept else "recomputed", f" for each of {passes} micro-batches" * (passes > 1)
@@ -137,5 +139,14 @@ def _precision(config: Config, world: World) -> list[str]:
 
 def _shown(objective: Objective) -> str:
     """``d_softmax (scale 16.0, stop 0.5)``"""
-    told = [f"{name} {value}" for name, value in (objective.model_extra or {}).items() if value is not None]
+    told = [
+        f"{name} {_moving(value) if isinstance(value, dict) else value}"
+        for name, value in (objective.model_extra or {}).items()
+        if value is not None
+    ]
     return f"{objective.name} ({', '.join(told)})" if told else objective.name
+
+
+def _moving(entries: dict[str, Any]) -> str:
+    """A number that follows the steps."""
+    return f"{entries['start']:g} → {entries['end']:g}, {entries['shape']}"

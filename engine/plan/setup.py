@@ -7,7 +7,7 @@ from typing import Literal
 from ...data.errors import UsageError
 from ...partial_fc.kernels.gram import pays
 from ...partial_fc.kernels.probabilities import MAX_SCALE
-from ...partial_fc.objectives import LogSumExpObjective, Objective
+from ...partial_fc.objectives import LogSumExpObjective, Objective, SoftplusObjective
 from ...partial_fc.sampling import expected_rows
 from ...partial_fc.storage import aligned
 from .. import build
@@ -35,6 +35,9 @@ class Setup:
         payload: bytes of a number of an embedding, and of a gradient, between the ranks.
         reduction: how the negatives become one number a sample: exponentials block by block, all cosines at once, or
             the Gram matrix.
+        sub_centers: S, rows of a class.
+        numbers: sums over the ranks that a sample needs.
+        nearest: negatives of each sample that are looked for before; 0 for none.
     """
 
     classes: int
@@ -51,6 +54,9 @@ class Setup:
     keep: int | None = None
     payload: tuple[int, int] = (4, 4)
     reduction: Literal["blocks", "cosines", "gram"] = "blocks"
+    sub_centers: int = 1
+    numbers: int = 2
+    nearest: int = 0
 
     @classmethod
     def of(cls, config: Config, ranks: int) -> "Setup":
@@ -77,14 +83,21 @@ class Setup:
             products=build.products_name(config),
             keep=None if head.keep_mib is None else head.keep_mib << 20,
             payload=(payload, payload),
+            sub_centers=head.sub_centers,
+            numbers=2 if head.class_weights is None else 3,
         )
         return plain.with_reduction(head.objective.build())
 
     def with_reduction(self, objective: Objective) -> "Setup":
         if isinstance(objective, LogSumExpObjective):
-            return replace(self, reduction="blocks" if objective.scale <= MAX_SCALE else "cosines")
+            nearest = objective.top_k + 1 if objective.hard_by == "largest" else 0
+            by_blocks = objective.at(0).scale <= MAX_SCALE
+            return replace(self, reduction="blocks" if by_blocks else "cosines", nearest=nearest)
+        if isinstance(objective, SoftplusObjective):
+            return replace(self, numbers=self.numbers + 1)
         gram = getattr(objective, "gram", None)
-        by_gram = pays(self.global_batch, self.dim, int(self.rows)) if gram is None else gram
+        by_gram = self.sub_centers == 1
+        by_gram &= pays(self.global_batch, self.dim, int(self.rows)) if gram is None else gram
         return replace(self, reduction="gram" if by_gram else "cosines")
 
     @property
@@ -95,12 +108,12 @@ class Setup:
     @property
     def shard(self) -> int:
         """n, the rows that a rank stores, at most."""
-        return -(-self.classes // self.ranks)
+        return -(-self.classes // self.ranks) * self.sub_centers
 
     @property
     def rows(self) -> float:
         """K, the rows that a micro-batch uses on a rank."""
-        return expected_rows(self.classes, self.ranks, self.rate, self.global_batch)
+        return expected_rows(self.classes, self.ranks, self.rate, self.global_batch) * self.sub_centers
 
     @property
     def stepped_rows(self) -> float:
@@ -144,6 +157,7 @@ class Setup:
             and on_device
             and self.center_dtype == "float32"
             and self.reduction == "blocks"
+            and self.sub_centers == 1
         )
 
     def operand(self, machine: Machine) -> int:

@@ -56,6 +56,8 @@ def head_phases(setup: Setup, machine: Machine) -> list[Phase]:
     stepped = 2 * setup.stepped_rows * setup.row_bytes
     forward, forward_moved = 2 * passes * product, passes * read + kept * probabilities
     update, update_moved = passes * product, stepped + kept * probabilities
+    if setup.nearest:  # are looked for in a walk of their own
+        forward, forward_moved = forward + passes * product, forward_moved + passes * read
     if setup.reduction == "gram":
         forward = update = passes * 2 * rows * dim**2
         forward_moved, update_moved = passes * read, stepped
@@ -115,7 +117,7 @@ def step_time(
     once = backbone.seconds(machine.convolutions or rate, machine.elementwise or machine.bandwidth)
     flops = backbone.flops
     touched = sum(size * count for (_, size), count in backbone.operations.items())
-    gather, numbers, scatter, gradients = exchanges
+    gather, numbers, *nearest, scatter, gradients = exchanges
     forward, update = head_phases(setup, machine)
     backward = 2 * passes * once
     optimizer = 3 * backbone.parameters + 2 * backbone.state
@@ -123,7 +125,8 @@ def step_time(
         Phase("backbone forward", passes * flops, passes * touched, passes * once),
         Phase("gather embeddings", 0, gather.sent * passes, gather.seconds),
         forward,
-        Phase("sum two numbers", 0, numbers.sent * passes, numbers.seconds),
+        Phase("sum the samples' numbers", 0, numbers.sent * passes, numbers.seconds),
+        *(Phase("gather nearest negatives", 0, one.sent * passes, one.seconds) for one in nearest),
         Phase("scatter gradients", 0, scatter.sent * passes, scatter.seconds),
         Phase("backbone backward", 2 * passes * flops, 2 * passes * touched, backward),
         # In buckets, as the last backward pass goes on.

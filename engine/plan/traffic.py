@@ -39,7 +39,8 @@ def collectives(setup: Setup, machine: Machine, backbone: BackboneCost, *, halve
     to, back = setup.payload
     each = [
         ("embeddings and labels", "all_gather", batch * (setup.dim * to + 8), 1, passes),
-        ("two numbers a sample", "all_reduce", 16 * batch, 2, passes),
+        ("numbers of each sample", "all_reduce", 8 * setup.numbers * batch, 2, passes),
+        ("nearest negatives", "all_gather", 4 * setup.nearest * ranks * batch, 1, passes if setup.nearest else 0),
         ("gradients of embeddings", "reduce_scatter", (batch * setup.dim + ranks) * back, 1, passes),
         ("gradients of the backbone", "all_reduce", backbone.parameters // (2 if halved else 1), 2, 1),
     ]
@@ -51,7 +52,7 @@ def collectives(setup: Setup, machine: Machine, backbone: BackboneCost, *, halve
     for name, kind, size, rounds, times in each:
         sent = rounds * size * (ranks - 1) / ranks
         found.append(Collective(name, kind, size, sent, times, times * (sent / rate + latency)))
-    return found
+    return [one for one in found if one.times]
 
 
 @dataclass(frozen=True)

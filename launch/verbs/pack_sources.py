@@ -55,6 +55,15 @@ def recordio(
         Literal["apart", "shared"],
         typer.Option(help="Of several sets: identities are all different, or the same where their names are."),
     ] = "apart",
+    without_images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Leave out the images with the numbers in this file, one a line, counted from 0 over all of SRC: as "
+            "pfc centers writes it.",
+            show_default=False,
+        ),
+    ] = None,
     **options: Any,
 ) -> "PackSummary":
     """Repack RecordIO: other shards, another order, fewer identities, several sets in one.
@@ -64,7 +73,7 @@ def recordio(
     """
     from ...data import pack_recordio
 
-    return pack_recordio(sources, out, joining=labels, **options)
+    return pack_recordio(sources, out, joining=labels, without_images=without_images, **options)
 
 
 @pack_verb()

@@ -1,37 +1,34 @@
-"""ℓ = log Σ exp(scale·z) in one pass over the rows, a block at a time that stays in the cache: the CPU's fast way.
+"""The reductions in one pass over the rows, a block at a time that stays in the cache: the CPU's fast way.
 
 The pass reads a block of stored centers once. In the cache it measures their norms, multiplies with the embeddings,
 takes p = exp(scale·z), and adds to both sums that the step needs: Σ p, and U = Σ p·ŵ, from which ∂loss/∂unit follows
-without a second pass, since ∂ℓ/∂x̂ = scale·U/Σp. The rows' gradients are computed block by block in the row update,
-from the stored p or, where p would not fit ``keep_bytes``, from p recomputed by the same product.
+without a second pass, since ∂ℓ/∂x̂ = scale·U/Σp. Of another sum Σ f(z), p is f′(z). The rows' gradients are computed
+block by block in the row update, from the stored p or, where p would not fit ``keep_bytes``, from p recomputed by
+the same product.
 
 Counted for K rows: with p stored 6·B·K·D operations, K·D read once here and once by the optimizer, B·K written and
 read; with p recomputed 8·B·K·D, and nothing of size B·K anywhere.
 """
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
-from ..device import block_bytes
 from . import native
-from .probabilities import UnshiftedLogSumExp
-from .products import ComputeDtype, operand_dtype, products_in
-from .rows import OwnClasses, SampledRows, computed_dtype
+from .probabilities import LogSumExpReduction, Reduction, SoftplusReduction
+from .products import ComputeDtype, operand_dtype, products_in, summed_at_once
+from .rows import OwnClasses, SampledRows, block_rows
 
 
-def block_rows(weight: Tensor, device: torch.device | None = None) -> int:
-    """How many rows of a matrix [N, D] make a block, on the device that computes them: where they are when None."""
-    return max(64, block_bytes(device or weight.device) // (weight.shape[1] * computed_dtype(weight.dtype).itemsize))
-
-
-class LogSumExpBlocked(UnshiftedLogSumExp):
-    """The same numbers as ``cosines.LogSumExp``; ``compute_dtype`` as the head has it."""
+class ReductionBlocked(Reduction):
+    """A reduction of any kind; ``reduce_products`` says which."""
 
     def forward(self, unit: Tensor, rows: SampledRows, own: OwnClasses, *, backward: bool) -> Tensor:
         powers = _Powers(self, unit, rows, own, keep=backward)
-        total = torch.zeros(len(unit), dtype=torch.float64, device=unit.device)
-        weighted = torch.zeros_like(unit)  # U, [B, D]
-        size = block_rows(unit)
+        total = torch.zeros(self.sums, len(unit), dtype=torch.float64, device=unit.device)
+        weighted = unit.new_zeros(unit.shape, dtype=torch.float64 if self.nearly_radial else unit.dtype)  # U, [B, D]
+        size = self._block_rows(unit)
         buffer = unit.new_empty(min(size, len(rows)), unit.shape[1]) if rows.copies else None
         for start in range(0, len(rows), size):
             stop = min(start + size, len(rows))
@@ -48,21 +45,84 @@ class LogSumExpBlocked(UnshiftedLogSumExp):
             self.saved.keep(powers, weighted)
         return total
 
+    def _block_rows(self, unit: Tensor) -> int:
+        size = block_rows(unit, sub_centers=self.sub_centers)
+        if self.nearly_radial:
+            size = max(1, min(size, summed_at_once(unit.shape[1])) // self.sub_centers) * self.sub_centers
+        return size
+
+    @abstractmethod
+    def reduce_products(self, products: Tensor, inverse: Tensor, own: tuple[Tensor, Tensor], total: Tensor) -> None:
+        """In place, from w·x̂ to p/‖w‖, and the sums over the rows: the one pass over the products of a block.
+
+        Args:
+            products: w·x̂ [n, B] of stored rows with normalised embeddings; p/‖w‖ when it returns, 0 for each sample's
+                own class and for all but the nearest of a class's rows.
+            inverse: 1/‖w‖ [n, 1].
+            own: the own classes' places among the block's classes and in the batch, int64 [m] each.
+            total: float64 [S, B], to which the sums over the rows are added.
+        """
+
+    def _leave_out(self, products: Tensor, inverse: Tensor | None, own: tuple[Tensor, Tensor]) -> None:
+        """Sets to −∞ what is no negative; ``inverse`` where the products are no cosines yet."""
+        classes = products.view(-1, self.sub_centers, products.shape[1])
+        if self.sub_centers > 1:
+            cosines = classes if inverse is None else classes * inverse.view(-1, self.sub_centers, 1)
+            every = torch.arange(self.sub_centers, device=products.device)[:, None]
+            classes.masked_fill_(every != cosines.argmax(dim=1, keepdim=True), -torch.inf)
+        if len(own[0]):
+            classes.transpose(1, 2)[own] = -torch.inf
+
+
+class LogSumExpBlocked(LogSumExpReduction, ReductionBlocked):
+    """The same numbers as ``cosines.LogSumExp``."""
+
+    def reduce_products(self, products: Tensor, inverse: Tensor, own: tuple[Tensor, Tensor], total: Tensor) -> None:
+        if native.supports(products):
+            self._leave_out(products, inverse, own)
+            hard = None
+            if self.hard is not None and self.shift is not None:
+                hard = self.hard.threshold, [*self.hard.numbers[:4].tolist(), float(self.shift)]
+            native.exponentials(products, inverse, self.scale, hard, total[0])
+            return
+        products.mul_(inverse)
+        self._leave_out(products, None, own)
+        slope: Tensor | float = 1.0
+        if self.hard is not None and self.shift is not None:
+            cosines, slope = self.hard.transform(products)
+            torch.sub(cosines * self.scale, self.shift.to(products.dtype), out=products)
+        else:
+            products.mul_(self.scale)
+        products.exp_()
+        total[0] += products.sum(dim=0)
+        products.mul_(slope).mul_(inverse)
+
+
+class SumOfSoftplusBlocked(SoftplusReduction, ReductionBlocked):
+    """Σ softplus(scale·g(z) + shift) over the negatives."""
+
+    def reduce_products(self, products: Tensor, inverse: Tensor, own: tuple[Tensor, Tensor], total: Tensor) -> None:
+        products.mul_(inverse)
+        self._leave_out(products, None, own)
+        there = products > -torch.inf
+        losses, probabilities, slopes = self.terms(products)
+        total[0] += torch.where(there, losses, 0.0).sum(dim=0)
+        total[1] += torch.where(there, probabilities, 0.0).sum(dim=0)
+        products.copy_(torch.where(there, slopes * inverse, 0.0))
+
 
 class _Powers:
     """p/‖w‖ [K, B] of the negatives, by blocks; and from it (∂loss/∂ŵ)/‖w‖ = p/‖w‖ · (coefficient·unit)."""
 
     def __init__(
-        self, kernel: LogSumExpBlocked, unit: Tensor, rows: SampledRows, own: OwnClasses, *, keep: bool
+        self, kernel: ReductionBlocked, unit: Tensor, rows: SampledRows, own: OwnClasses, *, keep: bool
     ) -> None:
-        self.unit, self.rows, self.own = unit, rows, own
+        self.kernel, self.unit, self.rows, self.own = kernel, unit, rows, own
         self.compute_dtype: ComputeDtype = kernel.compute_dtype
-        self.scale = kernel.scale
-        self.ceiling = torch.inf if kernel.ceiling is None else kernel.ceiling
         self.dtype = operand_dtype(kernel.compute_dtype, unit.device)
         self.columns = unit.to(self.dtype).T.contiguous()  # [D, B]
         self.kept = kernel.budget.keep(unit, len(rows), self.dtype) if keep else None
-        size = min(block_rows(unit), len(rows))
+        size = min(block_rows(unit, sub_centers=kernel.sub_centers), len(rows))
         self.needs_rows = self.kept is None
         in_place = self.kept is not None and self.dtype == unit.dtype
         self.scratch = None if in_place else unit.new_empty(size, len(unit))
@@ -70,7 +130,7 @@ class _Powers:
         self.weighted_unit: Tensor | None = None
 
     def make(self, start: int, stop: int, block: Tensor, total: Tensor) -> Tensor:
-        """p/‖w‖ of the places [start, stop), [n, B], in the products' dtype; Σ p is added to ``total`` [B].
+        """p/‖w‖ of the places [start, stop), [n, B], in the products' dtype; the sums are added to ``total`` [S, B].
 
         Args:
             block: the stored rows there [n, D], in the products' dtype.
@@ -83,9 +143,10 @@ class _Powers:
                 torch.mm(block, self.columns, out=products)
             else:
                 products.copy_(block @ self.columns)
-        here = self.own.within(start, stop)
-        own = None if here is None else (self.own.places[here] - start, self.own.samples[here])
-        _exponentials(products, self.rows.inverse[start:stop], self.scale, self.ceiling, own, total)
+        first, last = start // self.kernel.sub_centers, stop // self.kernel.sub_centers
+        here = self.own.within(first, last) or slice(0, 0)
+        own = self.own.places[here] - first, self.own.samples[here]
+        self.kernel.reduce_products(products, self.rows.inverse[start:stop], own, total)
         if kept is None or kept is products:
             return products.to(self.dtype)
         return kept.copy_(products)
@@ -99,37 +160,9 @@ class _Powers:
             power = self.kept[start:stop]
         else:
             assert rows is not None
-            power = self.make(start, stop, rows.to(self.dtype), torch.zeros_like(self.unit[:, 0], dtype=torch.float64))
+            unused = self.unit.new_zeros(self.kernel.sums, len(self.unit), dtype=torch.float64)
+            power = self.make(start, stop, rows.to(self.dtype), unused)
         small = stop - start <= len(self.gradients)
         with products_in(self.compute_dtype, self.unit.device):
             product = torch.mm(power, self.weighted_unit, out=self.gradients[: stop - start] if small else None)
         return product.to(self.unit.dtype)
-
-
-def _exponentials(
-    products: Tensor, inverse: Tensor, scale: float, ceiling: float, own: tuple[Tensor, Tensor] | None, total: Tensor
-) -> None:
-    """In place, from w·x̂ to p/‖w‖, and the sum of p over the rows: the one pass over the products of a block.
-
-    Args:
-        products: w·x̂ [n, B] of stored rows with normalised embeddings; p/‖w‖ when it returns, where p = exp(scale·z),
-            z = w·x̂/‖w‖, and p = 0 for negatives with z > ``ceiling`` and for each sample's own class.
-        inverse: 1/‖w‖ [n, 1].
-        scale: at most 64, so that p needs no shift.
-        ceiling: infinity where no negative is left out.
-        own: the own classes' places in the block and in the batch, int64 [m] each; None where there are none.
-        total: float64 [B], to which Σ p over the rows is added.
-    """
-    if native.supports(products):
-        if own is not None:
-            products[own] = -torch.inf
-        native.exponentials(products, inverse, scale, ceiling, total)
-        return
-    products.mul_(inverse * scale)
-    if ceiling < torch.inf:
-        products.masked_fill_(products > ceiling * scale, -torch.inf)
-    products.exp_()
-    if own is not None:
-        products[own] = 0.0
-    total += products.sum(dim=0)
-    products.mul_(inverse)

@@ -8,7 +8,7 @@ place of 6·B·K·D. The ranks need not exchange G: x̂ᵀ G x̂ is a sum over t
 import torch
 from torch import Tensor
 
-from . import Once
+from . import KernelBase
 from .products import ComputeDtype, operand_dtype, products_in, summed_at_once
 from .rows import OwnClasses, SampledRows
 
@@ -18,16 +18,8 @@ def pays(batch: int, dim: int, rows: int) -> bool:
     return 2 * dim * (rows + batch) < 3 * batch * rows
 
 
-class SumOfSquaresByGram:
-    """q = Σ z² over the negatives; the same numbers as ``SumOfSquares``.
-
-    Args:
-        compute_dtype: of the products over the rows.
-    """
-
-    def __init__(self, compute_dtype: ComputeDtype) -> None:
-        self.compute_dtype: ComputeDtype = compute_dtype
-        self.saved = Once()
+class SumOfSquaresByGram(KernelBase):
+    """q = Σ z² over the negatives; the same numbers as ``SumOfSquares``."""
 
     def forward(self, unit: Tensor, rows: SampledRows, own: OwnClasses, *, backward: bool) -> Tensor:
         dim = unit.shape[1]
@@ -45,10 +37,7 @@ class SumOfSquaresByGram:
         squares[here] -= target[:, 0].double().square()
         mapped[here] -= target * own_rows
         self.saved.keep(unit, rows, mapped, own, target)
-        return squares
-
-    def finish(self, summed: Tensor) -> Tensor:
-        return summed
+        return squares[None]
 
     def backward(self, total: Tensor, slope: Tensor) -> tuple[Tensor, "_Moment"]:
         unit, rows, mapped, own, target = self.saved.take()

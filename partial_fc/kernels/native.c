@@ -102,7 +102,7 @@ INLINE uint32_t row_key(rounding how, int64_t row, uint32_t part)
 /* Raised with every change of the functions' arguments: native.py takes no file that was compiled from an older text. */
 int pfc_native_version(void)
 {
-    return 2;
+    return 3;
 }
 
 /* Row from_index[i] of one matrix to row to_index[i] of another, `bytes` each; i itself where an index is null. */
@@ -187,29 +187,53 @@ INLINE float exponential(float x)
     return x < TINIEST ? 0.0f : value * power.number;
 }
 
-/* From products w.x of `count` rows with `batch` embeddings, in place: p = exp(scale z), z = product * inverse[row]; 0 where
- * z > ceiling or the product is -inf. Adds p to total[batch], and leaves p * inverse[row]. `partial` is scratch [batch]. */
-void pfc_exponentials(float *products, const float *inverse, int64_t count, int64_t batch, float scale, float ceiling,
-                      float *partial, double *total)
+/* A cosine above its sample's threshold counts as square z^2 + slope z + constant + sine sqrt(1 - z^2); every exponent is
+ * lowered by `shift` (kernels/hard.py). */
+typedef struct {
+    float square, slope, constant, sine, shift;
+} hard_negatives;
+
+INLINE void exponentials(float *products, const float *inverse, int64_t count, int64_t batch, float scale,
+                         const float *threshold, hard_negatives hard, float *partial, double *total, const int any_hard)
 {
     for (int64_t first = 0; first < count; first += 32) { /* few enough to add up in float */
         int64_t last = first + 32 < count ? first + 32 : count;
         memset(partial, 0, batch * sizeof(float));
         for (int64_t row = first; row < last; row++) {
             float *values = products + row * batch;
-            float shrink = inverse[row], factor = shrink * scale, most = ceiling * scale;
+            float shrink = inverse[row], factor = shrink * scale;
 #pragma omp simd
             for (int64_t i = 0; i < batch; i++) {
-                float logit = values[i] * factor;
+                float logit = values[i] * factor, by_cosine = shrink;
+                if (any_hard) {
+                    float z = values[i] * shrink, square = 1.0f - z * z;
+                    float sine = sqrtf(square > 1e-8f ? square : 1e-8f);
+                    float changed = (hard.square * z + hard.slope) * z + hard.constant + hard.sine * sine;
+                    float slope = 2.0f * hard.square * z + hard.slope - hard.sine * z / sine;
+                    logit = scale * (z > threshold[i] ? changed : z) - hard.shift;
+                    by_cosine = z > threshold[i] ? slope * shrink : shrink;
+                }
                 float power = exponential(logit);
-                power = logit > most || values[i] < -3e38f ? 0.0f : power;
+                power = values[i] < -3e38f ? 0.0f : power;
                 partial[i] += power;
-                values[i] = power * shrink;
+                values[i] = power * by_cosine;
             }
         }
         for (int64_t i = 0; i < batch; i++)
             total[i] += partial[i];
     }
+}
+
+/* From products w.x of `count` rows with `batch` embeddings, in place: p = exp(scale z), z = product * inverse[row]; 0 where
+ * the product is -inf. Adds p to total[batch], and leaves p * dz'/dz * inverse[row], where z' is what z counts as. Without a
+ * threshold no negative is hard. `partial` is scratch [batch]. */
+void pfc_exponentials(float *products, const float *inverse, int64_t count, int64_t batch, float scale,
+                      const float *threshold, hard_negatives hard, float *partial, double *total)
+{
+    if (threshold)
+        exponentials(products, inverse, count, batch, scale, threshold, hard, partial, total, 1);
+    else
+        exponentials(products, inverse, count, batch, scale, threshold, hard, partial, total, 0);
 }
 
 /* What comes in as (dL/d unit row)/|w| leaves as dL/dw = (g' - (g'.unit) unit) * factor, plus decay * w. */

@@ -22,7 +22,7 @@ from .row_step import RowStep
 
 # What torch calls a processor's abilities → the suffix of the file compiled for it; best first (setup.py builds them).
 VARIANTS = {"AVX512": "_v4", "AVX2": "_v3", "DEFAULT": ""}
-_VERSION = 2  # pfc_native_version of native.c
+_VERSION = 3  # pfc_native_version of native.c
 _FEWEST_ROWS = 64  # of a thread; fewer are not worth waking it
 
 
@@ -34,6 +34,10 @@ class _Rounding(ctypes.Structure):
     _fields_ = [("ids", ctypes.c_void_p), ("first", ctypes.c_int64), ("key", ctypes.c_uint32)]
 
 
+class _Hard(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_float) for name in ("square", "slope", "constant", "sine", "shift")]
+
+
 _POINTER, _INT, _FLAG, _FLOAT, _DOUBLE = (
     ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_double
 )  # fmt: skip
@@ -42,7 +46,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "pfc_copy_rows": [_Matrix, _POINTER, _Matrix, _POINTER, _INT, _INT],
     "pfc_will_need": [_Matrix, _POINTER, _INT, _INT],
     "pfc_measure_rows": [_Matrix, _POINTER, _INT, _INT, _POINTER, _POINTER, _FLAG],
-    "pfc_exponentials": [_POINTER, _POINTER, _INT, _INT, _FLOAT, _FLOAT, _POINTER, _POINTER],
+    "pfc_exponentials": [_POINTER, _POINTER, _INT, _INT, _FLOAT, _POINTER, _Hard, _POINTER, _POINTER],
     "pfc_sgd": [*_STEP, *[_FLOAT] * 3, _FLAG],
     "pfc_adamw": [*_STEP, *[_DOUBLE] * 3, _FLOAT, _DOUBLE],
     "pfc_adagrad": [*_STEP, *[_FLOAT] * 3],
@@ -132,21 +136,27 @@ def will_need(matrix: Tensor, index: Tensor) -> None:
         _functions().pfc_will_need(_matrix(matrix, 0), index.data_ptr(), len(index), bytes_of_row)
 
 
-def exponentials(products: Tensor, inverse: Tensor, scale: float, ceiling: float, total: Tensor) -> None:
-    """p = exp(scale·z) with z = products·inverse, 0 where z > ceiling or the product is −∞, summed over the rows.
+def exponentials(
+    products: Tensor, inverse: Tensor, scale: float, hard: tuple[Tensor, Sequence[float]] | None, total: Tensor
+) -> None:
+    """p = exp(scale·z) with z = products·inverse, 0 where the product is −∞, summed over the rows.
 
     Args:
         products: [n, B] float32, contiguous; p·inverse when it returns.
         inverse: [n, 1].
+        hard: thresholds [B] and the numbers a, b, c, d and shift of hard negatives, as ``kernels/hard.py`` has them:
+            p is exp(scale·g(z) − shift), and p·g′(z)·inverse is left; None for none.
         total: float64 [B], to which Σ p is added.
     """
     function, batch = _functions().pfc_exponentials, products.shape[1]
     sums: dict[int, Tensor] = {}
+    threshold, numbers = (None, _Hard()) if hard is None else (hard[0].float().contiguous(), _Hard(*hard[1]))
 
     def walk(first: int, last: int) -> None:
         partial, mine = torch.empty(batch), torch.zeros(batch, dtype=torch.float64)
         addresses = partial.data_ptr(), mine.data_ptr()
-        function(_row(products, first), _row(inverse, first), last - first, batch, scale, ceiling, *addresses)
+        where = None if threshold is None else threshold.data_ptr()
+        function(_row(products, first), _row(inverse, first), last - first, batch, scale, where, numbers, *addresses)
         sums[first] = mine
 
     _each_thread(0, len(products), walk)

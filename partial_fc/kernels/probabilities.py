@@ -1,19 +1,20 @@
-"""p = exp(scale·z) without the shift by the largest logit: what the kernels that walk over blocks share, and the memory
-in which p is kept between the forward pass and the row update.
+"""What the kernels that walk over blocks share: the reductions and their slopes, and the memory in which p is kept
+between the forward pass and the row update.
 
 p = exp(scale·z) needs no shift up to scale 64: float32 holds exp(±64), and the sum of 10¹⁰ of them. So one pass over
 the rows gives Σ p and U = Σ p·ŵ, and with ∂ℓ/∂x̂ = scale·U/Σp the embeddings' gradient too. Larger scales take the
 plain kernel.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from . import Once, UnitGradient
-from .products import ComputeDtype
+from . import KernelBase, KernelSetup, UnitGradient
 
 MAX_SCALE = 64.0
 
@@ -51,36 +52,93 @@ class KeepBudget:
 
 
 class Powers(UnitGradient, Protocol):
-    """The p of a step, which make the rows' gradients: ∂loss/∂ŵ = p · (coefficient·unit)."""
+    """What a step keeps of its negatives, p or f′(z) [K, B]: ∂loss/∂ŵ = p · (coefficient·unit)."""
+
+    unit: Tensor
 
     def weight_unit(self, coefficient: Tensor) -> None:
         """Sets coefficient·unit [B, D], with the coefficient ∂loss/∂z / p, float64 [B, 1]."""
         ...
 
 
-class UnshiftedLogSumExp:
-    """The parts of a ``NegativesKernel`` besides its forward pass, which saves (``Powers``, U [B, D]).
+class Reduction(KernelBase, ABC):
+    """The parts of a ``NegativesKernel`` besides its forward pass, which saves (``Powers``, U [B, D])."""
 
-    Args:
-        compute_dtype: of the products.
-        scale: s, at most 64.
-        ceiling: negatives with a larger cosine are left out; none when None.
-        budget: the memory that kept p may take.
-    """
+    nearly_radial = False
+    """Whether U is along x̂ but for a small part, the one that counts (``products.summed_at_once``)."""
 
-    def __init__(self, compute_dtype: ComputeDtype, scale: float, ceiling: float | None, budget: KeepBudget) -> None:
-        self.compute_dtype: ComputeDtype = compute_dtype
-        self.scale = scale
-        self.ceiling = ceiling
-        self.budget = budget
-        self.saved = Once()
+    def __init__(self, setup: KernelSetup) -> None:
+        super().__init__(setup)
+        self.budget = setup.budget
 
-    def finish(self, summed: Tensor) -> Tensor:
-        return summed.log()
+    @abstractmethod
+    def coefficient(self, total: Tensor, slope: Tensor) -> Tensor:
+        """∂loss/∂z / p, float64 [B], from ``total`` and ∂loss/∂total."""
 
     def backward(self, total: Tensor, slope: Tensor) -> tuple[Tensor, Powers]:
         powers, weighted = self.saved.take()
-        # ∂loss/∂z = coefficient·p; where a sample has no negative at all, p is 0 and ℓ −∞.
-        coefficient = (slope * self.scale * torch.exp(-total.clamp_min(-600.0)))[:, None]
+        coefficient = self.coefficient(total, slope)[:, None]
         powers.weight_unit(coefficient)
-        return (coefficient * weighted.double()).to(weighted.dtype), powers
+        return (coefficient * weighted.double()).to(powers.unit.dtype), powers
+
+
+class LogSumExpReduction(Reduction):
+    """ℓ = log Σ exp(scale·z), with p = exp(scale·z); of hard negatives exp(scale·g(z) − shift), and g′(z) times that.
+
+    Args:
+        scale: s, at most 64.
+    """
+
+    def __init__(self, setup: KernelSetup, scale: float) -> None:
+        super().__init__(setup)
+        self.scale = scale
+        self.shift = None if setup.hard is None else setup.hard.shift(scale)
+
+    def finish(self, summed: Tensor) -> Tensor:
+        total = summed[0].log()
+        return total if self.shift is None else total + self.shift
+
+    def coefficient(self, total: Tensor, slope: Tensor) -> Tensor:
+        # Where a sample has no negative at all, p is 0 and ℓ −∞.
+        exponent = -total.clamp_min(-600.0)
+        return slope * self.scale * torch.exp(exponent if self.shift is None else exponent + self.shift)
+
+
+class SoftplusReduction(Reduction):
+    """Σ softplus(x) with x = scale·g(z) + shift and g(z) = 2·((z + 1)/2)^power − 1; p = ∂softplus(x)/∂z.
+
+    Its second sum is Σ σ(x), the slope by the shift.
+
+    Args:
+        shift: [], with its graph where a gradient by it is needed.
+    """
+
+    sums = 2
+    nearly_radial = True
+
+    def __init__(self, setup: KernelSetup, scale: float, power: float, shift: Tensor) -> None:
+        super().__init__(setup)
+        self.scale, self.power, self.shift = scale, power, shift
+        self._shift_slopes = shift
+
+    def finish(self, summed: Tensor) -> Tensor:
+        self._shift_slopes = summed[1]
+        return summed[0]
+
+    def attach(self, total: Tensor) -> Tensor:
+        return total + self._shift_slopes * (self.shift - self.shift.detach())
+
+    def coefficient(self, total: Tensor, slope: Tensor) -> Tensor:
+        return slope
+
+    def terms(self, cosines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """softplus(x), σ(x) and ∂softplus(x)/∂z of cosines [...], in their dtype."""
+        if self.power == 1:
+            adjusted, slope = cosines, self.scale
+        else:
+            half = ((cosines + 1) / 2).clamp_min(0)
+            adjusted = 2 * half.pow(self.power) - 1
+            slope = half.pow(self.power - 1).mul_(self.scale * self.power)
+        x = adjusted * self.scale + self.shift.detach().to(cosines.dtype)
+        probability = torch.sigmoid(x)
+        return -logsigmoid(-x), probability, probability * slope

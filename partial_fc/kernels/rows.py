@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..device import block_bytes
 from . import native
 
 _SHORTEST = 1e-10  # times the largest p = e^64 its inverse still fits float32
@@ -42,6 +43,16 @@ def stored_rows(matrix: Tensor, index: Tensor | None, start: int, stop: int) -> 
 def computed_dtype(stored: torch.dtype) -> torch.dtype:
     """What rows are computed in: as they are stored, or float32 where that is bfloat16."""
     return torch.float32 if stored == torch.bfloat16 else stored
+
+
+def block_rows(weight: Tensor, device: torch.device | None = None, sub_centers: int = 1) -> int:
+    """How many rows of a matrix [N, D] make a block, on the device that computes them: where they are when None.
+
+    Args:
+        sub_centers: rows of a class, which are never in two blocks.
+    """
+    rows = max(64, block_bytes(device or weight.device) // (weight.shape[1] * computed_dtype(weight.dtype).itemsize))
+    return max(1, rows // sub_centers) * sub_centers
 
 
 class SampledRows:
@@ -150,3 +161,21 @@ class OwnClasses:
     def _elsewhere(self) -> int:
         """How many samples' classes are not here."""
         return bisect_left(self._listed, 0)
+
+
+def nearest_of_own(classes: OwnClasses, rows: SampledRows, unit: Tensor, sub_centers: int) -> OwnClasses:
+    """Where each sample's own class stands, counted in rows: of several rows the nearest one.
+
+    Args:
+        classes: the same counted in classes.
+        rows: the centers, those of a class next to each other.
+        unit: normalised embeddings [B, D].
+    """
+    if sub_centers == 1:
+        return classes
+    places = classes.places[:, None] * sub_centers + torch.arange(sub_centers, device=unit.device)  # [M, S]
+    candidates = normalize(rows.at(places.flatten()))[0].view(*places.shape, -1)
+    nearest = (candidates * unit[classes.samples, None]).sum(dim=2).argmax(dim=1, keepdim=True)
+    columns = torch.full_like(classes.columns, -1)
+    columns[classes.samples] = places.gather(1, nearest)[:, 0]
+    return OwnClasses(columns)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pfc.partial_fc import PartialFC, objectives
 from pfc.partial_fc.kernels.products import ComputeDtype
 from pfc.partial_fc.kernels.rows import computed_dtype
+from pfc.partial_fc.objectives.state import ObjectiveState
 from pfc.partial_fc.row_gradient import finished_block
 from pfc.partial_fc.storage import Storage
 from tests.partial_fc.oracle import dense_loss
@@ -34,6 +35,34 @@ SETTINGS: dict[str, tuple[str, dict[str, float]]] = {
     "combined (0.9, 0.4, 0.15)": ("combined", {"scale": 64.0, "m1": 0.9, "m2": 0.4, "m3": 0.15}),
 }
 """What the tests call it → objective and parameters; the last two are the combinations of ArcFace's own paper."""
+SEEING: dict[str, tuple[str, dict[str, float]]] = {
+    "adaface": ("adaface", {"scale": 64.0, "margin": 0.4, "concentration": 4.0, "momentum": 0.6}),
+    "magface": (
+        "magface",
+        {
+            "scale": 32.0,
+            "least_norm": 12.0,
+            "most_norm": 15.0,
+            "least_margin": 0.3,
+            "most_margin": 0.8,
+            "regularizer": 35,
+        },
+    ),
+    "elastic_arcface": ("elastic_arcface", {"scale": 64.0, "margin": 0.5, "deviation": 0.05, "plus": False}),
+    "elastic_arcface+": ("elastic_arcface", {"scale": 64.0, "margin": 0.5, "deviation": 0.0175, "plus": True}),
+    "elastic_cosface": ("elastic_cosface", {"scale": 64.0, "margin": 0.35, "deviation": 0.05, "plus": False}),
+    "elastic_cosface+": ("elastic_cosface", {"scale": 64.0, "margin": 0.35, "deviation": 0.02, "plus": True}),
+    "curricularface": ("curricularface", {"scale": 64.0, "margin": 0.5, "momentum": 0.7}),
+    "mv_softmax, adaptive": (
+        "mv_softmax",
+        {"scale": 64.0, "m1": 1.0, "m2": 0.0, "m3": 0.35, "t": 0.2, "adaptive": True},
+    ),
+    "mv_softmax, fixed": ("mv_softmax", {"scale": 48.0, "m1": 1.0, "m2": 0.5, "m3": 0.0, "t": 0.2, "adaptive": False}),
+    "inter_top_k": ("inter_top_k", {"scale": 32.0, "margin": 0.2, "top_k": 5, "hard_margin": 0.06}),
+    "sphereface2": ("sphereface2", {"scale": 40.0, "margin": 0.4, "power": 3.0, "balance": 0.7}),
+    "uniface": ("uniface", {"scale": 64.0, "margin": 0.4, "balance": 0.7}),
+}
+"""Those that see more than two numbers, or change their negatives, or sum something else."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +85,9 @@ class Case:
     stored: torch.dtype | None = None
     """The centers' dtype where it is another than that of the computations."""
     storage: Storage = "device"
+    sub_centers: int = 1
+    weighted: bool = False
+    """Whether the classes have weights."""
     surroundings: torch.dtype | None = None
     """Autocast's dtype around the head, whose labels then are a column of a matrix."""
 
@@ -69,14 +101,18 @@ class StepResult:
     row_grad: Tensor
     classes: Tensor
     sampled_batch: Tensor
+    learned_grad: Tensor
+    """By what the objective learns, [n]."""
 
 
 def tensors(case: Case, world_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings [B, D], labels [B] and centers [C, D] of the whole world, float64, of values that float32 can hold."""
+    """Embeddings [B, D], labels [B] and centers [C, D] (or [C, S, D]) of the whole world, float64, of values that
+    float32 can hold."""
     generator = torch.Generator().manual_seed(case.seed)
     size = world_size * case.batch
     embeddings = torch.randn(size, case.dim, generator=generator).mul(3.0).double()
-    centers = torch.randn(case.num_classes, case.dim, generator=generator).mul(0.05)
+    shape = (case.num_classes, case.dim) if case.sub_centers == 1 else (case.num_classes, case.sub_centers, case.dim)
+    centers = torch.randn(*shape, generator=generator).mul(0.05)
     centers = centers.to(case.stored or centers.dtype).double()
     labels = torch.randint(0, case.num_classes, (size,), generator=generator)
     if case.labels == "same":
@@ -102,6 +138,8 @@ def step_on_rank(case: Case) -> StepResult:
         storage_dir=tempfile.gettempdir(),
         keep_bytes=case.keep_bytes,
         compute_dtype=case.compute_dtype,
+        sub_centers=case.sub_centers,
+        class_weights=class_weights(case) if case.weighted else None,
         device=case.device,
     )
     head.load_centers(centers.to(case.dtype))
@@ -117,8 +155,14 @@ def step_on_rank(case: Case) -> StepResult:
     sample = head.last_sample
     assert sample is not None
     used = sample.classes[sample.classes >= 0]  # with fixed shapes some places hold none
-    found = (loss.detach(), own.grad, dense_row_gradient(head), used, sample.batch)
+    learned = [one.grad for one in head.objective_state.learned() if one.grad is not None]
+    learned_grad = torch.stack(learned) if learned else torch.empty(0)
+    found = (loss.detach(), own.grad, dense_row_gradient(head), used, sample.batch, learned_grad)
     return StepResult(*(tensor.cpu() for tensor in found))
+
+
+def class_weights(case: Case) -> Tensor:
+    return torch.rand(case.num_classes, generator=torch.Generator().manual_seed(case.seed + 1)) * 2
 
 
 def dense_row_gradient(head: PartialFC) -> Tensor:
@@ -158,20 +202,40 @@ def compare(case: Case, results: list[StepResult], tolerance: float | None = Non
     # W times the gradient: DDP's average over the ranks takes the W away again.
     embedding_grad = torch.cat([result.embedding_grad for result in results]) / world_size
     assert relative_error(embedding_grad, expected[1]) <= tolerance
-    assert relative_error(torch.cat([result.row_grad for result in results]), expected[2]) <= tolerance
+    row_grad = torch.cat([result.row_grad for result in results])
+    assert relative_error(row_grad, expected[2].flatten(0, -2)) <= tolerance
+    for result in results:
+        assert relative_error(result.learned_grad, expected[3]) <= tolerance
 
 
-def oracle(case: Case, world_size: int, classes: Tensor, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, gradient by the embeddings [B, D] and by the centers [C, D], float64."""
+def oracle(case: Case, world_size: int, classes: Tensor, batch: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, gradient by the embeddings [B, D], by the centers [C, D] and by what is learned besides [n], float64."""
     embeddings, labels, centers = tensors(case, world_size)
     embeddings.requires_grad_()
     centers.requires_grad_()
     parameters: dict[str, Any] = case.parameters
-    loss = dense_loss(case.objective, parameters, embeddings, labels, centers, classes=classes, batch=batch)
+    objective = objectives.build(case.objective, **parameters)
+    expected = max(2, round(case.num_classes * case.sample_rate))
+    state = ObjectiveState(objective, expected, torch.device("cpu"), case.dtype)
+    seen = state.numbers(objective, embeddings.detach(), seed=case.seed, step=0, training=True)
+    biases = {name: seen.state[name].requires_grad_() for name in sorted(objective.learned)}
+    loss = dense_loss(
+        case.objective,
+        parameters,
+        embeddings,
+        labels,
+        centers,
+        classes=classes,
+        batch=batch,
+        noise=seen.noise,
+        weights=class_weights(case).double() if case.weighted else None,
+        biases=biases,
+    )
     loss.backward()
     assert embeddings.grad is not None
     assert centers.grad is not None
-    return loss.detach(), embeddings.grad, centers.grad
+    learned = [one.grad for one in biases.values() if one.grad is not None]
+    return loss.detach(), embeddings.grad, centers.grad, torch.stack(learned) if learned else torch.empty(0)
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:

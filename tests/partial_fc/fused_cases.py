@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from pfc.partial_fc import PartialFC, RowAdagrad, RowAdamW, RowOptimizer, RowSGD, device, objectives
 from pfc.partial_fc.centers import ClassShard
-from pfc.partial_fc.kernels.blocked import LogSumExpBlocked
+from pfc.partial_fc.kernels import KernelSetup
+from pfc.partial_fc.kernels.blocked import LogSumExpBlocked, SumOfSoftplusBlocked
+from pfc.partial_fc.kernels.hard import HardNegatives
 from pfc.partial_fc.kernels.probabilities import KeepBudget
 from pfc.partial_fc.kernels.products import ComputeDtype
 from pfc.partial_fc.kernels.rows import OwnClasses, SampledRows
@@ -96,7 +98,10 @@ class KernelCase:
     """Rows of the matrix; where it is no more than ``rows``, all are used and there is no index."""
     dtype: torch.dtype = torch.float32
     keep: bool = True
-    ceiling: float | None = None
+    hard: dict[str, float] = field(default_factory=dict)
+    """Of ``HardNegatives.of``, with "threshold"; none where it is empty."""
+    softplus: float = 0.0
+    """The power of the sum of softplus; 0 for exponentials."""
     scale: float = 64.0
     device: str = "cpu"
 
@@ -113,7 +118,7 @@ def operands(compute_dtype: ComputeDtype) -> tuple[Tensor, Tensor]:
 def fused_beside_plain(case: KernelCase) -> dict[str, tuple[Tensor, Tensor]]:
     """Each number of a step by both kernels; with an index the fused one gets padding too."""
     from pfc.partial_fc.kernels.fused.gradient import FusedGradient
-    from pfc.partial_fc.kernels.fused.logsumexp import LogSumExpFused
+    from pfc.partial_fc.kernels.fused.logsumexp import LogSumExpFused, SumOfSoftplusFused
 
     generator = torch.Generator().manual_seed(case.rows)
     unit = torch.nn.functional.normalize(torch.randn(case.batch, case.dim, generator=generator))
@@ -140,9 +145,18 @@ def fused_beside_plain(case: KernelCase) -> dict[str, tuple[Tensor, Tensor]]:
         rows = SampledRows(weight.clone(), padded if fused else index)
         where = torch.where(columns >= 0, place[columns], -1) if fused else columns
         own_classes = OwnClasses(where)
-        kernel = (LogSumExpFused if fused else LogSumExpBlocked)(
-            case.dtype if fused else torch.float32, case.scale, case.ceiling, budget
-        )
+        hard = None
+        if case.hard:
+            threshold, *coefficients = case.hard.items()
+            spread = torch.linspace(-0.1, 0.1, case.batch, device=case.device) + threshold[1]
+            hard = HardNegatives.of(spread, **dict(coefficients))
+        compute = case.dtype if fused else torch.float32
+        setup = KernelSetup(case.batch, case.dim, len(rows), compute, budget, hard)
+        if case.softplus:
+            shift = torch.tensor(-3.0, dtype=torch.float64)
+            kernel = (SumOfSoftplusFused if fused else SumOfSoftplusBlocked)(setup, case.scale, case.softplus, shift)
+        else:
+            kernel = (LogSumExpFused if fused else LogSumExpBlocked)(setup, case.scale)
         total = kernel.finish(kernel.forward(unit, rows, own_classes, backward=True))
         unit_grad, negatives = kernel.backward(total, slope)
         gradient: RowGradient
@@ -226,7 +240,8 @@ def far_rows(folder: str) -> None:
         (near.clone(), torch.zeros(4, dim), torch.tensor([0, -1, 2, 3])),
         (weight, momentum, index),
     ):
-        kernel = LogSumExpFused(torch.float32, 16.0, None, KeepBudget(1 << 20))
+        setup = KernelSetup(4, dim, len(places), torch.float32, KeepBudget(1 << 20))
+        kernel = LogSumExpFused(setup, 16.0)
         columns = torch.tensor([0, 3, -1, -1])
         total = kernel.finish(kernel.forward(unit, SampledRows(matrix, places), OwnClasses(columns), backward=True))
         _, negatives = kernel.backward(total, torch.ones(4, dtype=torch.float64))

@@ -47,7 +47,11 @@ EXACT = [
     KernelCase(keep=False),
     KernelCase(stored=150),
     KernelCase(stored=150, keep=False, dim=40),
-    KernelCase(ceiling=0.3),
+    KernelCase(hard={"threshold": 0.3, "constant": float("-inf")}),
+    KernelCase(hard={"threshold": 0.1, "square": 1.0, "slope": 0.6}, keep=False),
+    KernelCase(hard={"threshold": 0.1, "slope": 0.9, "sine": 0.3, "constant": 0.01}, stored=150),
+    KernelCase(softplus=1.0),
+    KernelCase(softplus=3.0, keep=False, scale=40.0),
     KernelCase(batch=70, rows=150, dim=100, scale=20.0),
 ]
 
@@ -149,8 +153,16 @@ def test_the_whole_head_is_the_oracles(pools: dict[int, RankPool], case: Case, w
 # What a kernel is compiled for, as Triton writes types; flags are constants.
 ROWS = {"HAS_INDEX": True, "TILE": 4, "WIDTH": 512}
 UPDATE = "slopes:*fp32 weight:*fp32 inverse:*fp32 index:*i64 factor:*fp32 broken:*u8 count:i32 dim:i32 "
-POWERS = "index:*i64 columns:*i64 sums:*fp32 count:i32 padded:i32 batch:i32 dim:i32 first:i32 scale:fp32 ceiling:fp32 "
-FLAGS = {"HAS_INDEX": True, "HAS_CEILING": True, "HAS_SUMS": True, "EVEN": True, "WIDEN": False, "PRECISION": "ieee"}
+POWERS = (
+    "index:*i64 columns:*i64 sums:*fp32 threshold:*fp32 numbers:*fp32 probabilities:*fp32 count:i32 padded:i32 "
+    "batch:i32 dim:i32 first:i32 scale:fp32 power_of:fp32 "
+)
+FLAGS = {
+    "HAS_INDEX": True, "HAS_HARD": False, "SOFTPLUS": False, "CURVED": False, "HAS_SUMS": True, "EVEN": True,
+    "WIDEN": False, "PRECISION": "ieee",
+}  # fmt: skip
+HARD: dict[str, Any] = {"HAS_HARD": True}
+SOFTPLUS: dict[str, Any] = {"SOFTPLUS": True, "CURVED": True}
 TF32: dict[str, Any] = {"tiles": "tf32", "PRECISION": "tf32"}
 DRAW = (
     "rows:*i64 offsets:*i64 labels:*i64 found:*i64 values:*i64 batch:i32 first_block:i32 start:i32 stop:i32 key:i64 "
@@ -158,6 +170,15 @@ DRAW = (
 )
 COMPILED: list[tuple[str, str, str, dict[str, Any]]] = [
     ("powers", "powers_kernel", POWERS + "rows:*bf16 unit:*bf16 power:*bf16", FLAGS | {"tiles": torch.bfloat16}),
+    *(
+        (
+            "powers",
+            "powers_kernel",
+            POWERS + "rows:*bf16 unit:*bf16 power:*bf16",
+            FLAGS | {"tiles": torch.bfloat16} | also,
+        )
+        for also in (HARD, SOFTPLUS)
+    ),
     ("powers", "powers_kernel", POWERS + "rows:*fp32 unit:*fp32 power:*fp32", FLAGS | {"tiles": torch.float32}),
     ("powers", "powers_kernel", POWERS + "rows:*fp32 unit:*fp32 power:*fp32", FLAGS | TF32),
     ("rows", "normalize_kernel", UPDATE + "unit:*bf16 padded:i32", ROWS | {"TF32": False}),

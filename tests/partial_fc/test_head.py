@@ -13,12 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pfc.partial_fc import PartialFC, RowSGD, objectives
-from pfc.partial_fc.kernels import blocked
+from pfc.partial_fc.kernels import KernelSetup
+from pfc.partial_fc.kernels import rows as kernel_rows
 from pfc.partial_fc.kernels.cosines import SumOfSquares
 from pfc.partial_fc.kernels.gram import SumOfSquaresByGram
 from pfc.partial_fc.kernels.probabilities import KeepBudget
 from tests.partial_fc.cases import (
     OBJECTIVES,
+    SEEING,
     SETTINGS,
     Case,
     check,
@@ -58,6 +60,43 @@ SHAPES_AND_RATES: list[dict[str, Any]] = [
 def test_loss_and_gradients_are_the_oracles(setting: str, world_size: int, dtype: torch.dtype) -> None:
     name, parameters = SETTINGS[setting]
     check((Case(name, parameters, dtype=dtype, **fields) for fields in SHAPES_AND_RATES), world_size)
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("setting", SEEING)
+def test_objectives_that_see_more_are_the_oracles(setting: str, world_size: int) -> None:
+    name, parameters = SEEING[setting]
+    dtypes = itertools.cycle((torch.float32, torch.float64, torch.float64))  # three, so that each rate meets both
+    budgets = itertools.cycle((1 << 30, 0))
+    cases = [
+        Case(name, parameters, dtype=dtype, keep_bytes=budget, **fields)
+        for fields, dtype, budget in zip(SHAPES_AND_RATES, dtypes, budgets, strict=False)
+    ]
+    check(cases, world_size)
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("setting", ["curricularface", "mv_softmax, adaptive", "mv_softmax, fixed", "inter_top_k"])
+def test_hard_negatives_by_the_plain_kernel_are_the_oracles(setting: str, world_size: int) -> None:
+    name, parameters = SEEING[setting]
+    check((Case(name, parameters | {"scale": 100.0}, **fields) for fields in SHAPES_AND_RATES), world_size)
+
+
+SUB_CENTERS: list[Case] = [
+    Case(name, parameters, dtype=dtype, sub_centers=count, keep_bytes=keep, weighted=count == 3, **fields)
+    for (name, parameters), (dtype, count, keep) in itertools.product(
+        [*SETTINGS.values(), *(SEEING[name] for name in ("adaface", "curricularface", "inter_top_k", "sphereface2"))],
+        [(torch.float64, 3, 1 << 30), (torch.float32, 2, 0)],
+    )
+    for fields in (SHAPES["does not divide"], {"sample_rate": 0.3}, {"num_classes": 2, "batch_rate": 0.5})
+]
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_sub_centers_and_class_weights_are_the_oracles(world_size: int) -> None:
+    check(SUB_CENTERS, world_size)
+    scaled = [replace(case, parameters=case.parameters | {"scale": 100.0}) for case in SUB_CENTERS if case.parameters]
+    check([case for case in scaled if case.objective not in ("sphereface2",)], world_size)
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
@@ -106,9 +145,9 @@ def test_both_ways_of_p2sgrad_are_the_oracles(world_size: int, gram: bool) -> No
 
 
 def test_p2sgrad_takes_the_gram_way_where_it_is_cheaper() -> None:
-    objective = objectives.P2SGrad()
-    assert isinstance(objective.kernel(1024, 128, 5000, torch.float32, KeepBudget(0)), SumOfSquaresByGram)
-    assert isinstance(objective.kernel(64, 128, 5000, torch.float32, KeepBudget(0)), SumOfSquares)
+    for batch, kind in ((1024, SumOfSquaresByGram), (64, SumOfSquares)):
+        setup = KernelSetup(batch, 128, 5000, torch.float32, KeepBudget(0))
+        assert isinstance(objectives.P2SGrad().kernel(setup), kind)
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
@@ -272,7 +311,7 @@ def test_passes_that_wait_for_one_step_share_what_may_be_kept(
     sample_rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward passes without a backward pass count, a loss that is thrown away does not, nor what a step has used."""
-    monkeypatch.setattr(blocked, "block_bytes", lambda _: 1)  # the least: 64 rows
+    monkeypatch.setattr(kernel_rows, "block_bytes", lambda _: 1)  # the least: 64 rows
     rows = round(500 * sample_rate) + 8 + 1
     head = PartialFC(500, 16, objective=objectives.CosFace(), sample_rate=sample_rate, keep_bytes=2 * 8 * rows * 4)
     optimizer = RowSGD(head, 0.1)

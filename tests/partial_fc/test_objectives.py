@@ -1,9 +1,12 @@
 import math
+import re
+import warnings
 
 import pytest
 import torch
 
-from pfc.partial_fc import objectives
+from pfc.partial_fc import PartialFC, objectives
+from pfc.partial_fc.objectives.state import ObjectiveState
 from tests.partial_fc.cases import SETTINGS
 
 
@@ -97,3 +100,135 @@ def test_the_slope_of_arcface_has_the_factor_of_its_angle() -> None:
 def test_wrong_parameters_are_named(name: str, parameters: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         objectives.build(name, **parameters)
+
+
+def test_a_number_may_follow_the_steps() -> None:
+    margin = {"start": 0.0, "end": 0.2, "first": 100, "last": 300}
+    objective = objectives.build("arcface", margin=margin)
+    found = [objective.at(step).margin for step in (0, 100, 200, 300, 1000)]
+    assert found == pytest.approx([0.0, 0.0, 0.1, 0.2, 0.2])
+    exponential = objectives.build("softmax", scale={"start": 4.0, "end": 64.0, "last": 2, "shape": "exponential"})
+    assert [exponential.at(step).scale for step in range(4)] == pytest.approx([4.0, 16.0, 64.0, 64.0])
+    annealing = objectives.build(
+        "sphereface", margin=4, annealing={"start": 1000, "end": 5, "shape": "inverse", "gamma": 0.12}
+    )
+    assert [annealing.at(step).annealing for step in (0, 1, 1658, 1659)] == pytest.approx(
+        [1000, 1000 / 1.12, 1000 / (1 + 0.12 * 1658), 5]
+    )
+    fixed = objectives.ArcFace()
+    assert fixed.at(7) is fixed
+
+
+def test_a_head_takes_the_number_of_its_step() -> None:
+    moving = objectives.build("cosface", margin={"start": 0.0, "end": 0.4, "last": 2})
+    head, embeddings, labels = PartialFC(20, 8, objective=moving), torch.randn(4, 8), torch.arange(4)
+    losses = [float(head(embeddings, labels)) for _ in range(3)]
+    for margin, loss in zip((0.0, 0.2, 0.4), losses, strict=True):
+        assert float(PartialFC(20, 8, objective=objectives.CosFace(margin=margin))(embeddings, labels)) == loss
+    head.eval()
+    assert float(head(embeddings, labels)) == losses[-1]
+
+
+@pytest.mark.parametrize(
+    ("margin", "message"),
+    [
+        ({"start": 0.0, "end": 4.0, "last": 10}, "margin must lie in [0, 3.14159], found 4.0"),
+        ({"start": 0.0, "last": 10}, "margin needs end"),
+        ({"start": 0.0, "end": 0.1, "until": 3}, "margin has no entry 'until'; allowed: start, end, shape"),
+        ({"start": 0.0, "end": 0.1}, "margin: shape linear needs last, a step after first (0), found None"),
+        ({"start": 0.0, "end": 0.1, "last": 5, "first": 5}, "margin: shape linear needs last"),
+        ({"start": 0.0, "end": 0.1, "last": 5.5}, "margin.last must be a step, a whole number, found 5.5"),
+        ({"start": "a", "end": 0.1, "last": 5}, "margin.start must be a number, found 'a'"),
+        ({"start": 0.0, "end": 0.1, "last": 5, "shape": "cosine"}, "margin: shape must be one of linear, exponential"),
+        (
+            {"start": 0.0, "end": 0.1, "last": 5, "shape": "exponential"},
+            "margin: shape exponential needs start and end",
+        ),
+        ({"start": 0.1, "end": 0.2, "gamma": 0.1, "shape": "inverse"}, "margin: shape inverse needs 0 ≤ end ≤ start"),
+        ({"start": 0.2, "end": 0.1, "shape": "inverse"}, "margin: shape inverse needs gamma above 0, and no last"),
+        ({"start": 0.1, "end": 0.2, "last": 5, "gamma": 0.1}, "margin: shape linear has no gamma"),
+        ({"start": math.nan, "end": 0.2, "last": 5}, "margin: start and end must be finite"),
+    ],
+)
+def test_wrong_schedules_are_named(margin: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        objectives.build("arcface", margin=margin)
+
+
+def test_random_margins_are_drawn_from_their_distribution_and_end_in_evaluation() -> None:
+    state = ObjectiveState(objectives.ElasticArcFace(), 10, torch.device("cpu"), torch.float32)
+    drawn = [_noise(state, step) for step in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert float(drawn[0].mean()) == pytest.approx(0, abs=0.05)
+    assert float(drawn[0].std()) == pytest.approx(1, abs=0.05)
+    assert not _noise(state, 0, training=False).any()
+    elastic = PartialFC(20, 8, objective=objectives.ElasticArcFace(margin=0.4)).eval()
+    plain = PartialFC(20, 8, objective=objectives.ArcFace(margin=0.4)).eval()
+    embeddings = torch.randn(4, 8)
+    assert torch.equal(elastic(embeddings, torch.arange(4)), plain(embeddings, torch.arange(4)))
+
+
+def _noise(state: ObjectiveState, step: int, *, training: bool = True) -> torch.Tensor:
+    objective = objectives.ElasticArcFace()
+    return state.numbers(objective, torch.zeros(4000, 2), seed=3, step=step, training=training).noise
+
+
+def test_averages_move_in_training_alone_and_not_by_what_is_not_finite() -> None:
+    head = PartialFC(20, 8, objective=objectives.AdaFace(momentum=0.5))
+    mean = head.objective_state.get_buffer("norm_mean")
+    head(torch.full((2, 8), torch.nan), torch.arange(2))
+    head.eval()
+    head(torch.randn(4, 8), torch.arange(4))
+    assert float(mean) == 20.0
+    head.train()
+    embeddings = torch.randn(4, 8)
+    head(embeddings, torch.arange(4))
+    assert float(mean) == pytest.approx(10.0 + 0.5 * float(embeddings.norm(dim=1).mean()))
+
+
+def test_embeddings_of_one_length_are_warned_of_once() -> None:
+    head = PartialFC(20, 8, objective=objectives.MagFace())
+    embeddings = torch.nn.functional.normalize(torch.randn(4, 8)) * 8
+    with pytest.warns(UserWarning, match="MagFace sees the embeddings' norms, which hardly differ"):
+        head(embeddings, torch.arange(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        head(embeddings, torch.arange(4))
+        PartialFC(20, 8, objective=objectives.MagFace())(torch.randn(4, 8), torch.arange(4))
+        PartialFC(20, 8, objective=objectives.ArcFace())(embeddings, torch.arange(4))
+
+
+def test_the_first_bias_is_where_equal_cosines_balance() -> None:
+    """SphereFace2: at cosine 0 the derivative of the loss by the bias is 0."""
+    objective = objectives.SphereFace2()
+    bias = torch.tensor(objective.first_state(1001)["bias"], dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros(1, dtype=torch.float64)
+    negatives = 1000 * objectives.softplus(objective.scale * objective.adjusted(zero) + objective.shift(bias))
+    (slope,) = torch.autograd.grad(objective(zero, negatives, state={"bias": bias}).sum(), bias)
+    pull = 0.7 / 40 * torch.sigmoid(-(40 * (objective.adjusted(zero) - 0.4) + bias))
+    assert abs(float(slope)) < 1e-3 * float(pull)
+
+
+@pytest.mark.parametrize("name", ["curricularface", "mv_softmax", "inter_top_k"])
+def test_hard_negatives_leave_no_place_for_the_filter(name: str) -> None:
+    with pytest.raises(ValueError, match="filter must be null: this objective changes its hard negatives itself"):
+        objectives.build(name, filter=0.4)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (torch.ones(3), r"class_weights must be \[20\], found \[3\]"),
+        (torch.full((20,), -1.0), "class_weights must be finite and not negative"),
+        (torch.full((20,), torch.nan), "class_weights must be finite and not negative"),
+    ],
+)
+def test_wrong_class_weights_are_refused(weights: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PartialFC(20, 8, objective=objectives.CosFace(), class_weights=weights)
+
+
+def test_a_sub_center_less_than_one_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"sub_centers must lie in \[1, 64\], found 0"):
+        PartialFC(20, 8, objective=objectives.CosFace(), sub_centers=0)

@@ -1,4 +1,4 @@
-"""ℓ = log Σ exp(scale·z) on a GPU: the twin of ``blocked.LogSumExpBlocked``, with the same numbers.
+"""The reductions on a GPU: the twins of those in ``blocked.py``, with the same numbers.
 
 A block of rows is read once in float32, and normalised and rounded for the tensor cores (``rows.py``); one
 product with the embeddings makes p = exp(scale·z) and its sums (``powers.py``); a second, pᵀ·ŵ, adds to U. Then
@@ -12,14 +12,17 @@ of 1024: more than the two products cost. Written once, in blocks about as large
 No shape depends on values on the device, so the host never waits for them. Offsets into the stored rows have 64 bits.
 """
 
+from abc import abstractmethod
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ...device import multiplies_to_float32, selected
-from ..probabilities import UnshiftedLogSumExp
+from ..probabilities import LogSumExpReduction, Reduction, SoftplusReduction
 from ..products import ComputeDtype, as_operand, products_in, stored_dtype
 from ..rows import OwnClasses, SampledRows
-from .powers import TILES, powers
+from .powers import LOG2E, TILES, powers
 from .rows import normalized_rows
 
 _PAD = 64  # rows; so that a block splits evenly
@@ -28,8 +31,8 @@ _PAD = 64  # rows; so that a block splits evenly
 BLOCK_NUMBERS = 1 << 27
 
 
-class LogSumExpFused(UnshiftedLogSumExp):
-    """The same numbers as ``cosines.LogSumExp``. An index of −1 stands for no row.
+class ReductionFused(Reduction):
+    """A reduction of any kind. An index of −1 stands for no row.
 
     Products in float32, "tf32" or bfloat16.
     """
@@ -42,16 +45,38 @@ class LogSumExpFused(UnshiftedLogSumExp):
             self.saved.keep(probabilities, weighted)
         return total
 
+    @abstractmethod
+    def arguments(self) -> dict[str, Any]:
+        """Of ``powers``, besides what every reduction has."""
+
+
+class LogSumExpFused(LogSumExpReduction, ReductionFused):
+    """The same numbers as ``cosines.LogSumExp``."""
+
+    def arguments(self) -> dict[str, Any]:
+        if self.hard is None or self.shift is None:
+            return {"scale": self.scale}
+        numbers = torch.cat([self.hard.numbers[:4], self.shift[None] * LOG2E]).float()
+        return {"scale": self.scale, "threshold": self.hard.threshold.float().contiguous(), "numbers": numbers}
+
+
+class SumOfSoftplusFused(SoftplusReduction, ReductionFused):
+    """The same numbers as ``blocked.SumOfSoftplusBlocked``."""
+
+    def arguments(self) -> dict[str, Any]:
+        return {"scale": self.scale, "numbers": self.shift.detach().float().view(1), "power_of": self.power}
+
 
 class FusedPowers:
     """p [K, B] of the negatives, by blocks; and from it ∂loss/∂ŵ = p · (coefficient·unit)."""
 
     needs_rows = False
 
-    def __init__(self, kernel: LogSumExpFused, unit: Tensor, rows: SampledRows, own: OwnClasses, *, keep: bool) -> None:
+    def __init__(self, kernel: ReductionFused, unit: Tensor, rows: SampledRows, own: OwnClasses, *, keep: bool) -> None:
         self.rows, self.columns = rows, own.columns.contiguous()
         self.compute_dtype: ComputeDtype = kernel.compute_dtype
-        self.scale, self.ceiling = kernel.scale, kernel.ceiling
+        self.sums_of_each, self.arguments = kernel.sums, kernel.arguments()
+        self.nearly_radial = kernel.nearly_radial
         self.dtype = stored_dtype(kernel.compute_dtype)
         self.unit = unit.contiguous()
         self.compute_unit = as_operand(self.unit, self.compute_dtype)
@@ -59,18 +84,20 @@ class FusedPowers:
         self.weighted_unit: Tensor | None = None
 
     def sums(self, *, weighted: bool) -> tuple[Tensor, Tensor]:
-        """Σ p, float64 [B], and U = Σ p·ŵ, float32 [B, D], where it is asked for; inverse norms are measured too."""
+        """The sums, float64 [S, B], and U = Σ p·ŵ, float32 [B, D], where it is asked for; inverse norms are measured
+        too."""
         batch, dim = self.unit.shape
         tile = TILES[self.compute_dtype].rows
         block = max(1024, BLOCK_NUMBERS // max(batch, dim) // 1024 * 1024)
-        partial = self.unit.new_zeros(-(-_padded(len(self.rows)) // tile), batch)
-        total = self.unit.new_zeros(batch, dim)
+        block = min(block, 1 << 14) if self.nearly_radial else block
+        partial = self.unit.new_zeros(self.sums_of_each, -(-_padded(len(self.rows)) // tile), batch)
+        total = self.unit.new_zeros(batch, dim, dtype=torch.float64 if self.nearly_radial else torch.float32)
         for start in range(0, len(self.rows), block):
             stop = min(start + block, len(self.rows))
-            power, rows = self._make(start, stop, partial[start // tile :])
+            power, rows = self._make(start, stop, partial[:, start // tile :])
             if weighted:
                 total += _sum_of_products(power, rows, self.compute_dtype)
-        return partial.sum(dim=0, dtype=torch.float64), total
+        return partial.sum(dim=1, dtype=torch.float64), total
 
     def weight_unit(self, coefficient: Tensor) -> None:
         self.weighted_unit = (coefficient * self.unit.double()).to(self.dtype)
@@ -100,12 +127,12 @@ class FusedPowers:
             self.columns,
             index,
             power,
-            sums,
+            None if sums is None else sums[0],
             first=start,
             count=stop - start,
             compute_dtype=self.compute_dtype,
-            scale=self.scale,
-            ceiling=self.ceiling,
+            probabilities=None if sums is None or len(sums) == 1 else sums[1],
+            **self.arguments,
         )
         return power, rows
 

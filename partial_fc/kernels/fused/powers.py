@@ -1,5 +1,5 @@
-"""p = exp(scale·z) of a block of rows against the batch: a matrix product whose tiles are exponentiated and summed
-before they are written, so that a cosine or a logit never reaches memory."""
+"""What a reduction makes of a block of rows and the batch, p = exp(scale·z) or the slope of softplus: a matrix product
+whose tiles are worked on and summed before they are written, so that a cosine or a logit never reaches memory."""
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 # Triton's language is not the Python that a type checker knows.
@@ -14,7 +14,7 @@ from torch import Tensor
 from ...device import interprets
 from ..products import ComputeDtype
 
-_LOG2E = 1.4426950408889634
+LOG2E = 1.4426950408889634  # the exponentials are of base 2
 
 
 @dataclass(frozen=True)
@@ -47,24 +47,37 @@ def powers(
     count: int,
     compute_dtype: ComputeDtype,
     scale: float,
-    ceiling: float | None,
+    threshold: Tensor | None = None,
+    numbers: Tensor | None = None,
+    probabilities: Tensor | None = None,
+    power_of: float = 0.0,
 ) -> None:
-    """Fills ``power`` [N, B] with exp(scale·rows·unitᵀ), with 0 for own classes, cosines above the ceiling and padding.
+    """Fills ``power`` [N, B] with p of the cosines rows·unitᵀ, with 0 for own classes and padding.
+
+    p is exp(scale·z), of hard negatives exp(scale·g(z) − shift)·g′(z); or the slope of softplus(scale·g(z) + shift).
 
     Args:
         rows: normalised rows [N, D]; unit: normalised embeddings [B, D]; both float32 or bfloat16.
         columns: each sample's own class, int64 [B], counted as the places of the whole step are.
         index: −1 where a row is none, int64 [count]; None where all are.
-        sums: Σ over each tile's rows before rounding, float32 [⌈N/tile⌉, B]; None where they are not needed.
+        sums: Σ over each tile's rows of the exponentials, or of softplus, float32 [⌈N/tile⌉, B]; None where they are
+            not needed.
         first: the place of the first row among all; count: rows that are no padding.
         compute_dtype: of the product: that of the operands, or "tf32".
+        threshold: cosines above it are hard, float32 [B]; None for exponentials without any.
+        numbers: a, b, c, d and shift·log₂e of hard negatives, float32 [5]; or the shift of softplus, [1].
+        probabilities: for softplus Σ of its slope by the shift, as ``sums``.
+        power_of: softplus: g(z) = 2·((z + 1)/2)^power_of − 1; 0 for exponentials.
     """
     tiles = TILES[compute_dtype]
     grid = (triton.cdiv(len(rows), tiles.rows) * triton.cdiv(len(unit), tiles.batch),)
     powers_kernel[grid](
         rows, unit, columns, columns if index is None else index, power, power if sums is None else sums,
-        count, len(rows), len(unit), rows.shape[1], first, scale * _LOG2E, 0.0 if ceiling is None else ceiling,
-        HAS_INDEX=index is not None, HAS_CEILING=ceiling is not None, HAS_SUMS=sums is not None,
+        power if threshold is None else threshold, power if numbers is None else numbers,
+        power if probabilities is None else probabilities,
+        count, len(rows), len(unit), rows.shape[1], first, scale if power_of else scale * LOG2E, power_of,
+        HAS_INDEX=index is not None, HAS_HARD=threshold is not None, SOFTPLUS=power_of > 0, CURVED=power_of > 1,
+        HAS_SUMS=sums is not None,
         EVEN=rows.shape[1] % tiles.dim == 0, WIDEN=interprets(rows.device),
         PRECISION="tf32" if compute_dtype == "tf32" else "ieee",
         ROWS=tiles.rows, BATCH=tiles.batch, DIM=tiles.dim,
@@ -74,8 +87,10 @@ def powers(
 
 @triton.jit(do_not_specialize=["count", "first"], do_not_specialize_on_alignment=["index"])
 def powers_kernel(
-    rows, unit, columns, index, power, sums, count, padded, batch, dim, first, scale, ceiling,
-    HAS_INDEX: tl.constexpr, HAS_CEILING: tl.constexpr, HAS_SUMS: tl.constexpr, EVEN: tl.constexpr,
+    rows, unit, columns, index, power, sums, threshold, numbers, probabilities,
+    count, padded, batch, dim, first, scale, power_of,
+    HAS_INDEX: tl.constexpr, HAS_HARD: tl.constexpr, SOFTPLUS: tl.constexpr, CURVED: tl.constexpr,
+    HAS_SUMS: tl.constexpr, EVEN: tl.constexpr,
     WIDEN: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs share a tile of rows; the batch stays in the cache anyway.
@@ -101,13 +116,38 @@ def powers_kernel(
     exists = row < count
     if HAS_INDEX:
         exists = tl.load(index + row, mask=exists, other=-1) >= 0
-    exponent = cosine * scale + tl.where(exists, 0.0, float("-inf"))[:, None]
-    if HAS_CEILING:
-        exponent = tl.where(cosine > ceiling, float("-inf"), exponent)
     own = tl.load(columns + sample, mask=sample < batch, other=-1) - first
-    exponent = tl.where(row[:, None] == own[None, :], float("-inf"), exponent)
-    result = tl.exp2(exponent)
+    negative = exists[:, None] & (row[:, None] != own[None, :])
+    if SOFTPLUS:
+        adjusted, slope = cosine, scale
+        if CURVED:
+            # log2 of 0 is −∞: the power of it is 0
+            logarithm = tl.log2(tl.maximum((cosine + 1.0) * 0.5, 0.0))
+            adjusted = 2.0 * tl.exp2(logarithm * power_of) - 1.0
+            slope = tl.exp2(logarithm * (power_of - 1.0)) * power_of * scale
+        x = adjusted * scale + tl.load(numbers)
+        small = tl.exp2(-tl.abs(x) * 1.4426950408889634)
+        summed = tl.where(negative, tl.maximum(x, 0.0) + tl.log(1.0 + small), 0.0)
+        probability = tl.where(negative, tl.where(x > 0, 1.0, small) / (1.0 + small), 0.0)
+        result = probability * slope
+    else:
+        exponent = cosine * scale
+        by_cosine = 1.0
+        if HAS_HARD:
+            hard = cosine > tl.load(threshold + sample, mask=sample < batch, other=2.0)[None, :]
+            square, linear = tl.load(numbers), tl.load(numbers + 1)
+            constant, sine_part = tl.load(numbers + 2), tl.load(numbers + 3)
+            sine = tl.sqrt(tl.maximum(1.0 - cosine * cosine, 1e-8))
+            changed = (square * cosine + linear) * cosine + constant + sine_part * sine
+            exponent = tl.where(hard, changed, cosine) * scale - tl.load(numbers + 4)
+            by_cosine = tl.where(hard, 2.0 * square * cosine + linear - sine_part * cosine / sine, 1.0)
+        summed = tl.exp2(tl.where(negative, exponent, float("-inf")))
+        probability = summed
+        result = summed * by_cosine
     target = power + row[:, None].to(tl.int64) * batch + sample[None, :]
     tl.store(target, result.to(power.dtype.element_ty), mask=(row < padded)[:, None] & (sample < batch)[None, :])
     if HAS_SUMS:
-        tl.store(sums + tile.to(tl.int64) * batch + sample, tl.sum(result, axis=0), mask=sample < batch)
+        place = tile.to(tl.int64) * batch + sample
+        tl.store(sums + place, tl.sum(summed, axis=0), mask=sample < batch)
+        if SOFTPLUS:
+            tl.store(probabilities + place, tl.sum(probability, axis=0), mask=sample < batch)

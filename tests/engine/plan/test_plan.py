@@ -130,7 +130,7 @@ def test_exchanged_bytes_are_those_of_the_tensors() -> None:
     sizes = {one.name: one.bytes for one in plan.collectives}
     assert sizes == {
         "embeddings and labels": 512 * (512 * 4 + 8),
-        "two numbers a sample": 512 * 2 * 8,
+        "numbers of each sample": 512 * 2 * 8,
         "gradients of embeddings": 8 * (64 * 512 + 1) * 4,
         "gradients of the backbone": 1000,
     }

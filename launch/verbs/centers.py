@@ -1,0 +1,120 @@
+"""``pfc centers``: a run's centers, one an identity, and the images that are far from theirs."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ...data.errors import UsageError
+from ..console import find_device, progress_bar
+from ..models import BatchSize, Device, Source, open_backbone
+
+if TYPE_CHECKING:
+    import torch
+
+_CHUNK = 4096  # images that are read at a time
+
+
+def centers(
+    source: Source,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="The packed data set. [dim]\\[default: the run's data.train][/dim]", show_default=False),
+    ] = None,
+    angle: Annotated[
+        float, typer.Option(min=1, max=180, help="Degrees from which an image is likely another identity's.")
+    ] = 75.0,
+    device: Device = "auto",
+    batch_size: BatchSize = 128,
+) -> None:
+    """Write a run's centers, and list the training images that are far from their identity's.
+
+    OUT/centers.npy: float32 [C, D], of length 1; of several sub-centers the one that most images are nearest to.
+    OUT/far.txt: the numbers of the images at more than --angle from it, one a line, counted from 0 as the data set has
+    them; `pfc pack recordio SET NEW --without-images OUT/far.txt` leaves them out. OUT/review.json: how many images
+    each sub-center has, how many have none, and the angles.
+    """
+    import numpy as np
+
+    from ...data import JointDataset
+    from ...engine import checkpoint
+    from ...engine.config import load_config
+    from ...engine.sub_centers import review, stored_centers, write_dominant
+
+    if out.exists():
+        raise UsageError(f"{out} exists already: name another folder, or remove it first")
+    where = find_device(device)
+    found = checkpoint.find(source)
+    trained = open_backbone(source, where)
+    paths = (
+        [data] if data is not None else [one.path for one in load_config(found.path / checkpoint.CONFIG).data.sources]
+    )
+    if not paths:
+        raise UsageError(f"{source} was trained on generated images: give --data")
+    dataset = JointDataset.open(paths)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        stored = stored_centers(found, partial)
+        if len(stored) != dataset.num_classes:
+            raise UsageError(
+                f"{found.path} has {len(stored):,} identities, {dataset.path if data else 'its data set'} "
+                f"{dataset.num_classes:,}: give the data set that it was trained on, with --data"
+            )
+        with progress_bar("embedding") as progress:
+            batches = _embedded(trained, dataset, where, batch_size, progress)
+            result = review(stored, batches, len(dataset))
+        with progress_bar("writing centers") as progress:
+            write_dominant(stored, result.dominant, partial / "centers.npy", progress)
+        del stored
+        (partial / "all.npy").unlink()
+        np.savetxt(partial / "far.txt", result.far(angle), fmt="%d")
+        summary = result.summary(angle)
+        (partial / "review.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    each = summary["sub_centers"]
+    if each > 1:
+        print(
+            f"{each} centers each of {summary['identities']:,} identities: {summary['images_at_the_dominant']:,} of "
+            f"{summary['images']:,} images are nearest to their identity's dominant one, "
+            f"{summary['identities_in_several']:,} identities have a tenth or more elsewhere, "
+            f"{summary['empty_sub_centers']:,} centers have none"
+        )
+    print(
+        f"angle of an image to its center: median {summary['angle_median']:.1f}°; "
+        f"{summary['images_beyond_angle']:,} of {summary['images']:,} images lie beyond {angle:g}°"
+    )
+    print(f"wrote centers.npy, far.txt and review.json: {out}")
+
+
+def _embedded(
+    trained: Any, dataset: Any, device: "torch.device", batch_size: int, progress: Any
+) -> Iterator[tuple[Any, "torch.Tensor"]]:
+    """Labels and embeddings of the images, some thousands at a time."""
+    import numpy as np
+
+    from ...engine.evaluation.evaluate import embed_images
+    from ..machine import usable_cores
+
+    for start in range(0, len(dataset), _CHUNK):
+        stop = min(start + _CHUNK, len(dataset))
+        read = [dataset.read(number) for number in range(start, stop)]
+        with trained.autocast(device):
+            embeddings = embed_images(
+                trained.model,
+                [image for _, image in read],
+                image_size=trained.image_size,
+                device=device,
+                batch_size=batch_size,
+                flip=False,
+                threads=usable_cores(),
+            )
+        yield np.array([label for label, _ in read], dtype=np.int64), embeddings
+        progress(stop, len(dataset))
