@@ -117,6 +117,9 @@ class RowStore:
         return torch.frombuffer(self._map, dtype=torch.uint8)
 
 
+_SLACK = 64  # buffers grow by this part more than they must, or would grow again, and be copied, in many steps
+
+
 @dataclass(frozen=True)
 class TakenRows:
     """A step's copy of its rows.
@@ -334,6 +337,7 @@ class _Buffer:
         """Room for so many rows; those that are there stay."""
         if rows <= len(self.parts[0]):
             return
+        rows += rows // _SLACK  # how many of a block's classes are this shard's differs from step to step
         old_parts, old_host = self.parts, self._host
         self.parts = [part.new_empty(rows, *part.shape[1:]) for part in old_parts]
         self._host = devices.host_side(self.parts)

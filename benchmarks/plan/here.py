@@ -62,7 +62,8 @@ def _ceilings(rank: Rank, dim: int) -> dict[str, Any]:
         found |= {"name": properties.name, "memory": float(properties.total_memory)}
 
     def median(work: Callable[..., object], *given: Tensor) -> float:
-        return statistics.median(Steps(work, lambda: given).time(rank, steps=5, warmup=1)[1])
+        steps = Steps(work, lambda: given, alone=not gpu)
+        return statistics.median(steps.time(rank, steps=5, warmup=1)[1])
 
     side = 4 * _SIDE if gpu else _SIDE
     for name in DTYPES if gpu else ["float32"]:  # a CPU's operands are float32: kernels/products.py

@@ -18,6 +18,8 @@ Measured: a process without."""
 _FREED_ROWS, _FREED = 10 * 4096, 48 << 20
 """What the C library keeps of freed memory: rows in float32 that were drawn for the first centers, and at least so many
 bytes (measured)."""
+_SMALL = 32 << 20
+"""Bytes of tensors for which the C library uses again what it has kept."""
 _NOT_GIVEN_BACK = 0.4
 """Of the activations: what the C library keeps of freed tensors under 32 MiB (measured: iresnet18, mobilefacenet).
 With MALLOC_MMAP_THRESHOLD_=262144 it keeps nothing, and a step takes two to four times as long."""
@@ -97,13 +99,18 @@ def head_memory(setup: Setup, machine: Machine) -> Head:
         staged += int(setup.stepped_rows) * setup.row_bytes
     if setup.storage != "device" and not setup.staged and machine.gpu:
         staged = 2 * block // setup.center_bytes * setup.row_bytes  # blocks of rows pass through
+    freed = 0.0
+    if not machine.gpu:
+        widest = rows * setup.center_bytes  # of the tensors of a staged copy
+        again = sum(size for size, one in ((staged, widest), (kept, kept / passes)) if one < _SMALL)
+        freed = max(0.0, max(_FREED, _FREED_ROWS * 4 * dim) - again)
     return Head(
         centers=setup.shard * setup.center_bytes,
         state=setup.shard * state,
         sampled=staged,
         index=passes * rows * (4 + (8 if setup.rate < 1 else 0) + (16 if setup.staged else 0)),
         kept=kept,
-        forward=max(forward + of_batch, drawing, 0 if machine.gpu else max(_FREED, _FREED_ROWS * 4 * dim)),
+        forward=int(max(forward + of_batch, drawing, freed)),
         update=update + of_batch // 3,
     )
 

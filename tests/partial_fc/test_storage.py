@@ -16,6 +16,7 @@ from pfc.partial_fc.kernels import native
 from pfc.partial_fc.kernels.rounding import Rounding
 from pfc.partial_fc.row_update import apply
 from tests.partial_fc.cases import Case, Given, check
+from tests.ranks import run_ranks
 
 CLASSES, DIM = 2003, 24
 OPTIMIZERS = {
@@ -223,6 +224,31 @@ def test_a_step_makes_nothing_that_grows_with_the_classes(storage: str) -> None:
                 optimizer.zero_grad()
         largest.append(seen.numbers)
     assert largest[1] < 2 * largest[0]
+
+
+def test_the_copies_stop_growing_on_shards_that_do_not_divide() -> None:
+    """How many of a block's classes are drawn from a shard's part of it differs from step to step."""
+    for memory in run_ranks(2, _memory_of_copies):
+        assert len(memory) > 2, "the steps' rows differ in number"
+        assert max(memory) < 1.04 * min(memory), "and their memory was made once"
+
+
+def _memory_of_copies() -> list[int]:
+    """Of the steps' copies: the distinct sizes that it had, and the most rows that a step had."""
+    head = PartialFC(30_001, 8, objective=objectives.CosFace(), sample_rate=0.5, storage="host")
+    optimizer, sizes, counts = RowSGD(head, 0.1), set[int](), set[int]()
+    for step in range(40):
+        generator = torch.Generator().manual_seed(step)
+        embeddings = torch.randn(4, 8, generator=generator, requires_grad=True)
+        head(embeddings, torch.randint(0, 30_001, (4,), generator=generator)).backward()
+        taken = head.staged.latest if head.staged is not None else None
+        assert taken is not None
+        sizes.add(len(taken.parts[0]))
+        counts.add(len(taken.places))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(sizes) <= 2, f"the two copies' memory grew: {sorted(sizes)}"
+    return sorted(counts)
 
 
 def test_what_cannot_be_stored_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
