@@ -94,8 +94,10 @@ def draw_one(name: str, objective: Objective) -> Figure:
         counts = "z_k", "counts as"
     # The slope by the target may grow without bound as |z_y| → 1; the picture ends at 2.5 times the scale.
     axes[1].set_ylim(0, min(2.5 * scale, axes[1].get_ylim()[1]))
-    if objective.hard_by == "constant":
-        axes[3].set_ylim(0, max(0.02, min(1.05, 1.05 * axes[3].get_ylim()[1])))
+    if isinstance(objective, SoftplusObjective):
+        axes[3].set_ylim(0, 2 * axes[3].get_ylim()[1])
+    elif objective.hard_by == "constant":
+        axes[3].set_ylim(0, 1.05)
     for panel, x, y in (
         (axes[0], "z_y", "loss"),
         (axes[1], "z_y", r"pull  $-\partial$loss$/\partial z_y$"),

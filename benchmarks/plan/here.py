@@ -98,7 +98,7 @@ def _ceilings(rank: Rank, dim: int) -> dict[str, Any]:
 
 def _exponentials(block: Tensor, inverse: Tensor, total: Tensor) -> None:
     if native.supports(block):
-        native.exponentials(block.zero_(), inverse, 64.0, float("inf"), total)
+        native.exponentials(block.zero_(), inverse, 64.0, None, total)
     else:
         block.mul_(inverse).exp_().sum(dim=0)
 

@@ -10,12 +10,13 @@ Counted for K rows: with p stored 6·B·K·D operations, K·D read once here and
 read; with p recomputed 8·B·K·D, and nothing of size B·K anywhere.
 """
 
+import copy
 from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
-from . import native
+from . import Once, native
 from .probabilities import LogSumExpReduction, Reduction, SoftplusReduction
 from .products import ComputeDtype, operand_dtype, products_in, summed_at_once
 from .rows import OwnClasses, SampledRows, block_rows
@@ -117,7 +118,9 @@ class _Powers:
     def __init__(
         self, kernel: ReductionBlocked, unit: Tensor, rows: SampledRows, own: OwnClasses, *, keep: bool
     ) -> None:
-        self.kernel, self.unit, self.rows, self.own = kernel, unit, rows, own
+        self.kernel = copy.copy(kernel)  # which keeps these powers: a circle would keep their memory
+        self.kernel.saved = Once()
+        self.unit, self.rows, self.own = unit, rows, own
         self.compute_dtype: ComputeDtype = kernel.compute_dtype
         self.dtype = operand_dtype(kernel.compute_dtype, unit.device)
         self.columns = unit.to(self.dtype).T.contiguous()  # [D, B]

@@ -174,7 +174,7 @@ def nearest_of_own(classes: OwnClasses, rows: SampledRows, unit: Tensor, sub_cen
     if sub_centers == 1:
         return classes
     places = classes.places[:, None] * sub_centers + torch.arange(sub_centers, device=unit.device)  # [M, S]
-    candidates = normalize(rows.at(places.flatten()))[0].view(*places.shape, -1)
+    candidates = normalize(rows.at(places.flatten()))[0].view(*places.shape, unit.shape[1])
     nearest = (candidates * unit[classes.samples, None]).sum(dim=2).argmax(dim=1, keepdim=True)
     columns = torch.full_like(classes.columns, -1)
     columns[classes.samples] = places.gather(1, nearest)[:, 0]

@@ -32,7 +32,7 @@ class Numbers:
     """What an objective sees of the samples of a batch: float tensors [B], one number each.
 
     Attributes:
-        target: z_y.
+        target: z_y; NaN until it is known.
         negatives: ℓ, q or Σ softplus, as the objective's reduction has it; empty until the negatives are reduced.
         norm: ‖x‖ of the embeddings as the head got them; empty unless the objective ``sees`` it.
         noise: drawn from the standard normal distribution, a function of (seed, step, place in the global batch), so

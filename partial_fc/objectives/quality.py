@@ -11,7 +11,8 @@ from .base import LogSumExpObjective, Numbers, angle, check_range, psi
 @dataclass(frozen=True)
 class AdaFace(LogSumExpObjective):
     """Easy samples of bad quality count less, hard ones of good quality more: softplus(ℓ − s·(ψ(θ_y − m·q) − m − m·q))
-    with q = (‖x‖ − μ)/(σ + 10⁻³)·h, bounded to [−1, 1] and without gradient (Kim et al. 2022, equations 10 to 12).
+    with q = (‖x‖ − μ)/(σ + 10⁻³)·h, bounded to [−1, 1] and without gradient, and θ_y − m·q not below 0 (Kim et al.
+    2022, equations 10 to 12).
 
     μ and σ are moving averages of the mean and the standard deviation of the global batch's norms, equal on all ranks.
 
@@ -48,7 +49,9 @@ class AdaFace(LogSumExpObjective):
         norm = of.norm.detach().clamp(1e-3, 100.0)
         quality = (norm - of.state["norm_mean"]) / (of.state["norm_deviation"] + 1e-3) * self.concentration
         quality = quality.clamp(-1.0, 1.0)
-        return psi(angle(of.target) - self.margin * quality) - self.margin * (1 + quality)
+        # Closer to the center than a negative margin reaches nothing pulls, as the authors' code has it.
+        theta = (angle(of.target) - self.margin * quality).clamp_min(0.0)
+        return psi(theta) - self.margin * (1 + quality)
 
 
 @dataclass(frozen=True)

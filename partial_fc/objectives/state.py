@@ -54,7 +54,7 @@ class ObjectiveState(nn.Module):
                 noise.normal_(generator=torch.Generator("cpu").manual_seed(key))
             parts["noise"] = noise.to(batch.device, non_blocking=True)
         state = {name: value.detach().double() for name, value in (*self.named_buffers(), *self.named_parameters())}
-        return Numbers(batch.new_empty(0, dtype=torch.float64), state=state, **parts)
+        return Numbers(batch.new_full((len(batch),), torch.nan, dtype=torch.float64), state=state, **parts)
 
     @torch.no_grad()
     def update(self, objective: Objective, of: Numbers, *, training: bool) -> Numbers:

@@ -82,6 +82,9 @@ def final_tensors(tree: dict[str, Any]) -> dict[str, Tensor]:
     try:
         state = {f"network/{name}": value.clone() for name, value in trainer.network.state_dict().items()}
         state["centers"] = trainer.head.centers.full_tensor()
+        state |= {
+            f"objective/{name}": value.clone() for name, value in trainer.head.objective_state.state_dict().items()
+        }
         for name, value in trainer.head_optimizer.state_dict()["state"].items():
             state[f"head_optimizer/{name}"] = value.full_tensor()
         for index, (parameter, values) in enumerate(trainer.backbone_optimizer.state.items()):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pfc.data import RecordDataset
+from pfc.data import RecordDataset, pack_synthetic
 from pfc.engine.backbones.small import SmallNet
+from pfc.engine.sub_centers import review, write_dominant
 from pfc.launch.cli import main
 from tests.commands import pfc
 
@@ -58,6 +59,72 @@ def test_embed_a_packed_set(folder: Path, run_dir: Path, tmp_path: Path):
     assert main(["embed", str(checkpoint), str(folder / "set"), str(tmp_path / "out.npy")]) == 0
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), content["embeddings"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npy", "out.npz"]
+
+
+def test_centers_and_the_images_far_from_them(folder: Path, run_dir: Path, tmp_path: Path, capsys):
+    out, dataset = tmp_path / "centers", RecordDataset.open(folder / "set")
+    assert main(["centers", str(run_dir), str(tmp_path / "first"), "--data", str(folder / "set")]) == 0
+    angle = json.loads((tmp_path / "first" / "review.json").read_text())["angle_median"]
+    assert main(["centers", str(run_dir), str(out), "--angle", str(angle)]) == 0
+    told = capsys.readouterr().out
+    centers = np.load(out / "centers.npy")
+    assert centers.shape == (6, 16)
+    np.testing.assert_allclose(np.linalg.norm(centers, axis=1), 1, rtol=1e-5)
+    assert main(["embed", str(run_dir), str(folder / "set"), str(tmp_path / "out.npz"), "--no-flip"]) == 0
+    content = np.load(tmp_path / "out.npz")
+    cosines = (content["embeddings"] * centers[content["labels"]]).sum(axis=1)
+    far = np.loadtxt(out / "far.txt", dtype=np.int64, ndmin=1)
+    np.testing.assert_array_equal(far, np.flatnonzero(np.degrees(np.arccos(cosines)) > angle))
+    assert len(far) == 12
+    assert f"12 of 24 images lie beyond {angle:g}°" in told
+    assert json.loads((out / "review.json").read_text())["images_beyond_angle"] == len(far)
+    assert sorted(path.name for path in out.iterdir()) == ["centers.npy", "far.txt", "review.json"]
+
+    clean = ["pack", "recordio", str(folder / "set"), str(tmp_path / "clean"), "--no-shuffle", "--keep-labels"]
+    assert main([*clean, "--without-images", str(out / "far.txt")]) == 0
+    kept = np.delete(np.arange(24), far)
+    packed = RecordDataset.open(tmp_path / "clean")
+    np.testing.assert_array_equal(packed.labels(), dataset.labels()[kept])
+    for place, number in enumerate(kept.tolist()):
+        assert bytes(packed.read(place)[1]) == bytes(dataset.read(number)[1])
+
+
+@pytest.mark.parametrize("line", ["24", "-1", "one", "1.5"])
+def test_a_line_that_is_no_image_is_refused(folder: Path, tmp_path: Path, capsys, line: str):
+    (tmp_path / "far.txt").write_text(f"3\n{line}\n")
+    command = ["pack", "recordio", str(folder / "set"), str(tmp_path / "clean")]
+    assert main([*command, "--without-images", str(tmp_path / "far.txt")]) == 2
+    assert "1 line(s) that are no number of an image, 0 to 23: " in capsys.readouterr().err
+    assert not (tmp_path / "clean").exists()
+
+
+def test_centers_of_another_set_are_refused(run_dir: Path, folder: Path, tmp_path: Path, capsys):
+    pack_synthetic(tmp_path / "other", identities=5, images_per_identity=2, size=32, workers=1)
+    assert main(["centers", str(run_dir), str(tmp_path / "out"), "--data", str(tmp_path / "other")]) == 2
+    assert "has 6 identities" in capsys.readouterr().err
+    (tmp_path / "out").mkdir()
+    assert main(["centers", str(run_dir), str(tmp_path / "out")]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_of_several_centers_the_one_with_most_images_is_kept(tmp_path: Path):
+    centers = np.zeros((3, 2, 4), dtype=np.float32)
+    centers[:, 0, 0], centers[:, 1, 1] = 2.0, 3.0  # the directions of the first and the second axis
+    axes = torch.eye(4)
+    labels = np.array([0, 0, 0, 1, 1, 2])
+    embeddings = axes[[1, 1, 0, 0, 0, 2]] + 0.01 * axes[[0, 0, 1, 1, 1, 0]]
+    batches = iter([(labels[:4], embeddings[:4]), (labels[4:], embeddings[4:])])
+    found = review(centers, batches, images=6)
+    assert found.counts.tolist() == [[1, 2], [2, 0], [1, 0]]
+    assert found.dominant.tolist() == [1, 0, 0]
+    assert found.far(75).tolist() == [2, 5]
+    summary = found.summary(75)
+    assert summary["images_at_the_dominant"] == 5
+    assert summary["empty_sub_centers"] == 2
+    assert summary["identities_in_several"] == 1
+    write_dominant(centers, found.dominant, tmp_path / "centers.npy", lambda *_: None)
+    assert np.load(tmp_path / "centers.npy").tolist() == [[0, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]]
 
 
 def test_embed_a_folder_leaves_unreadable_files_out(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -148,7 +148,7 @@ def _with_margin(
     if name == "adaface":
         quality = _quality(parameters, norms.detach(), averages)
         margin = parameters["margin"]
-        return _continued_cosine(theta - margin * quality) - (margin * quality + margin)
+        return _continued_cosine((theta - margin * quality).clip(min=0)) - (margin * quality + margin)
     if name == "magface":
         least, most = parameters["least_norm"], parameters["most_norm"]
         rise = (parameters["most_margin"] - parameters["least_margin"]) / (most - least)

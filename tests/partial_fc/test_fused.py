@@ -264,9 +264,9 @@ def _compiled(kernel: Any, types: str, constants: dict[str, Any], capability: in
 
     options = {}
     if "tiles" in constants:
-        from pfc.partial_fc.kernels.fused.powers import TILES
+        from pfc.partial_fc.kernels.fused.powers import tiles_of
 
-        tiles = TILES[constants.pop("tiles")]
+        tiles = tiles_of(constants.pop("tiles"), plain=not (constants["SOFTPLUS"] or constants["HAS_HARD"]))
         constants |= {"ROWS": tiles.rows, "BATCH": tiles.batch, "DIM": tiles.dim}
         options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     given = dict(pair.split(":") for pair in types.split())

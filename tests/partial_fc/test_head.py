@@ -161,8 +161,9 @@ def test_negatives_above_the_filter_are_left_out(name: str, world_size: int) -> 
 
 
 def test_sphereface_annealing_falls_with_the_steps_of_the_head() -> None:
-    parameters = {"scale": 16.0, "margin": 2.0, "annealing": 10.0, "annealing_gamma": 0.5, "annealing_min": 1.0}
-    head = PartialFC(20, 8, objective=objectives.build("sphereface", **parameters), center_dtype=torch.float64)
+    annealing = objectives.Schedule(10.0, 1.0, "inverse", gamma=0.5)
+    objective = objectives.SphereFace(scale=16.0, margin=2.0, annealing=annealing)
+    head = PartialFC(20, 8, objective=objective, center_dtype=torch.float64)
     embeddings, labels = torch.randn(4, 8, dtype=torch.float64), torch.arange(4)
     cosines = torch.nn.functional.normalize(embeddings) @ torch.nn.functional.normalize(head.weight.detach()).T
     target = cosines[torch.arange(4), labels]

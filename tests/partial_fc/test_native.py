@@ -124,15 +124,35 @@ def test_exponentials(threads: int) -> None:
     power[5] = 1.0  # a center of zeros has cosine 0
     power[5, 7] = 0.0
     total = torch.ones(batch, dtype=torch.float64)
-    native.exponentials(products, inverse, scale, 0.5, total)
+    native.exponentials(products, inverse, scale, (torch.full((batch,), 0.5), [0.0, 0.0, -torch.inf, 0.0, 0.0]), total)
     assert torch.allclose(total, 1.0 + power.sum(dim=0), rtol=3e-6)
     assert torch.allclose(products.double(), power * inverse.double(), rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("numbers", [(1.0, 0.7, 0.0, 0.0), (0.0, 1.2, 0.2, 0.0), (0.0, 0.8, 0.0, 0.6)])
+def test_exponentials_of_hard_negatives(threads: int, numbers: tuple[float, ...]) -> None:
+    count, batch, scale, shift = 531, 29, 48.0, 7.0
+    cosines = torch.rand(count, batch) * 1.98 - 0.99
+    inverse, threshold = torch.rand(count, 1) + 0.5, torch.linspace(-0.5, 0.9, batch)
+    products = cosines / inverse
+    products[5, 7] = -torch.inf
+    z = (products * inverse).double().requires_grad_()
+    a, b, c, d = numbers
+    changed = torch.where(z > threshold, a * z**2 + b * z + c + d * (1 - z**2).sqrt(), z)
+    power = torch.exp(scale * changed - shift)
+    (slope,) = torch.autograd.grad(changed[z > -2].sum(), z)
+    power = torch.where(z > -2, power, 0.0).detach()
+    total = torch.ones(batch, dtype=torch.float64)
+    native.exponentials(products, inverse, scale, (threshold, [*numbers, shift]), total)
+    assert torch.allclose(total, 1.0 + power.sum(dim=0), rtol=1e-5)
+    expected = power * torch.where(z > -2, slope, 0.0) * inverse.double()
+    assert torch.allclose(products.double(), expected, rtol=1e-4, atol=1e-6 * float(power.max()))
 
 
 def test_the_smallest_and_the_largest_powers() -> None:
     logits = torch.linspace(-120.0, 88.0, 4001)[:, None].contiguous()
     powers, total = logits.clone(), torch.zeros(1, dtype=torch.float64)
-    native.exponentials(powers, torch.ones(4001, 1), 1.0, torch.inf, total)
+    native.exponentials(powers, torch.ones(4001, 1), 1.0, None, total)
     expected = torch.exp(logits.double())
     expected[logits < -87.0] = 0.0  # below lie numbers that a CPU is slow with
     assert torch.allclose(powers.double(), expected, rtol=2e-7, atol=0.0)
@@ -140,7 +160,7 @@ def test_the_smallest_and_the_largest_powers() -> None:
 
 def test_not_a_number_stays_one() -> None:
     products, total = torch.tensor([[torch.nan, 1.0]]), torch.zeros(2, dtype=torch.float64)
-    native.exponentials(products, torch.ones(1, 1), 1.0, torch.inf, total)
+    native.exponentials(products, torch.ones(1, 1), 1.0, None, total)
     assert total.isnan().tolist() == [True, False]
 
 

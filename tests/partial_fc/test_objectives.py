@@ -69,7 +69,7 @@ def test_the_pull_of_d_softmax_ends_at_stop() -> None:
     """ε = e^{s·d}: at z_y = d the pull is half of its full strength, a little above it none."""
     objective = objectives.DSoftmax(scale=64.0, stop=0.8)
     target = torch.tensor([0.0, 0.8, 1.0], dtype=torch.float64, requires_grad=True)
-    objective.intra(target).sum().backward()
+    objective.intra(objectives.Numbers(target)).sum().backward()
     assert torch.allclose(target.grad / -64.0, torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64), atol=1e-5)
 
 
@@ -122,11 +122,11 @@ def test_a_number_may_follow_the_steps() -> None:
 def test_a_head_takes_the_number_of_its_step() -> None:
     moving = objectives.build("cosface", margin={"start": 0.0, "end": 0.4, "last": 2})
     head, embeddings, labels = PartialFC(20, 8, objective=moving), torch.randn(4, 8), torch.arange(4)
-    losses = [float(head(embeddings, labels)) for _ in range(3)]
+    losses = [head(embeddings, labels).item() for _ in range(3)]
     for margin, loss in zip((0.0, 0.2, 0.4), losses, strict=True):
-        assert float(PartialFC(20, 8, objective=objectives.CosFace(margin=margin))(embeddings, labels)) == loss
+        assert PartialFC(20, 8, objective=objectives.CosFace(margin=margin))(embeddings, labels).item() == loss
     head.eval()
-    assert float(head(embeddings, labels)) == losses[-1]
+    assert head(embeddings, labels).item() == losses[-1]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ whose tiles are worked on and summed before they are written, so that a cosine o
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 # Triton's language is not the Python that a type checker knows.
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -33,6 +33,12 @@ TILES: dict[ComputeDtype, Tiles] = {
     "tf32": Tiles(128, 128, 32, 8, 3),
     torch.float32: Tiles(64, 64, 32, 4, 3),
 }
+
+
+def tiles_of(compute_dtype: ComputeDtype, *, plain: bool) -> Tiles:
+    """Those of a product; hard negatives and softplus need more registers than ``plain`` exponentials."""
+    tiles = TILES[compute_dtype]
+    return tiles if plain else replace(tiles, batch=64)
 
 
 def powers(
@@ -69,7 +75,7 @@ def powers(
         probabilities: for softplus Σ of its slope by the shift, as ``sums``.
         power_of: softplus: g(z) = 2·((z + 1)/2)^power_of − 1; 0 for exponentials.
     """
-    tiles = TILES[compute_dtype]
+    tiles = tiles_of(compute_dtype, plain=threshold is None and not power_of)
     grid = (triton.cdiv(len(rows), tiles.rows) * triton.cdiv(len(unit), tiles.batch),)
     powers_kernel[grid](
         rows, unit, columns, columns if index is None else index, power, power if sums is None else sums,

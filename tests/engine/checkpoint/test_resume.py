@@ -100,6 +100,42 @@ def test_a_run_goes_on_wherever_its_centers_are_stored(folder: Path, tmp_path: P
     assert_same(final(2, stored("straight", "device")), final(2, stored("moved", after)))
 
 
+KEEPING = [
+    ({"name": "adaface", "scale": 16.0, "momentum": 0.3}, {"norm_mean", "norm_deviation"}),
+    ({"name": "uniface", "scale": 16.0, "margin": 0.2}, {"bias"}),
+]
+
+
+@pytest.mark.parametrize(("objective", "names"), KEEPING, ids=["averages", "a bias"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_what_an_objective_keeps_comes_back(
+    folder: Path, tmp_path: Path, objective: dict[str, Any], names: set[str], optimizer: str
+) -> None:
+    head = {"objective": objective, "sub_centers": 2, "class_weights": {"frequency": 0.5}, "sample_rate": 0.5}
+    optimizers = {"optimizer": {"backbone": {"name": optimizer, "lr": 0.005}}}
+    straight = configuration(folder, tmp_path / "straight", head=head, **optimizers)
+    broken = configuration(folder, tmp_path / "broken", head=head, **optimizers)
+    lines = train(2, straight)
+    train(2, broken, steps=3)
+    before = final(2, broken)
+    assert {f"objective/{name}" for name in names} <= before.keys()
+    assert losses(train(2, broken)) == losses(lines)
+    after = final(2, broken)
+    assert_same(final(2, straight), after)
+    for name in names:
+        assert not torch.equal(before[f"objective/{name}"], after[f"objective/{name}"]), "and it moves"
+
+
+def test_a_run_goes_on_with_another_objective(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train(1, configuration(folder, tmp_path), steps=4)
+    for objective in ("uniface", "curricularface", "cosface"):
+        capfd.readouterr()
+        changed = configuration(folder, tmp_path, head={"objective": {"name": objective, "scale": 16.0}})
+        train(1, changed, steps=1)
+        told = "begins     with a new state of the objective: the checkpoint has none" in capfd.readouterr().out
+        assert told == (objective != "cosface")
+
+
 def test_centers_may_become_narrower(folder: Path, tmp_path: Path) -> None:
     train(1, configuration(folder, tmp_path), steps=4)
     narrow = configuration(folder, tmp_path, head={"center_dtype": "bf16", "storage": "file"})
