@@ -44,10 +44,14 @@ def fits(weight: Tensor, operands: torch.dtype) -> bool:
 @functools.cache
 def runs_on(device: torch.device) -> bool:
     """Whether Triton is there, and the device one that multiplies bfloat16."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return False
+    return generation(device) >= 8 and importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def generation(device: torch.device) -> int:
+    """First number of a card's compute capability: 8 of an A100, 9 of an H100, 10 of a B200; 0 without a card."""
     # torch.accelerator's capabilities are a list of dtypes, without the generation that the kernels are compiled for.
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 def own_precision(device: torch.device) -> AbstractContextManager[object]:

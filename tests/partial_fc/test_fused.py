@@ -266,7 +266,8 @@ def _compiled(kernel: Any, types: str, constants: dict[str, Any], capability: in
     if "tiles" in constants:
         from pfc.partial_fc.kernels.fused.powers import tiles_of
 
-        tiles = tiles_of(constants.pop("tiles"), plain=not (constants["SOFTPLUS"] or constants["HAS_HARD"]))
+        plain = not (constants["SOFTPLUS"] or constants["HAS_HARD"])
+        tiles = tiles_of(constants.pop("tiles"), capability // 10, plain=plain)
         constants |= {"ROWS": tiles.rows, "BATCH": tiles.batch, "DIM": tiles.dim}
         options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     given = dict(pair.split(":") for pair in types.split())

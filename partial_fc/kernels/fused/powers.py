@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...device import interprets
+from ...device import generation, interprets
 from ..products import ComputeDtype
 
 LOG2E = 1.4426950408889634  # the exponentials are of base 2
@@ -35,10 +35,15 @@ TILES: dict[ComputeDtype, Tiles] = {
 }
 
 
-def tiles_of(compute_dtype: ComputeDtype, *, plain: bool) -> Tiles:
-    """Those of a product; hard negatives and softplus need more registers than ``plain`` exponentials."""
+def tiles_of(compute_dtype: ComputeDtype, card: int, *, plain: bool) -> Tiles:
+    """Those of a product, none of which needs more registers than there are.
+
+    Args:
+        card: its generation; from Blackwell (10) on Triton takes more of them.
+        plain: exponentials without hard negatives, which need fewer than those, or than softplus.
+    """
     tiles = TILES[compute_dtype]
-    return tiles if plain else replace(tiles, batch=64)
+    return tiles if plain and card < 10 else replace(tiles, batch=64)
 
 
 def powers(
@@ -75,7 +80,7 @@ def powers(
         probabilities: for softplus Σ of its slope by the shift, as ``sums``.
         power_of: softplus: g(z) = 2·((z + 1)/2)^power_of − 1; 0 for exponentials.
     """
-    tiles = tiles_of(compute_dtype, plain=threshold is None and not power_of)
+    tiles = tiles_of(compute_dtype, generation(rows.device), plain=threshold is None and not power_of)
     grid = (triton.cdiv(len(rows), tiles.rows) * triton.cdiv(len(unit), tiles.batch),)
     powers_kernel[grid](
         rows, unit, columns, columns if index is None else index, power, power if sums is None else sums,
@@ -122,9 +127,9 @@ def powers_kernel(
     exists = row < count
     if HAS_INDEX:
         exists = tl.load(index + row, mask=exists, other=-1) >= 0
-    own = tl.load(columns + sample, mask=sample < batch, other=-1) - first
-    negative = exists[:, None] & (row[:, None] != own[None, :])
     if SOFTPLUS:
+        own = tl.load(columns + sample, mask=sample < batch, other=-1) - first
+        negative = exists[:, None] & (row[:, None] != own[None, :])
         adjusted, slope = cosine, scale
         if CURVED:
             # log2 of 0 is −∞: the power of it is 0
@@ -147,9 +152,11 @@ def powers_kernel(
             changed = (square * cosine + linear) * cosine + constant + sine_part * sine
             exponent = tl.where(hard, changed, cosine) * scale - tl.load(numbers + 4)
             by_cosine = tl.where(hard, 2.0 * square * cosine + linear - sine_part * cosine / sine, 1.0)
-        summed = tl.exp2(tl.where(negative, exponent, float("-inf")))
-        probability = summed
-        result = summed * by_cosine
+        exponent += tl.where(exists, 0.0, float("-inf"))[:, None]
+        own = tl.load(columns + sample, mask=sample < batch, other=-1) - first
+        exponent = tl.where(row[:, None] == own[None, :], float("-inf"), exponent)
+        summed = tl.exp2(exponent)
+        result = summed * by_cosine if HAS_HARD else summed
     target = power + row[:, None].to(tl.int64) * batch + sample[None, :]
     tl.store(target, result.to(power.dtype.element_ty), mask=(row < padded)[:, None] & (sample < batch)[None, :])
     if HAS_SUMS:
