@@ -63,7 +63,7 @@ def centers(
         stored = stored_centers(found, partial)
         if len(stored) != dataset.num_classes:
             raise UsageError(
-                f"{found.path} has {len(stored):,} identities, {dataset.path if data else 'its data set'} "
+                f"{found.path} has {len(stored):,} identities, {data or 'its data set'} "
                 f"{dataset.num_classes:,}: give the data set that it was trained on, with --data"
             )
         with progress_bar("embedding") as progress:
