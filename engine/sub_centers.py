@@ -26,7 +26,7 @@ class Review:
     Attributes:
         counts: images nearest to each of an identity's centers, int64 [C, S].
         dominant: the center with most of them, int64 [C].
-        angles: of each image to its identity's dominant center, degrees, float32 [N].
+        angles: of each image to its identity's dominant center, degrees, float32 [N]; NaN where it was not looked at.
     """
 
     counts: NDArray[np.int64]
@@ -43,16 +43,18 @@ class Review:
         seen = images > 0
         most = self.counts.max(axis=1)
         edges = range(0, 181, 15)
-        histogram, _ = np.histogram(self.angles, bins=np.array(edges, dtype=np.float64))
+        known = self.angles[~np.isnan(self.angles)]
+        histogram, _ = np.histogram(known, bins=np.array(edges, dtype=np.float64))
         return {
             "identities": len(self.counts),
             "identities_with_images": int(seen.sum()),
             "sub_centers": self.counts.shape[1],
             "images": int(images.sum()),
+            "unreadable_images": int(np.isnan(self.angles).sum()),
             "images_at_the_dominant": int(most.sum()),
             "empty_sub_centers": int((self.counts[seen] == 0).sum()),
             "identities_in_several": int((most[seen] < 0.9 * images[seen]).sum()),
-            "angle_median": float(np.median(self.angles)) if len(self.angles) else 0.0,
+            "angle_median": float(np.median(known)) if len(known) else 0.0,
             "angle": degrees,
             "images_beyond_angle": len(self.far(degrees)),
             **{f"images_from_{low}_degrees": int(n) for low, n in zip(edges, histogram, strict=False)},
@@ -77,28 +79,27 @@ def stored_centers(found: checkpoint.Found, folder: Path) -> NDArray[np.float32]
 
 
 def review(
-    centers: NDArray[np.float32], batches: Iterator[tuple[NDArray[np.int64], torch.Tensor]], images: int
+    centers: NDArray[np.float32],
+    batches: Iterator[tuple[NDArray[np.int64], NDArray[np.int64], torch.Tensor]],
+    images: int,
 ) -> Review:
     """Every image with the centers of its identity.
 
     Args:
         centers: [C, S, D].
-        batches: labels int64 [n] and embeddings float32 [n, D] of the images, in their order.
-        images: N.
+        batches: numbers and labels, int64 [n] each, and embeddings float32 [n, D] of images, each once.
+        images: N, over all numbers.
     """
     counts = np.zeros(centers.shape[:2], dtype=np.int64)
-    cosines = np.empty((images, centers.shape[1]), dtype=np.float32)
-    of_image = np.empty(images, dtype=np.int64)
-    done = 0
-    for labels, embeddings in batches:
+    cosines = np.full((images, centers.shape[1]), np.nan, dtype=np.float32)
+    of_image = np.zeros(images, dtype=np.int64)
+    for numbers, labels, embeddings in batches:
         own = normalize(torch.from_numpy(centers[labels]), dim=2)  # [n, S, D]
         found = (own @ normalize(embeddings)[:, :, None])[:, :, 0].numpy()
         np.add.at(counts, (labels, found.argmax(axis=1)), 1)
-        stop = done + len(labels)
-        cosines[done:stop], of_image[done:stop] = found, labels
-        done = stop
+        cosines[numbers], of_image[numbers] = found, labels
     dominant = counts.argmax(axis=1)
-    chosen = cosines[:done][np.arange(done), dominant[of_image[:done]]]
+    chosen = cosines[np.arange(images), dominant[of_image]]
     return Review(counts, dominant, np.degrees(np.arccos(chosen.clip(-1, 1))).astype(np.float32))
 
 

@@ -43,14 +43,14 @@ class ClassShard:
 def fill_initially(
     rows: Tensor, shard: ClassShard, seed: int, progress: Callable[[int, int], None] | None = None
 ) -> None:
-    """The shard's first centers, into ``rows`` [rows, D]: normally distributed with standard deviation 0.01.
+    """The shard's first centers, into ``rows``: normally distributed with standard deviation 0.01.
 
     Each block of 4096 rows has a generator of its own, seeded by (seed, block), so that the same centers begin whatever
     the number of ranks, and no two rows are drawn from the same numbers. The host draws them, so that they are the same
     on every device, a block at a time on each of torch's threads, and holds no more of them.
 
     Args:
-        rows: of any dtype and device.
+        rows: [rows, ...] of any dtype and device.
         shard: which classes they are.
         seed: of the run.
         progress: is told how many rows are there, and how many there will be.
@@ -58,7 +58,7 @@ def fill_initially(
 
     def fill(block: int) -> int:
         generator = torch.Generator().manual_seed(hash64(hash64(seed, 2), block) & 0x7FFFFFFFFFFFFFFF)
-        drawn = torch.empty(_BLOCK, rows.shape[1], device="cpu").normal_(0.0, _INIT_STD, generator=generator)
+        drawn = torch.empty(_BLOCK, *rows.shape[1:], device="cpu").normal_(0.0, _INIT_STD, generator=generator)
         first = block * _BLOCK
         start, stop = max(first, shard.start), min(first + _BLOCK, shard.stop)
         rows[start - shard.start : stop - shard.start] = drawn[start - first : stop - first]

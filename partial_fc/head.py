@@ -143,7 +143,7 @@ class PartialFC(nn.Module):
             store = RowStore(rows, embedding_dim, center_dtype, row_state or {}, folder)
             centers, self.staged = store.centers, StagedRows(store, where)
         if initialise:
-            fill_initially(self.of_classes(centers), self.shard, seed, progress)
+            fill_initially(self._by_class(centers), self.shard, seed, progress)
         self.weight = nn.Parameter(centers)
         """This rank's centers [rows·S, D], where they are stored. Its ``grad`` stays None: see ``row_gradients``. See
         too ``wait_for_update``."""
@@ -185,17 +185,15 @@ class PartialFC(nn.Module):
 
     def as_dtensor(self, rows: Tensor) -> DTensor:
         """Numbers of this rank's rows [rows·S, ...] with those of all ranks, [C, ...] or [C, S, ...]."""
-        local = rows if self.sub_centers == 1 else rows.unflatten(0, (self.shard.rows, self.sub_centers))
-        return as_dtensor(local, self.num_classes, self.exchange)
+        return as_dtensor(self._by_class(rows), self.num_classes, self.exchange)
 
     def read(self, rows: Tensor, value: Tensor) -> None:
         """Copies a checkpoint's value, as ``as_dtensor`` makes it or a full tensor, into this rank's ``rows``."""
-        local = rows if self.sub_centers == 1 else rows.unflatten(0, (self.shard.rows, self.sub_centers))
-        read_rows(local, self.shard, value)
+        read_rows(self._by_class(rows), self.shard, value)
 
-    def of_classes(self, rows: Tensor) -> Tensor:
-        """Rows [rows·S, D] as one row a class, [rows, S·D]."""
-        return rows.view(self.shard.rows, self.sub_centers * self.embedding_dim)
+    def _by_class(self, rows: Tensor) -> Tensor:
+        """This rank's rows [rows·S, ...], with S > 1 sub-centers as [rows, S, ...]; the same memory."""
+        return rows if self.sub_centers == 1 else rows.unflatten(0, (self.shard.rows, self.sub_centers))
 
     @property
     def keep_bytes(self) -> int:
@@ -235,8 +233,7 @@ class PartialFC(nn.Module):
             ValueError: a shape, or a row of the source, does not fit.
         """
         self.wait_for_update()
-        shape = (self.embedding_dim,) if self.sub_centers == 1 else (self.sub_centers, self.embedding_dim)
-        write_rows(self.weight.data.view(self.shard.rows, *shape), self.shard, source, classes)
+        write_rows(self._by_class(self.weight.data), self.shard, source, classes)
 
     def wait_for_update(self) -> None:
         """All that comes next waits for the row update, which runs at the same time as the backbone's backward pass.
@@ -307,6 +304,9 @@ class PartialFC(nn.Module):
         if self.staged is None:
             return super()._apply(fn, recurse)
         self.gradient_scale.data = fn(self.gradient_scale.data)
+        self.objective_state._apply(fn)
+        if self.class_weights is not None:
+            self.class_weights = fn(self.class_weights)
         self.staged = StagedRows(self.staged.store, self.device)
         return self
 

@@ -76,7 +76,7 @@ class HeadLoss(torch.autograd.Function):
             count = objective.top_k + 1
             found = largest_cosines(part_unit, rows, part_classes, count, head.compute_dtype, head.sub_centers)
             largest = head.exchange.gather(found).transpose(0, 1).flatten(1).topk(count).values.double()
-        state = {name: value.requires_grad_(backward and name in objective.learned) for name, value in of.state.items()}
+        state = {name: of.state[name].requires_grad_(backward) for name in sorted(objective.learned)}
         setup = KernelSetup(
             batch=len(part_unit),
             dim=head.embedding_dim,
@@ -84,7 +84,7 @@ class HeadLoss(torch.autograd.Function):
             compute_dtype=head.compute_dtype,
             budget=head.budget,
             hard=objective.hard(of.at(everyone), largest),
-            state=state,
+            state={**of.state, **state},
             sub_centers=head.sub_centers,
         )
         with torch.set_grad_enabled(backward):
@@ -100,7 +100,7 @@ class HeadLoss(torch.autograd.Function):
         negatives = kernel.finish(sums[:, everyone])
         # ⑤ the loss, and its slopes by the numbers
         with torch.set_grad_enabled(backward):
-            leaves = [of.target, negatives, of.norm, *(state[name] for name in sorted(objective.learned))]
+            leaves = [of.target, negatives, of.norm, *state.values()]
             for leaf in leaves:
                 leaf.requires_grad_(backward)
             met = replace(of.at(everyone), negatives=kernel.attach(negatives), state={**of.state, **state})

@@ -41,7 +41,8 @@ def opening(
         f"data       {dataset.name}: {len(dataset):,} images of {_source(config, dataset)}",
         f"backbone   {config.backbone.name}, {parameters / 1e6:.2f} M parameters, input {size[0]}×{size[1]}, "
         f"{config.precision}",
-        f"head       {_shown(head.objective)}, {dataset.num_classes:,} × {config.backbone.embedding_dim} centers over "
+        f"head       {_shown(head.objective)}, {dataset.num_classes:,} × "
+        f"{f'{head.sub_centers} × ' * (head.sub_centers > 1)}{config.backbone.embedding_dim} centers over "
         f"{world.size} rank(s), {rates}",
         *_storage(config),
         *_probabilities(config, dataset.num_classes, world),

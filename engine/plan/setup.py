@@ -8,6 +8,7 @@ from ...data.errors import UsageError
 from ...partial_fc.kernels.gram import pays
 from ...partial_fc.kernels.probabilities import MAX_SCALE
 from ...partial_fc.objectives import LogSumExpObjective, Objective, SoftplusObjective
+from ...partial_fc.objectives.base import values_of
 from ...partial_fc.sampling import expected_rows
 from ...partial_fc.storage import aligned
 from .. import build
@@ -38,6 +39,7 @@ class Setup:
         sub_centers: S, rows of a class.
         numbers: sums over the ranks that a sample needs.
         nearest: negatives of each sample that are looked for before; 0 for none.
+        early: whether the samples' z_y are summed before the negatives are looked at.
     """
 
     classes: int
@@ -57,6 +59,7 @@ class Setup:
     sub_centers: int = 1
     numbers: int = 2
     nearest: int = 0
+    early: bool = False
 
     @classmethod
     def of(cls, config: Config, ranks: int) -> "Setup":
@@ -91,8 +94,9 @@ class Setup:
     def with_reduction(self, objective: Objective) -> "Setup":
         if isinstance(objective, LogSumExpObjective):
             nearest = objective.top_k + 1 if objective.hard_by == "largest" else 0
-            by_blocks = objective.at(0).scale <= MAX_SCALE
-            return replace(self, reduction="blocks" if by_blocks else "cosines", nearest=nearest)
+            by_blocks = max(values_of(objective.scale)) <= MAX_SCALE
+            early = objective.hard_by == "target"
+            return replace(self, reduction="blocks" if by_blocks else "cosines", nearest=nearest, early=early)
         if isinstance(objective, SoftplusObjective):
             return replace(self, numbers=self.numbers + 1)
         gram = getattr(objective, "gram", None)

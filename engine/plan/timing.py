@@ -117,7 +117,7 @@ def step_time(
     once = backbone.seconds(machine.convolutions or rate, machine.elementwise or machine.bandwidth)
     flops = backbone.flops
     touched = sum(size * count for (_, size), count in backbone.operations.items())
-    gather, numbers, *nearest, scatter, gradients = exchanges
+    gather, numbers, *before, scatter, gradients = exchanges
     forward, update = head_phases(setup, machine)
     backward = 2 * passes * once
     optimizer = 3 * backbone.parameters + 2 * backbone.state
@@ -126,7 +126,7 @@ def step_time(
         Phase("gather embeddings", 0, gather.sent * passes, gather.seconds),
         forward,
         Phase("sum the samples' numbers", 0, numbers.sent * passes, numbers.seconds),
-        *(Phase("gather nearest negatives", 0, one.sent * passes, one.seconds) for one in nearest),
+        *(Phase(one.name, 0, one.sent * passes, one.seconds) for one in before),
         Phase("scatter gradients", 0, scatter.sent * passes, scatter.seconds),
         Phase("backbone backward", 2 * passes * flops, 2 * passes * touched, backward),
         # In buckets, as the last backward pass goes on.

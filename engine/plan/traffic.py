@@ -40,6 +40,7 @@ def collectives(setup: Setup, machine: Machine, backbone: BackboneCost, *, halve
     each = [
         ("embeddings and labels", "all_gather", batch * (setup.dim * to + 8), 1, passes),
         ("numbers of each sample", "all_reduce", 8 * setup.numbers * batch, 2, passes),
+        ("own cosines before", "all_reduce", 8 * batch, 2, passes if setup.early else 0),
         ("nearest negatives", "all_gather", 4 * setup.nearest * ranks * batch, 1, passes if setup.nearest else 0),
         ("gradients of embeddings", "reduce_scatter", (batch * setup.dim + ranks) * back, 1, passes),
         ("gradients of the backbone", "all_reduce", backbone.parameters // (2 if halved else 1), 2, 1),

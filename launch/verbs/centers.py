@@ -9,21 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...data.errors import UsageError
-from ..console import find_device, progress_bar
+from ..console import find_device, progress_bar, warn
 from ..models import BatchSize, Device, Source, open_backbone
 
 if TYPE_CHECKING:
     import torch
 
-_CHUNK = 4096  # images that are read at a time
+_CHUNK = 512  # images that are read at a time
 
 
 def centers(
     source: Source,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")],
     data: Annotated[
-        Path | None,
-        typer.Option(help="The packed data set. [dim]\\[default: the run's data.train][/dim]", show_default=False),
+        list[Path] | None,
+        typer.Option(
+            help="The packed data set; of several in one run, once for each, in their order. "
+            "[dim]\\[default: the run's data.train][/dim]",
+            show_default=False,
+        ),
     ] = None,
     angle: Annotated[
         float, typer.Option(min=1, max=180, help="Degrees from which an image is likely another identity's.")
@@ -35,8 +39,9 @@ def centers(
 
     OUT/centers.npy: float32 [C, D], of length 1; of several sub-centers the one that most images are nearest to.
     OUT/far.txt: the numbers of the images at more than --angle from it, one a line, counted from 0 as the data set has
-    them; `pfc pack recordio SET NEW --without-images OUT/far.txt` leaves them out. OUT/review.json: how many images
-    each sub-center has, how many have none, and the angles.
+    them; `pfc pack recordio SET NEW --without-images OUT/far.txt` leaves them out (of several sets, SET... in the same
+    order). OUT/review.json: how many images are at their dominant center, how many centers have none, and the angles.
+    Images that cannot be read are counted and named.
     """
     import numpy as np
 
@@ -50,9 +55,7 @@ def centers(
     where = find_device(device)
     found = checkpoint.find(source)
     trained = open_backbone(source, where)
-    paths = (
-        [data] if data is not None else [one.path for one in load_config(found.path / checkpoint.CONFIG).data.sources]
-    )
+    paths = data or [one.path for one in load_config(found.path / checkpoint.CONFIG).data.sources]
     if not paths:
         raise UsageError(f"{source} was trained on generated images: give --data")
     dataset = JointDataset.open(paths)
@@ -63,7 +66,7 @@ def centers(
         stored = stored_centers(found, partial)
         if len(stored) != dataset.num_classes:
             raise UsageError(
-                f"{found.path} has {len(stored):,} identities, {data or 'its data set'} "
+                f"{found.path} has {len(stored):,} identities, the data set "
                 f"{dataset.num_classes:,}: give the data set that it was trained on, with --data"
             )
         with progress_bar("embedding") as progress:
@@ -96,25 +99,43 @@ def centers(
 
 def _embedded(
     trained: Any, dataset: Any, device: "torch.device", batch_size: int, progress: Any
-) -> Iterator[tuple[Any, "torch.Tensor"]]:
-    """Labels and embeddings of the images, some thousands at a time."""
+) -> Iterator[tuple[Any, Any, "torch.Tensor"]]:
+    """Numbers, labels and embeddings of the images, some hundreds at a time; without those that cannot be read."""
     import numpy as np
 
+    from ...data.errors import DamagedRecord, UndecodableImage
     from ...engine.evaluation.evaluate import embed_images
     from ..machine import usable_cores
 
     for start in range(0, len(dataset), _CHUNK):
         stop = min(start + _CHUNK, len(dataset))
-        read = [dataset.read(number) for number in range(start, stop)]
-        with trained.autocast(device):
-            embeddings = embed_images(
-                trained.model,
-                [image for _, image in read],
-                image_size=trained.image_size,
-                device=device,
-                batch_size=batch_size,
-                flip=False,
-                threads=usable_cores(),
-            )
-        yield np.array([label for label, _ in read], dtype=np.int64), embeddings
+        numbers, labels, images = [], [], []
+        for number in range(start, stop):
+            try:
+                label, image = dataset.read(number)
+            except DamagedRecord as error:
+                warn(f"image {number} is left out: {error}")
+                continue
+            numbers.append(number)
+            labels.append(label)
+            images.append(image)
+        while images:
+            try:
+                with trained.autocast(device):
+                    embeddings = embed_images(
+                        trained.model,
+                        images,
+                        image_size=trained.image_size,
+                        device=device,
+                        batch_size=batch_size,
+                        flip=False,
+                        threads=usable_cores(),
+                    )
+            except UndecodableImage as error:
+                warn(f"image {numbers[error.place]} is left out: it cannot be decoded: {error.problem}")
+                for one in (numbers, labels, images):
+                    del one[error.place]
+                continue
+            yield np.array(numbers, dtype=np.int64), np.array(labels, dtype=np.int64), embeddings
+            break
         progress(stop, len(dataset))

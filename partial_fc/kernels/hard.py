@@ -12,7 +12,7 @@ from torch import Tensor
 from .products import ComputeDtype, operand_dtype, products_in
 from .rows import OwnClasses, SampledRows, block_rows, inverse_norms
 
-_LARGEST_EXPONENT = 76.0  # p up to e^76 and sums of 10⁵ of them fit float32
+_LARGEST_EXPONENT = 64.0  # p up to e^64 over a row's norm fits float32 (rows.py)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class HardNegatives:
         """What must be subtracted from scale·g(z) so that its exponential fits float32, float64 []; mostly 0.
 
         Where it is not, the exponential of a negative that is far below vanishes: at scale 64 and g(1) = 1.5 (the
-        curriculum's t = 0.5) that of a cosine below −0.98.
+        curriculum's t = 0.5) that of a cosine below −0.86.
         """
         return (scale * self.numbers[4] - _LARGEST_EXPONENT).clamp_min(0.0)
 
@@ -86,8 +86,9 @@ def largest_cosines(
     for start in range(0, len(rows), size):
         stop = min(start + size, len(rows))
         block = readable.stored(start, stop)
+        rounded = (block * inverse_norms(block)).to(dtype)  # normalised before, as the reduction has it
         with products_in(compute_dtype, unit.device):
-            cosines = (block.to(dtype) @ columns).to(unit.dtype).mul_(inverse_norms(block))  # [n, B]
+            cosines = (rounded @ columns).to(unit.dtype)  # [n, B]
         if index is not None:
             cosines.masked_fill_(index[start:stop, None] < 0, -torch.inf)
         classes = cosines.view(-1, sub_centers, len(unit)).amax(dim=1)

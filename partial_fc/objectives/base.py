@@ -172,7 +172,7 @@ class LogSumExpObjective(Objective):
 class SoftplusObjective(Objective):
     """An objective whose ``negatives`` are Σ_{k≠y} softplus(scale·g(z_k) + shift), g(z) = 2·((z + 1)/2)^power − 1.
 
-    Each class is a question of its own, yes or no, with one bias b that is learned, ``of.state["bias"]``.
+    Each class is a question of its own, yes or no, with one number that is learned for all of them.
 
     Args:
         scale: in (0, 256].
@@ -182,22 +182,20 @@ class SoftplusObjective(Objective):
     scale: float = 64.0
     power: float = 1.0
 
-    learned = frozenset({"bias"})
-
     def __post_init__(self) -> None:
         check_range(self, "scale", above=0, at_most=_LARGEST_SCALE)
         check_range(self, "power", at_least=1, at_most=16)
 
     @abstractmethod
-    def shift(self, bias: Tensor) -> Tensor:
-        """What stands beside scale·g(z) for the bias b, []; its slope by b is 1 or −1."""
+    def shift(self, state: Mapping[str, Tensor]) -> Tensor:
+        """What stands beside scale·g(z), [], from the head's numbers for it."""
 
     def adjusted(self, cosine: Tensor) -> Tensor:
         """g(z)."""
         return cosine if self.power == 1 else 2 * ((cosine + 1) / 2).clamp_min(0).pow(self.power) - 1
 
     def kernel(self, setup: KernelSetup) -> NegativesKernel:
-        return SumOfSoftplusBlocked(setup, self.scale, self.power, self.shift(setup.state["bias"]))
+        return SumOfSoftplusBlocked(setup, self.scale, self.power, self.shift(setup.state))
 
     def fuses(self, weight: Tensor, compute_dtype: ComputeDtype) -> bool:
         return device.fits(weight, stored_dtype(compute_dtype))
@@ -205,7 +203,7 @@ class SoftplusObjective(Objective):
     def fused_kernel(self, setup: KernelSetup) -> "ReductionFused":
         from ..kernels.fused.logsumexp import SumOfSoftplusFused
 
-        return SumOfSoftplusFused(setup, self.scale, self.power, self.shift(setup.state["bias"]))
+        return SumOfSoftplusFused(setup, self.scale, self.power, self.shift(setup.state))
 
 
 @dataclass(frozen=True)
@@ -224,6 +222,11 @@ class SquaresObjective(Objective):
         return (SumOfSquaresByGram if gram and setup.sub_centers == 1 else SumOfSquares)(setup)
 
 
+def values_of(number: "float | Schedule") -> tuple[float, ...]:
+    """It, or both ends of a number that follows the steps."""
+    return number.ends if isinstance(number, Schedule) else (number,)
+
+
 def check_range(
     objective: Objective,
     name: str,
@@ -231,13 +234,13 @@ def check_range(
     above: float = -math.inf,
     at_least: float = -math.inf,
     at_most: float = math.inf,
+    below: float = math.inf,
 ) -> None:
     """Raises ValueError where a parameter of the objective lies outside its range; NaN lies outside every range."""
-    value = getattr(objective, name)
-    for number in value.ends if isinstance(value, Schedule) else (value,):
-        if not (number > above and at_least <= number <= at_most):
+    for number in values_of(getattr(objective, name)):
+        if not (number > above and at_least <= number <= at_most and (number < below or below == math.inf)):
             lower = f"({above:g}" if above > -math.inf else f"[{at_least:g}"
-            upper = f"{at_most:g}]" if at_most < math.inf else "∞)"
+            upper = f"{at_most:g}]" if at_most < math.inf else f"{below:g})" if below < math.inf else "∞)"
             raise ValueError(f"{name} must lie in {lower}, {upper}, found {number!r}")
 
 

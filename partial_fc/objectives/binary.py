@@ -1,6 +1,7 @@
 """Objectives that ask of every class, yes or no: SphereFace2 and UniFace."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -27,12 +28,12 @@ class SphereFace2(SoftplusObjective):
     margin: float = 0.4
     balance: float = 0.7
 
+    learned = frozenset({"bias"})
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, "margin", at_least=0, at_most=2)
-        check_range(self, "balance", above=0, at_most=1)
-        if self.balance == 1:
-            raise ValueError("balance must lie in (0, 1), found 1: the negatives would have no weight")
+        check_range(self, "balance", above=0, below=1)
 
     def first_state(self, num_classes: int) -> dict[str, float]:
         first = self.at(0)
@@ -42,8 +43,8 @@ class SphereFace2(SoftplusObjective):
         root = math.sqrt((1 - odds) ** 2 + 4 * odds * math.exp(own - other))
         return {"bias": math.log(2 * odds) - other - math.log(1 - odds + root)}
 
-    def shift(self, bias: Tensor) -> Tensor:
-        return bias + self.scale * self.margin
+    def shift(self, state: Mapping[str, Tensor]) -> Tensor:
+        return state["bias"] + self.scale * self.margin
 
     def intra(self, of: Numbers) -> Tensor:
         own = self.scale * (self.adjusted(of.target) - self.margin) + of.state["bias"]
@@ -55,7 +56,7 @@ class SphereFace2(SoftplusObjective):
 
 @dataclass(frozen=True)
 class UniFace(SoftplusObjective):
-    """softplus(b − s·(z_y − m)) + λ·Σ_k softplus(s·z_k − b): one threshold b/s for all pairs, learned (Zhou et al.
+    """softplus(b − s·(z_y − m)) + λ·Σ_k softplus(s·z_k − b): b, one threshold for all pairs, is learned (Zhou et al.
     2023, "UniFace: unified cross-entropy loss", equation 9).
 
     Args:
@@ -67,19 +68,21 @@ class UniFace(SoftplusObjective):
     margin: float = 0.4
     balance: float = 1.0
 
+    learned = frozenset({"threshold"})
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, "margin", at_least=0, at_most=2)
         check_range(self, "balance", above=0)
 
     def first_state(self, num_classes: int) -> dict[str, float]:
-        return {"bias": math.log(10 * num_classes)}
+        return {"threshold": math.log(10 * num_classes)}
 
-    def shift(self, bias: Tensor) -> Tensor:
-        return -bias
+    def shift(self, state: Mapping[str, Tensor]) -> Tensor:
+        return -state["threshold"]
 
     def intra(self, of: Numbers) -> Tensor:
-        return softplus(of.state["bias"] - self.scale * (self.adjusted(of.target) - self.margin))
+        return softplus(of.state["threshold"] - self.scale * (self.adjusted(of.target) - self.margin))
 
     def inter(self, of: Numbers) -> Tensor:
         return self.balance * of.negatives

@@ -102,6 +102,6 @@ class InterTopK(ArcFace):
 
     def hard(self, of: Numbers, largest: Tensor | None) -> HardNegatives:
         assert largest is not None
-        # Between the last of them and the next one, so that a rounding moves none across.
+        # Between the last of them and the next one, so that a rounding hardly ever moves one across.
         threshold = (largest[:, self.top_k - 1] + largest[:, self.top_k]) / 2
         return HardNegatives.of(threshold, slope=math.cos(self.hard_margin), sine=math.sin(self.hard_margin))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import LogSumExpObjective, Numbers, angle, check_range, psi
+from .base import LogSumExpObjective, Numbers, angle, check_range, psi, values_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class MagFace(LogSumExpObjective):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, "least_norm", above=0)
-        check_range(self, "most_norm", above=self.least_norm)
+        check_range(self, "most_norm", above=max(values_of(self.least_norm)))
         for name in ("least_margin", "most_margin"):
             check_range(self, name, at_least=0, at_most=math.pi)
         check_range(self, "regularizer", at_least=0)

@@ -1,7 +1,7 @@
 """What the head keeps for its objective, and gives it to see in a step."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,14 @@ class ObjectiveState(nn.Module):
             else:
                 self.register_buffer(name, value)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ObjectiveState":
+        """What ``to``, ``float`` and the like do: averages stay float64."""
+        kept = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            self._buffers[name] = value.to(self.get_buffer(name).device)
+        return self
+
     def learned(self) -> list[nn.Parameter]:
         """The parameters, in the order of their names."""
         return [one for _, one in sorted(self.named_parameters())]
@@ -50,7 +58,7 @@ class ObjectiveState(nn.Module):
         if "noise" in objective.sees:
             noise = torch.zeros(len(batch), dtype=torch.float64, device="cpu")
             if training:  # by the host, so that it is the same on every device
-                key = hash64(hash64(seed, 3), step) & 0x7FFFFFFFFFFFFFFF
+                key = hash64(hash64(seed, 4), step) & 0x7FFFFFFFFFFFFFFF
                 noise.normal_(generator=torch.Generator("cpu").manual_seed(key))
             parts["noise"] = noise.to(batch.device, non_blocking=True)
         state = {name: value.detach().double() for name, value in (*self.named_buffers(), *self.named_parameters())}

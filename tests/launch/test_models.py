@@ -98,6 +98,25 @@ def test_a_line_that_is_no_image_is_refused(folder: Path, tmp_path: Path, capsys
     assert not (tmp_path / "clean").exists()
 
 
+def test_images_that_cannot_be_read_are_left_out(run_dir: Path, folder: Path, tmp_path: Path, capsys):
+    shutil.copytree(folder / "set", tmp_path / "set")
+    dataset = RecordDataset.open(tmp_path / "set")
+    (rec,) = (tmp_path / "set").glob("*.rec")
+    content = bytearray(rec.read_bytes())
+    for number, size in ((3, 16), (7, 16)):
+        at = content.index(bytes(dataset.read(number)[1]))
+        content[at : at + size] = bytes(size)  # an image without its header
+    place = content.index(bytes(dataset.read(11)[1])) - 32  # its record's magic number
+    content[place : place + 4] = bytes(4)
+    rec.write_bytes(content)
+    assert main(["centers", str(run_dir), str(tmp_path / "out"), "--data", str(tmp_path / "set")]) == 0
+    told = capsys.readouterr().err
+    for number in (3, 7, 11):
+        assert f"image {number} is left out: " in told
+    summary = json.loads((tmp_path / "out" / "review.json").read_text())
+    assert (summary["images"], summary["unreadable_images"]) == (21, 3)
+
+
 def test_centers_of_another_set_are_refused(run_dir: Path, folder: Path, tmp_path: Path, capsys):
     pack_synthetic(tmp_path / "other", identities=5, images_per_identity=2, size=32, workers=1)
     assert main(["centers", str(run_dir), str(tmp_path / "out"), "--data", str(tmp_path / "other")]) == 2
@@ -114,13 +133,15 @@ def test_of_several_centers_the_one_with_most_images_is_kept(tmp_path: Path):
     axes = torch.eye(4)
     labels = np.array([0, 0, 0, 1, 1, 2])
     embeddings = axes[[1, 1, 0, 0, 0, 2]] + 0.01 * axes[[0, 0, 1, 1, 1, 0]]
-    batches = iter([(labels[:4], embeddings[:4]), (labels[4:], embeddings[4:])])
-    found = review(centers, batches, images=6)
+    numbers = np.array([0, 1, 2, 4, 5, 6])  # the fourth image is one that cannot be read
+    batches = iter([(numbers[:4], labels[:4], embeddings[:4]), (numbers[4:], labels[4:], embeddings[4:])])
+    found = review(centers, batches, images=7)
     assert found.counts.tolist() == [[1, 2], [2, 0], [1, 0]]
     assert found.dominant.tolist() == [1, 0, 0]
-    assert found.far(75).tolist() == [2, 5]
+    assert found.far(75).tolist() == [2, 6]
     summary = found.summary(75)
     assert summary["images_at_the_dominant"] == 5
+    assert summary["unreadable_images"] == 1
     assert summary["empty_sub_centers"] == 2
     assert summary["identities_in_several"] == 1
     write_dominant(centers, found.dominant, tmp_path / "centers.npy", lambda *_: None)

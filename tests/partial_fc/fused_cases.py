@@ -102,6 +102,7 @@ class KernelCase:
     """Of ``HardNegatives.of``, with "threshold"; none where it is empty."""
     softplus: float = 0.0
     """The power of the sum of softplus; 0 for exponentials."""
+    shift: float = -3.0
     scale: float = 64.0
     device: str = "cpu"
 
@@ -153,7 +154,7 @@ def fused_beside_plain(case: KernelCase) -> dict[str, tuple[Tensor, Tensor]]:
         compute = case.dtype if fused else torch.float32
         setup = KernelSetup(case.batch, case.dim, len(rows), compute, budget, hard)
         if case.softplus:
-            shift = torch.tensor(-3.0, dtype=torch.float64)
+            shift = torch.tensor(case.shift, dtype=torch.float64)
             kernel = (SumOfSoftplusFused if fused else SumOfSoftplusBlocked)(setup, case.scale, case.softplus, shift)
         else:
             kernel = (LogSumExpFused if fused else LogSumExpBlocked)(setup, case.scale)

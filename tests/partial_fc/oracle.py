@@ -120,8 +120,8 @@ def _separable(
         return pull, (1 - balance) / r * (push * negative).sum(dim=1)
     if name == "uniface":
         s, m, balance = (parameters[key] for key in ("scale", "margin", "balance"))
-        pull = torch.log1p(torch.exp(-(s * (target - m) - biases["bias"])))
-        push = torch.log1p(torch.exp(s * cosines - biases["bias"]))
+        pull = torch.log1p(torch.exp(-(s * (target - m) - biases["threshold"])))
+        push = torch.log1p(torch.exp(s * cosines - biases["threshold"]))
         return pull, balance * (push * negative).sum(dim=1)
     if name == "d_softmax":
         scale = parameters["scale"]

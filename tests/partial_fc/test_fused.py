@@ -52,6 +52,7 @@ EXACT = [
     KernelCase(hard={"threshold": 0.1, "slope": 0.9, "sine": 0.3, "constant": 0.01}, stored=150),
     KernelCase(softplus=1.0),
     KernelCase(softplus=3.0, keep=False, scale=40.0),
+    KernelCase(softplus=1.0, scale=8.0, shift=-24.0),
     KernelCase(batch=70, rows=150, dim=100, scale=20.0),
 ]
 

@@ -204,10 +204,10 @@ def test_the_first_bias_is_where_equal_cosines_balance() -> None:
     objective = objectives.SphereFace2()
     bias = torch.tensor(objective.first_state(1001)["bias"], dtype=torch.float64, requires_grad=True)
     zero = torch.zeros(1, dtype=torch.float64)
-    negatives = 1000 * objectives.softplus(objective.scale * objective.adjusted(zero) + objective.shift(bias))
+    negatives = 1000 * objectives.softplus(objective.scale * objective.adjusted(zero) + objective.shift({"bias": bias}))
     (slope,) = torch.autograd.grad(objective(zero, negatives, state={"bias": bias}).sum(), bias)
     pull = 0.7 / 40 * torch.sigmoid(-(40 * (objective.adjusted(zero) - 0.4) + bias))
-    assert abs(float(slope)) < 1e-3 * float(pull)
+    assert abs(slope.item()) < 1e-3 * pull.item()
 
 
 @pytest.mark.parametrize("name", ["curricularface", "mv_softmax", "inter_top_k"])
@@ -232,3 +232,39 @@ def test_wrong_class_weights_are_refused(weights: torch.Tensor, message: str) ->
 def test_a_sub_center_less_than_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"sub_centers must lie in \[1, 64\], found 0"):
         PartialFC(20, 8, objective=objectives.CosFace(), sub_centers=0)
+
+
+def test_a_schedule_stays_in_its_range_to_its_end() -> None:
+    with pytest.raises(ValueError, match=r"balance must lie in \(0, 1\), found 1"):
+        objectives.build("sphereface2", balance={"start": 0.5, "end": 1, "last": 3})
+    with pytest.raises(ValueError, match=r"most_norm must lie in \(200, ∞\), found 110"):
+        objectives.build("magface", least_norm={"start": 5, "end": 200, "last": 100})
+    assert objectives.build("magface", least_norm={"start": 5, "end": 10, "last": 100}).at(50).least_norm == 7.5
+
+
+def test_averages_are_used_as_they_have_moved_whatever_the_head_was_cast_to() -> None:
+    losses = []
+    for cast in (False, True):
+        head = PartialFC(20, 8, objective=objectives.AdaFace(momentum=1.0))
+        head = head.float() if cast else head
+        embeddings = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7)[:, None]
+        losses.append(head(embeddings, torch.arange(6)).item())
+        assert head.objective_state.get_buffer("norm_mean").dtype == torch.float64
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("t", [0.2, 1.0])
+def test_hard_negatives_with_short_centers_have_finite_gradients(t: float) -> None:
+    head = PartialFC(10, 4, objective=objectives.MVSoftmax(t=t))
+    head.weight.data.copy_(torch.randn(10, 4) * 1e-6)
+    embeddings = (head.weight.detach() * 1e6).requires_grad_()
+    head(embeddings, torch.arange(10).roll(1)).backward()
+    assert torch.isfinite(head.gradient_scale.grad)
+    assert torch.isfinite(embeddings.grad).all()
+
+
+def test_a_state_of_another_objective_is_not_taken_for_this_ones() -> None:
+    heads = [PartialFC(20, 8, objective=objectives.build(name)) for name in ("sphereface2", "uniface")]
+    with pytest.raises(RuntimeError, match=r"objective_state\.threshold"):
+        heads[1].load_state_dict(heads[0].state_dict())
+    heads[1].load_state_dict(heads[1].state_dict())

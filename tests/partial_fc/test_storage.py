@@ -26,7 +26,9 @@ OPTIMIZERS = {
 }
 
 
-def trained(storage: str, folder: Path, dtype: torch.dtype, name: str, steps: int) -> list[Tensor]:
+def trained(
+    storage: str, folder: Path, dtype: torch.dtype, name: str, steps: int, sub_centers: int = 1
+) -> list[Tensor]:
     """Losses, centers and state after steps at random rates, of one or several passes, and what may come between."""
     make, state = OPTIMIZERS[name]
     head = PartialFC(
@@ -39,6 +41,8 @@ def trained(storage: str, folder: Path, dtype: torch.dtype, name: str, steps: in
         storage_dir=folder,
         row_state=state,
         seed=5,
+        sub_centers=sub_centers,
+        keep_bytes=None if sub_centers == 1 else 0,
     )
     optimizer, losses = make(head), []
     generator = torch.Generator().manual_seed(1)
@@ -98,6 +102,14 @@ def test_every_storage_has_the_same_numbers(
         for one, other in zip(expected, found, strict=True):
             assert torch.equal(one, other), storage
     assert list(tmp_path.iterdir()) == [], "the file has no name, and ends with the process"
+
+
+def test_sub_centers_have_the_same_numbers_in_every_storage(tmp_path: Path) -> None:
+    expected = trained("device", tmp_path, torch.bfloat16, "momentum", 60, sub_centers=3)
+    for storage in ("host", "file"):
+        found = trained(storage, tmp_path, torch.bfloat16, "momentum", 60, sub_centers=3)
+        for one, other in zip(expected, found, strict=True):
+            assert torch.equal(one, other), storage
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -138,7 +138,9 @@ def powers_kernel(
             slope = tl.exp2(logarithm * (power_of - 1.0)) * power_of * scale
         x = adjusted * scale + tl.load(numbers)
         small = tl.exp2(-tl.abs(x) * 1.4426950408889634)
-        summed = tl.where(negative, tl.maximum(x, 0.0) + tl.log(1.0 + small), 0.0)
+        # log(1 + small) would be 0 where small is: its series
+        more = tl.where(small < 1e-3, small * (1.0 - small * (0.5 - small * 0.33333333)), tl.log(1.0 + small))
+        summed = tl.where(negative, tl.maximum(x, 0.0) + more, 0.0)
         probability = tl.where(negative, tl.where(x > 0, 1.0, small) / (1.0 + small), 0.0)
         result = probability * slope
     else:

@@ -104,7 +104,7 @@ def test_a_run_goes_on_wherever_its_centers_are_stored(folder: Path, tmp_path: P
 
 KEEPING = [
     ({"name": "adaface", "scale": 16.0, "momentum": 0.3}, {"norm_mean", "norm_deviation"}),
-    ({"name": "uniface", "scale": 16.0, "margin": 0.2}, {"bias"}),
+    ({"name": "uniface", "scale": 16.0, "margin": 0.2}, {"threshold"}),
 ]
 
 
