@@ -2,7 +2,7 @@
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ class Photograph(NamedTuple):
     character: str
     font_path: str
     key: tuple[int, ...]
+    spoilt: Literal["", "blurred", "tiny"] = ""
+    """How the finished picture is made worse: out of focus, or of few pixels, enlarged."""
 
 
 def draw_glyph(photograph: Photograph, *, size: int, quality: int) -> tuple[int, bytes]:
@@ -35,8 +37,13 @@ def draw_glyph(photograph: Photograph, *, size: int, quality: int) -> tuple[int,
     ImageDraw.Draw(mask).text(corner, photograph.character, fill=255, font=font, stroke_width=stroke)
     mask = mask.transform(mask.size, Image.Transform.AFFINE, _affine(generator, side), Image.Resampling.BILINEAR)
     mask = mask.filter(ImageFilter.GaussianBlur(generator.uniform(0.0, 0.015) * side)).reduce(_OVERSAMPLING)
-    picture = _light(np.asarray(mask, dtype=np.float32)[..., None] / np.float32(255), generator)
-    return photograph.label, encode_image(Image.fromarray(picture), quality=quality, encoding="jpeg")
+    picture = Image.fromarray(_light(np.asarray(mask, dtype=np.float32)[..., None] / np.float32(255), generator))
+    if photograph.spoilt == "blurred":
+        picture = picture.filter(ImageFilter.GaussianBlur(generator.uniform(0.04, 0.09) * size))
+    elif photograph.spoilt == "tiny":
+        few = max(4, round(generator.uniform(0.2, 0.35) * size))
+        picture = picture.resize((few, few), Image.Resampling.BOX).resize((size, size), Image.Resampling.BICUBIC)
+    return photograph.label, encode_image(picture, quality=quality, encoding="jpeg")
 
 
 @lru_cache(maxsize=64)

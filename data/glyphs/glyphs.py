@@ -25,7 +25,7 @@ from .drawing import Photograph, draw_glyph
 from .fonts import HAN, Font, find_fonts, split_fonts
 
 _FONTS_PER_CHARACTER = 3  # a character that fewer training fonts draw shows too little variety to be learned from
-_TRAINING, _HELDOUT = 0, 1  # keep the random numbers of the two parts apart
+_TRAINING, _HELDOUT, _SPOILT = 0, 1, 2  # keep the random numbers of the two parts, and of what is spoilt, apart
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,9 @@ def pack_glyphs(
     heldout_fonts: Iterable[str] | None = None,
     shards: int = 1,
     quality: int = 92,
+    blurred: float = 0.0,
+    tiny: float = 0.0,
+    mislabelled: float = 0.0,
     progress: Progress | None = None,
 ) -> GlyphSummary:
     """Draw characters and pack them: OUT/train and OUT/heldout (packed sets) and OUT/heldout.bin (pairs).
@@ -80,6 +83,8 @@ def pack_glyphs(
         workers: processes that draw; None: one a core.
         fonts: font files or directories; by default those of the `demo` extra and the machine's own.
         heldout_fonts: parts of the names of the fonts to hold out; see ``split_fonts`` for the default.
+        blurred, tiny, mislabelled: shares of the training images that are out of focus, of few pixels, or another
+            character than their label says; the first two exclude each other.
         shards, quality: number of ``.rec`` files of the training part; JPEG quality, 1 to 100.
         progress: called as progress(done, total) over the images of both parts.
 
@@ -98,10 +103,17 @@ def pack_glyphs(
     ):
         if value < least:
             raise UsageError(f"{what} is {value}: glyphs need at least {least}")
+    for what, share in (("blurred", blurred), ("tiny", tiny), ("mislabelled", mislabelled), ("both", blurred + tiny)):
+        if not 0 <= share <= 1:
+            told = "blurred and tiny together" if what == "both" else what
+            raise UsageError(f"{told} is {share:g}: a share of the images lies between 0 and 1")
+    if mislabelled and identities < 2:
+        raise UsageError("mislabelled images need two identities or more")
     training_fonts, held_fonts = split_fonts(find_fonts(fonts), heldout_fonts)
     characters, held_characters = choose_characters(
         training_fonts, held_fonts, identities=identities, heldout_identities=heldout_identities, seed=seed
     )
+    shares = {"blurred": blurred, "tiny": tiny, "mislabelled": mislabelled}
     total = (len(characters) + len(held_characters)) * images_per_identity
     done = 0
 
@@ -110,6 +122,9 @@ def pack_glyphs(
         draw = partial(draw_glyph, size=size, quality=quality)
         tasks = _photographs(chars, fonts, images_per_identity, (seed, part))
         creation = {"fonts": [font.name for font in fonts], "images_per_identity": images_per_identity, "seed": seed}
+        if part == _TRAINING and (spoilt := {name: share for name, share in shares.items() if share}):
+            tasks = _spoil(tasks, len(chars), shares, seed)
+            creation |= spoilt
         with ShardedWriter(
             unfinished / name,
             identities=chars,
@@ -202,3 +217,17 @@ def _photographs(
         label, image = divmod(number, images_per_identity)
         font = able[label][(first[label] + image) % len(able[label])]
         yield Photograph(label, characters[label], str(font.path), (*key, label, image))
+
+
+def _spoil(tasks: Iterable[Photograph], identities: int, shares: dict[str, float], seed: int) -> Iterator[Photograph]:
+    """The same with a share of worse pictures and of other labels; a function of the seed."""
+    generator = np.random.default_rng((seed, _SPOILT))
+    for task in tasks:
+        kind, other, shift = generator.random(), generator.random(), int(generator.integers(1, max(2, identities)))
+        if other < shares["mislabelled"]:
+            task = task._replace(label=(task.label + shift) % identities)
+        if kind < shares["blurred"]:
+            task = task._replace(spoilt="blurred")
+        elif kind < shares["blurred"] + shares["tiny"]:
+            task = task._replace(spoilt="tiny")
+        yield task

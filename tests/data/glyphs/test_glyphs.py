@@ -136,6 +136,26 @@ def test_an_image_shows_its_own_character(pack: Callable) -> None:
     assert (nearest == labels).mean() > 0.8  # by chance 0.05
 
 
+def test_a_share_of_the_training_images_is_spoilt(pack: Callable) -> None:
+    options = {"identities": 30, "images_per_identity": 20, "size": 32}
+    clean, same = pack(**options), pack(**options, blurred=0.0)
+    spoilt = pack(**options, blurred=0.2, tiny=0.3, mislabelled=0.1, workers=2)
+    assert files(clean.out) == files(same.out)
+    assert files(spoilt.out) == files(pack(**options, blurred=0.2, tiny=0.3, mislabelled=0.1).out)
+    assert files(clean.out)["heldout.bin"] == files(spoilt.out)["heldout.bin"], "what judges stays as it was"
+    before, after = (RecordDataset.open(summary.out / "train") for summary in (clean, spoilt))
+    pairs = [(before.read(number), after.read(number)) for number in range(len(before))]
+    assert 0.06 < np.mean([one[0] != other[0] for one, other in pairs]) < 0.14
+    assert 0.43 < np.mean([bytes(one[1]) != bytes(other[1]) for one, other in pairs]) < 0.57
+
+    def sharpness(image: bytes) -> float:
+        pixels = np.asarray(Image.open(io.BytesIO(image)).convert("L"), dtype=np.float32)
+        return float(np.abs(np.diff(pixels, axis=1)).mean())
+
+    ratios = [sharpness(bytes(b)) / sharpness(bytes(a)) for (_, a), (_, b) in pairs if bytes(a) != bytes(b)]
+    assert np.mean(ratios) < 0.7
+
+
 def test_characters_that_all_fonts_share_come_first_and_hangul_last(fonts: Path) -> None:
     training, heldout = split_fonts(find_fonts([fonts]))
 
@@ -158,6 +178,9 @@ def test_characters_that_all_fonts_share_come_first_and_hangul_last(fonts: Path)
         ({"images_per_identity": 1}, "images_per_identity is 1"),
         ({"size": 8}, "size is 8"),
         ({"identities": 1000}, "1000 identities asked for"),
+        ({"blurred": 1.2}, "blurred is 1.2: a share of the images"),
+        ({"blurred": 0.6, "tiny": 0.6}, "blurred and tiny together is 1.2"),
+        ({"identities": 1, "mislabelled": 0.5}, "mislabelled images need two identities"),
         ({"heldout_identities": 31}, "share 30 Han"),
         ({"heldout_pairs": 5000}, "5000 pairs asked for"),
         ({"heldout_fonts": ["nowhere"]}, "one held out"),
