@@ -90,6 +90,21 @@ def test_the_added_objective_is_its_formula() -> None:
 
 
 @pytest.mark.usefixtures("own_register")
+def test_the_added_objective_that_sees_the_norm_does() -> None:
+    (code,) = (block for block in blocks("objectives.md", "python") if "class NormMargin" in block)
+    assert len([line for line in code.split("\n") if line.strip()]) <= 15
+    objective = run_page("objectives.md")["NormMargin"](scale=16.0)
+    embeddings = (torch.randn(6, 8, dtype=torch.float64) * 3).requires_grad_()
+    head = PartialFC(20, 8, objective=objective, center_dtype=torch.float64)
+    head(embeddings, torch.arange(6)).backward()
+    cosines = torch.nn.functional.normalize(embeddings) @ torch.nn.functional.normalize(head.weight.detach()).T
+    margin = 0.01 * embeddings.norm(dim=1).clamp(0, 40)
+    logits = 16.0 * (cosines - margin[:, None] * torch.nn.functional.one_hot(torch.arange(6), 20))
+    (expected,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, torch.arange(6)), embeddings)
+    assert torch.allclose(embeddings.grad, expected, rtol=1e-9)
+
+
+@pytest.mark.usefixtures("own_register")
 def test_the_added_objective_trains_a_head() -> None:
     losses = run_page("objectives.md")["losses"]
     assert len(losses) == 5

@@ -3,6 +3,7 @@
 import difflib
 import re
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args
 
 import yaml
@@ -113,7 +114,7 @@ def _locate(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[lis
             continue
         model = current
         field = getattr(current, "model_fields", {}).get(part)
-        current = field.annotation if field else None
+        current = _given(field.annotation) if field else None
         members = {tag: _plain(kind) for kind in get_args(current) for tag in _tags(kind)}
     return path, model
 
@@ -121,8 +122,14 @@ def _locate(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[lis
 def _tags(kind: Any) -> list[str]:
     """What pydantic calls a member of a union: the values of its ``name``, or its own tag."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return list(get_args(kind.model_fields["name"].annotation))
+        return list(get_args(kind.model_fields["name"].annotation)) if "name" in kind.model_fields else []
     return [extra.tag for extra in getattr(kind, "__metadata__", ()) if isinstance(extra, Tag)]
+
+
+def _given(kind: Any) -> Any:
+    """Of what may be nothing, what it is else."""
+    others = [one for one in get_args(kind) if one is not NoneType]
+    return others[0] if len(others) == 1 and NoneType in get_args(kind) else kind
 
 
 def _plain(kind: Any) -> Any:

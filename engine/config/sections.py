@@ -204,7 +204,7 @@ class ClassWeights(Section):
     @model_validator(mode="after")
     def _one_of_two(self) -> "ClassWeights":
         if (self.file is None) == (self.frequency is None):
-            raise ValueError("class_weights: give file or frequency, one of the two")
+            raise ValueError("give file or frequency, one of the two")
         return self
 
 

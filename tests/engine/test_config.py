@@ -76,6 +76,9 @@ def test_a_switch_of_optimizer_brings_its_own_defaults(config_file: Path) -> Non
     [
         ("head.sample_rte=0.1", "head.sample_rte: unknown key; did you mean sample_rate? allowed here: objective,"),
         ("heads.sample_rate=0.1", "heads: unknown key; did you mean head?"),
+        ("spike.factr=3", "spike.factr: unknown key; did you mean factor?"),
+        ("head.class_weights.freq=1", "head.class_weights.freq: unknown key; did you mean frequency?"),
+        ("head.class_weights={}", "head.class_weights: give file or frequency, one of the two"),
         ("head.sample_rate=2", "head.sample_rate: found 2, allowed: less than or equal to 1"),
         ("head.sample_rate=0", "head.sample_rate: found 0, allowed: greater than 0"),
         ("data.batch_size=big", "data.batch_size: found 'big', allowed: integer"),

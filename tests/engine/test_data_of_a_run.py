@@ -1,6 +1,7 @@
 """What a run reads: damaged images, several sets, other orders, and another number of ranks in mid-epoch."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from pfc.data import RecordDataset, pack_synthetic
+from pfc.data.errors import UsageError
 from pfc.data.order.mixed import MixedOrder
 from pfc.data.order.orders import Order
 from pfc.engine import build
@@ -145,6 +147,39 @@ def test_a_balanced_run(folder: Path, tmp_path: Path) -> None:
         run_ranks(
             1, new_trainer, configuration(folder, tmp_path, data={"order": order, "train": weighted}).model_dump()
         )
+
+
+def test_class_weights_of_a_file_and_by_frequency(folder: Path, damaged: Path, tmp_path: Path) -> None:
+    several = [{"path": str(folder / "train")}, {"path": str(damaged / "train")}]
+
+    def weights(section: dict[str, Any]) -> np.ndarray:
+        config = configuration(folder, tmp_path, data={"train": several}, head={"class_weights": section})
+        found = build.read_class_weights(config, build.open_dataset(config))
+        assert found is not None
+        return found.numpy()
+
+    labels = build.open_dataset(configuration(folder, tmp_path, data={"train": several})).labels(damaged=-1)  # type: ignore[union-attr]
+    counts = np.bincount(labels[labels >= 0])
+    assert len(set(counts)) > 2
+    found = weights({"frequency": 0.5})
+    np.testing.assert_allclose(found / found[0], (counts / counts[0]) ** -0.5, rtol=1e-6)
+    np.testing.assert_allclose(found[labels[labels >= 0]].mean(), 1, rtol=1e-6)
+    np.save(tmp_path / "weights.npy", np.arange(IDENTITIES + 20))
+    np.testing.assert_array_equal(weights({"file": str(tmp_path / "weights.npy")}), np.arange(IDENTITIES + 20))
+    for value, told in (
+        (np.arange(3.0), "must hold 57 numbers, found float64 [3]"),
+        (np.full(57, np.nan), "weights must be finite and not negative"),
+        (np.array(["x"] * 57), "must hold 57 numbers, found <U1 [57]"),
+    ):
+        np.save(tmp_path / "wrong.npy", value)
+        with pytest.raises(UsageError, match=re.escape(told)):
+            weights({"file": str(tmp_path / "wrong.npy")})
+    for content in (b"", b"no array"):
+        (tmp_path / "wrong.npy").write_bytes(content)
+        with pytest.raises(UsageError, match=re.escape(f"head.class_weights.file: {tmp_path / 'wrong.npy'}: ")):
+            weights({"file": str(tmp_path / "wrong.npy")})
+    with pytest.raises(UsageError, match="give file or frequency, one of the two"):
+        weights({"file": "a.npy", "frequency": 0.5})
 
 
 def test_sets_of_different_image_sizes_need_one_to_be_given(folder: Path, tmp_path: Path) -> None:

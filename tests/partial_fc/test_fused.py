@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.partial_fc import fused_cases
-from tests.partial_fc.cases import SETTINGS, Case, compare, relative_error
+from tests.partial_fc.cases import SEEING, SETTINGS, Case, compare, relative_error
 from tests.partial_fc.fused_cases import KernelCase
 from tests.ranks import RankPool
 
@@ -138,6 +138,12 @@ HEADS = [
     Case(*SETTINGS["combined (1, 0.3, 0.2)"], sample_rate=0.3),
     Case(*SETTINGS["combined (0.9, 0.4, 0.15)"], keep_bytes=0),
     Case("cosface", {"scale": 64.0, "margin": 0.35}, sample_rate=0.3, surroundings=torch.bfloat16),
+    Case(*SEEING["magface"], sample_rate=0.3),
+    Case(*SEEING["curricularface"], sample_rate=0.3, keep_bytes=0),
+    Case(*SEEING["mv_softmax, adaptive"], batch_rate=0.5),
+    Case(*SEEING["inter_top_k"], sample_rate=0.3, weighted=True),
+    Case(*SEEING["sphereface2"], sample_rate=0.3, batch_rate=0.5),
+    Case(*SEEING["uniface"], keep_bytes=0),
 ]
 
 
