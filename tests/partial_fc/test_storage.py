@@ -42,7 +42,6 @@ def trained(
         row_state=state,
         seed=5,
         sub_centers=sub_centers,
-        keep_bytes=None if sub_centers == 1 else 0,
     )
     optimizer, losses = make(head), []
     generator = torch.Generator().manual_seed(1)
