@@ -1,6 +1,6 @@
 """A trained backbone, opened for use."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..engine.device import Precision
+    from ..engine.evaluation.evaluate import Encoded
 
 Source = Annotated[
     Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder (its latest checkpoint) or one checkpoint.")
@@ -38,6 +39,24 @@ class Trained(NamedTuple):
     """Whether its run adds the mirror image's embedding in evaluation."""
     precision: "Precision"
     """Of its run, which evaluates in it too."""
+
+    def embed(
+        self, images: "Sequence[Encoded]", device: "torch.device", batch_size: int, *, flip: bool
+    ) -> "torch.Tensor":
+        """Embeddings of encoded images, float32 [N, D] on the CPU, not normalised, in the precision of its run."""
+        from ..engine.evaluation.evaluate import embed_images
+        from .machine import usable_cores
+
+        with self.autocast(device):
+            return embed_images(
+                self.model,
+                images,
+                image_size=self.image_size,
+                device=device,
+                batch_size=batch_size,
+                flip=flip,
+                threads=usable_cores(),
+            )
 
     def autocast(self, device: "torch.device") -> "torch.autocast":
         """The arithmetic of its run: what ``pfc evaluate`` and ``pfc embed`` compute in, on any device."""

@@ -326,8 +326,8 @@ class PartialFC(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _, _, missing, unexpected, errors = rest
         names = {prefix + "centers", prefix + "steps"}
-        # objective_state reads its own.
-        there = {name for name in state_dict if name.startswith(prefix) and ".objective_state." not in f".{name}"}
+        there = {name for name in state_dict if name.startswith(prefix)}
+        there = {name for name in there if not name.startswith(f"{prefix}objective_state.")}  # which reads its own
         missing.extend(sorted(names - there))
         unexpected.extend(sorted(there - names))
         if not names <= there:

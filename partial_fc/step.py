@@ -55,15 +55,7 @@ class HeadLoss(torch.autograd.Function):
         own = nearest_of_own(classes, rows, unit, head.sub_centers)
         # The M samples whose class this rank has, one in W; with the fused kernels all, as the host must not ask.
         here = slice(None) if fused else own.samples
-        columns = own.columns[here]
-        own_rows = unit.new_zeros(len(columns), head.embedding_dim)  # [M, D]
-        if len(rows):
-            own_rows = torch.where((columns >= 0)[:, None], normalize(rows.at(columns.clamp_min(0)))[0], 0.0)
-        of_own = unit.new_zeros(1 if head.class_weights is None else 2, len(labels), dtype=torch.float64)
-        of_own[0, here] = (unit[here].double() * own_rows.double()).sum(dim=1)
-        if head.class_weights is not None and head.shard.rows:
-            weights = head.class_weights[(labels[here] - head.shard.start).clamp(0, head.shard.rows - 1)].double()
-            of_own[1, here] = torch.where(columns >= 0, weights, 0.0)
+        own_rows, of_own = _of_own(head, rows, unit, labels, own.columns, here)  # [M, D], [1 or 2, B]
         of = head.objective_state.numbers(objective, batch, seed=head.seed, step=head.steps, training=head.training)
         # … and of the negatives; some objectives must know the batch's z_y, or the nearest negatives, before
         early = objective.hard_by == "target"
@@ -86,9 +78,10 @@ class HeadLoss(torch.autograd.Function):
             hard=objective.hard(of.at(everyone), largest),
             state={**of.state, **state},
             sub_centers=head.sub_centers,
+            fused=fused,
         )
         with torch.set_grad_enabled(backward):
-            kernel = objective.fused_kernel(setup) if fused else objective.kernel(setup)
+            kernel = objective.kernel(setup)
         sums = unit.new_zeros(kernel.sums, len(labels), dtype=torch.float64)
         sums[:, everyone] = kernel.forward(part_unit, rows, part_classes, backward=backward)
         # ④ … of all ranks
@@ -184,6 +177,23 @@ def draw_sample(head: "PartialFC", labels: Tensor, *, fixed: bool) -> tuple[Clas
     batch = sample_batch(size, rate=batch_rate, seed=seed, step=step, device=device, fixed=fixed)
     head.last_sample = LastSample(classes, torch.arange(size, device=device) if batch is None else batch)
     return classes, batch
+
+
+def _of_own(
+    head: "PartialFC", rows: SampledRows, unit: Tensor, labels: Tensor, columns: Tensor, here: slice | Tensor
+) -> tuple[Tensor, Tensor]:
+    """The normalised own rows [M, D] of the samples ``here``; and z_y, and where there are any the classes' weights, of
+    the batch, float64 [1 or 2, B], 0 for those of other ranks."""
+    columns = columns[here]
+    own_rows = unit.new_zeros(len(columns), head.embedding_dim)
+    if len(rows):
+        own_rows = torch.where((columns >= 0)[:, None], normalize(rows.at(columns.clamp_min(0)))[0], 0.0)
+    found = unit.new_zeros(1 if head.class_weights is None else 2, len(labels), dtype=torch.float64)
+    found[0, here] = (unit[here].double() * own_rows.double()).sum(dim=1)
+    if head.class_weights is not None and head.shard.rows:
+        weights = head.class_weights[(labels[here] - head.shard.start).clamp(0, head.shard.rows - 1)].double()
+        found[1, here] = torch.where(columns >= 0, weights, 0.0)
+    return own_rows, found
 
 
 def _rows(head: "PartialFC", sample: ClassSample) -> tuple[SampledRows, TakenRows | None]:

@@ -104,8 +104,6 @@ def _embedded(
     import numpy as np
 
     from ...data.errors import DamagedRecord, UndecodableImage
-    from ...engine.evaluation.evaluate import embed_images
-    from ..machine import usable_cores
 
     for start in range(0, len(dataset), _CHUNK):
         stop = min(start + _CHUNK, len(dataset))
@@ -121,16 +119,7 @@ def _embedded(
             images.append(image)
         while images:
             try:
-                with trained.autocast(device):
-                    embeddings = embed_images(
-                        trained.model,
-                        images,
-                        image_size=trained.image_size,
-                        device=device,
-                        batch_size=batch_size,
-                        flip=False,
-                        threads=usable_cores(),
-                    )
+                embeddings = trained.embed(images, device, batch_size, flip=False)
             except UndecodableImage as error:
                 warn(f"image {numbers[error.place]} is left out: it cannot be decoded: {error.problem}")
                 for one in (numbers, labels, images):

@@ -28,22 +28,10 @@ def embed(
     import numpy as np
     from torch.nn.functional import normalize
 
-    from ...engine.evaluation.evaluate import embed_images
-    from ..machine import usable_cores
-
     where = find_device(device)
     trained = open_backbone(source, where)
     encoded, identified = _open_images(images)
-    with trained.autocast(where):
-        embeddings = embed_images(
-            trained.model,
-            encoded,
-            image_size=trained.image_size,
-            device=where,
-            batch_size=batch_size,
-            flip=trained.flip if flip is None else flip,
-            threads=usable_cores(),
-        )
+    embeddings = trained.embed(encoded, where, batch_size, flip=trained.flip if flip is None else flip)
     unit = normalize(embeddings).numpy()
     if out.suffix == ".npy":
         write_whole(out, lambda path: np.save(path, unit))

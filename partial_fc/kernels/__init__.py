@@ -32,6 +32,7 @@ class KernelSetup:
         hard: negatives that count with another cosine; None for none.
         state: the head's numbers for the objective, name → [].
         sub_centers: rows a class, next to each other; the nearest one counts, and it alone has a gradient.
+        fused: whether the objective said that the fused kernels can take the step.
     """
 
     batch: int
@@ -42,6 +43,7 @@ class KernelSetup:
     hard: HardNegatives | None = None
     state: Mapping[str, Tensor] = field(default_factory=dict)
     sub_centers: int = 1
+    fused: bool = False
 
 
 class UnitGradient(Protocol):

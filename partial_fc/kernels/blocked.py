@@ -12,6 +12,7 @@ read; with p recomputed 8·B·K·D, and nothing of size B·K anywhere.
 
 import copy
 from abc import abstractmethod
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -81,10 +82,7 @@ class LogSumExpBlocked(LogSumExpReduction, ReductionBlocked):
     def reduce_products(self, products: Tensor, inverse: Tensor, own: tuple[Tensor, Tensor], total: Tensor) -> None:
         if native.supports(products):
             self._leave_out(products, inverse, own)
-            hard = None
-            if self.hard is not None and self.shift is not None:
-                hard = self.hard.threshold, [*self.hard.numbers[:4].tolist(), float(self.shift)]
-            native.exponentials(products, inverse, self.scale, hard, total[0])
+            native.exponentials(products, inverse, self.scale, self._compiled_hard, total[0])
             return
         products.mul_(inverse)
         self._leave_out(products, None, own)
@@ -97,6 +95,13 @@ class LogSumExpBlocked(LogSumExpReduction, ReductionBlocked):
         products.exp_()
         total[0] += products.sum(dim=0)
         products.mul_(slope).mul_(inverse)
+
+    @cached_property
+    def _compiled_hard(self) -> tuple[Tensor, list[float]] | None:
+        """As ``native.exponentials`` takes them."""
+        if self.hard is None or self.shift is None:
+            return None
+        return self.hard.threshold.float().contiguous(), [*self.hard.numbers[:4].tolist(), float(self.shift)]
 
 
 class SumOfSoftplusBlocked(SoftplusReduction, ReductionBlocked):

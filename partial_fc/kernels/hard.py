@@ -39,10 +39,11 @@ class HardNegatives:
         sine: float | Tensor = 0.0,
     ) -> "HardNegatives":
         """From a, b, c and d: numbers, or tensors [] on the batch's device."""
-        parts = [torch.as_tensor(one, dtype=torch.float64) for one in (square, slope, constant, sine)]
-        a, b, c, d = (one.to(threshold.device, non_blocking=True) for one in parts)
+        threshold = threshold.double()
+        parts = (square, slope, constant, sine)
+        a, b, c, d = (one if isinstance(one, Tensor) else threshold.new_full((), one) for one in parts)
         largest = torch.maximum(a.abs() + (b.square() + d.square()).sqrt() + c, torch.ones_like(a))
-        return cls(threshold.double(), torch.stack([a, b, c, d, largest]))
+        return cls(threshold, torch.stack([a, b, c, d, largest]))
 
     def part(self, batch: Tensor | slice) -> "HardNegatives":
         """Those of some of the samples."""

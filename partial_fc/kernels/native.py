@@ -144,13 +144,13 @@ def exponentials(
     Args:
         products: [n, B] float32, contiguous; p·inverse when it returns.
         inverse: [n, 1].
-        hard: thresholds [B] and the numbers a, b, c, d and shift of hard negatives, as ``kernels/hard.py`` has them:
-            p is exp(scale·g(z) − shift), and p·g′(z)·inverse is left; None for none.
+        hard: thresholds, float32 [B], and the numbers a, b, c, d and shift of hard negatives (``kernels/hard.py``): p
+            is exp(scale·g(z) − shift), and p·g′(z)·inverse is left; None for none.
         total: float64 [B], to which Σ p is added.
     """
     function, batch = _functions().pfc_exponentials, products.shape[1]
     sums: dict[int, Tensor] = {}
-    threshold, numbers = (None, _Hard()) if hard is None else (hard[0].float().contiguous(), _Hard(*hard[1]))
+    threshold, numbers = (None, _Hard()) if hard is None else (hard[0], _Hard(*hard[1]))
 
     def walk(first: int, last: int) -> None:
         partial, mine = torch.empty(batch), torch.zeros(batch, dtype=torch.float64)

@@ -5,7 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from ..kernels.hard import HardNegatives
 from ..kernels.probabilities import MAX_SCALE
 from ..kernels.products import ComputeDtype, stored_dtype
 from .schedules import Schedule
-
-if TYPE_CHECKING:
-    from ..kernels.fused.logsumexp import ReductionFused
 
 _LARGEST_SCALE = 256.0  # exp(±2·scale) stays inside float64, in which the ranks add their sums
 
@@ -99,12 +96,9 @@ class Objective(ABC):
         """What reduces the negatives to the number that ``inter`` receives."""
 
     def fuses(self, weight: Tensor, compute_dtype: ComputeDtype) -> bool:
-        """Whether ``fused_kernel`` can do the same for the centers ``weight`` [rows, D]: on a GPU, without the host
-        waiting for it."""
+        """Whether ``kernel`` has a fused one for the centers ``weight`` [rows, D]: on a GPU, without the host waiting
+        for it."""
         return False
-
-    def fused_kernel(self, setup: KernelSetup) -> "ReductionFused":
-        raise NotImplementedError
 
     # Hard negatives, which count with another cosine.
 
@@ -157,15 +151,14 @@ class LogSumExpObjective(Objective):
         return HardNegatives.of(torch.full_like(of.target, self.filter), constant=-math.inf)
 
     def kernel(self, setup: KernelSetup) -> NegativesKernel:
+        if setup.fused:
+            from ..kernels.fused.logsumexp import LogSumExpFused  # which needs Triton
+
+            return LogSumExpFused(setup, self.scale)
         return (LogSumExpBlocked if self.scale <= MAX_SCALE else LogSumExp)(setup, self.scale)
 
     def fuses(self, weight: Tensor, compute_dtype: ComputeDtype) -> bool:
         return self.scale <= MAX_SCALE and device.fits(weight, stored_dtype(compute_dtype))
-
-    def fused_kernel(self, setup: KernelSetup) -> "ReductionFused":
-        from ..kernels.fused.logsumexp import LogSumExpFused  # which needs Triton
-
-        return LogSumExpFused(setup, self.scale)
 
 
 @dataclass(frozen=True)
@@ -195,15 +188,15 @@ class SoftplusObjective(Objective):
         return cosine if self.power == 1 else 2 * ((cosine + 1) / 2).clamp_min(0).pow(self.power) - 1
 
     def kernel(self, setup: KernelSetup) -> NegativesKernel:
-        return SumOfSoftplusBlocked(setup, self.scale, self.power, self.shift(setup.state))
+        shift = self.shift(setup.state)
+        if setup.fused:
+            from ..kernels.fused.logsumexp import SumOfSoftplusFused
+
+            return SumOfSoftplusFused(setup, self.scale, self.power, shift)
+        return SumOfSoftplusBlocked(setup, self.scale, self.power, shift)
 
     def fuses(self, weight: Tensor, compute_dtype: ComputeDtype) -> bool:
         return device.fits(weight, stored_dtype(compute_dtype))
-
-    def fused_kernel(self, setup: KernelSetup) -> "ReductionFused":
-        from ..kernels.fused.logsumexp import SumOfSoftplusFused
-
-        return SumOfSoftplusFused(setup, self.scale, self.power, self.shift(setup.state))
 
 
 @dataclass(frozen=True)

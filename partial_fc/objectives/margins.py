@@ -156,59 +156,57 @@ class P2SGrad(SquaresObjective):
 
 
 @dataclass(frozen=True)
-class ElasticArcFace(ArcFace):
-    """ArcFace with a margin of its own for each sample: softplus(ℓ − s·ψ(θ_y + m_i)), m_i from N(m, σ²) (Boutros et al.
-    2022, "ElasticFace", equation 6). In evaluation m_i = m.
+class _Elastic(LogSumExpObjective):
+    """A margin of its own for each sample, m_i from N(m, σ²); in evaluation m.
+
+    Args:
+        deviation: σ, in [0, 1].
+        plus: whether the batch's margins are given out by z_y, the largest to the smallest.
+    """
+
+    deviation: float = 0.05
+    plus: bool = False
+
+    sees = frozenset({"noise"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "deviation", at_least=0, at_most=1)
+
+    def margins(self, mean: float, of: Numbers) -> Tensor:
+        """The samples' margins [B]."""
+        noise = of.noise
+        if self.plus:
+            order = of.target.detach().argsort(stable=True)
+            noise = torch.empty_like(noise).index_copy_(0, order, noise.sort(descending=True).values)
+        return mean + self.deviation * noise
+
+
+@dataclass(frozen=True)
+class ElasticArcFace(_Elastic, ArcFace):
+    """ArcFace with random margins: softplus(ℓ − s·ψ(θ_y + m_i)) (Boutros et al. 2022, "ElasticFace", equation 6).
 
     Args:
         scale: s, in (0, 256].
         margin: m in radians, in [0, π].
-        deviation: σ, in [0, 1]; 0.05 in the paper, 0.0175 with ``plus``.
-        plus: whether the batch's margins are given out by z_y, the largest to the smallest ("ElasticFace-Arc+").
+        deviation: σ; 0.05 in the paper, 0.0175 with ``plus``.
+        plus: "ElasticFace-Arc+".
     """
 
-    deviation: float = 0.05
-    plus: bool = False
-
-    sees = frozenset({"noise"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self, "deviation", at_least=0, at_most=1)
-
     def logit(self, of: Numbers) -> Tensor:
-        return psi(angle(of.target) + _elastic(self.margin, self.deviation, of, plus=self.plus))
+        return psi(angle(of.target) + self.margins(self.margin, of))
 
 
 @dataclass(frozen=True)
-class ElasticCosFace(CosFace):
-    """CosFace with a margin of its own for each sample: softplus(ℓ − s·(z_y − m_i)), m_i from N(m, σ²) (Boutros et al.
-    2022, "ElasticFace", equation 7). In evaluation m_i = m.
+class ElasticCosFace(_Elastic, CosFace):
+    """CosFace with random margins: softplus(ℓ − s·(z_y − m_i)) (Boutros et al. 2022, "ElasticFace", equation 7).
 
     Args:
         scale: s, in (0, 256].
         margin: m, in [0, 2].
-        deviation: σ, in [0, 1]; 0.05 in the paper, 0.025 with ``plus``.
-        plus: whether the batch's margins are given out by z_y, the largest to the smallest ("ElasticFace-Cos+").
+        deviation: σ; 0.05 in the paper, 0.025 with ``plus``.
+        plus: "ElasticFace-Cos+".
     """
 
-    deviation: float = 0.05
-    plus: bool = False
-
-    sees = frozenset({"noise"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self, "deviation", at_least=0, at_most=1)
-
     def logit(self, of: Numbers) -> Tensor:
-        return of.target - _elastic(self.margin, self.deviation, of, plus=self.plus)
-
-
-def _elastic(mean: float, deviation: float, of: Numbers, *, plus: bool) -> Tensor:
-    """The samples' margins [B]."""
-    noise = of.noise
-    if plus:
-        order = of.target.detach().argsort(stable=True)
-        noise = torch.empty_like(noise).index_copy_(0, order, noise.sort(descending=True).values)
-    return mean + deviation * noise
+        return of.target - self.margins(self.margin, of)

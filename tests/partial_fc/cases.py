@@ -92,6 +92,26 @@ class Case:
     """Autocast's dtype around the head, whose labels then are a column of a matrix."""
 
 
+WORLDS = (1, 2, 3)
+RATES = ((1.0, 1.0), (0.3, 1.0), (1.0, 0.5), (0.3, 0.5))
+SHAPES: dict[str, dict[str, Any]] = {
+    "does not divide": {},
+    "fewer classes than ranks": {"num_classes": 2},
+    "one class": {"num_classes": 1},
+    "a batch of one": {"batch": 1},
+    "one class twice and more": {"labels": "same"},
+    "a rank without positives": {"labels": "low"},
+    "more positives than the sample": {"num_classes": 40, "batch": 30},
+    "several sampling blocks": {"num_classes": 9001, "dim": 8},
+}
+SHAPES_AND_RATES: list[dict[str, Any]] = [
+    {"sample_rate": sample_rate, "batch_rate": batch_rate, **shape}
+    for shape in SHAPES.values()
+    for sample_rate, batch_rate in RATES
+]
+"""Sizes that do not divide, and unusual ones, at every pair of rates."""
+
+
 @dataclass
 class StepResult:
     """What one rank made of a step."""

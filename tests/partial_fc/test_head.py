@@ -5,7 +5,6 @@ import gc
 import itertools
 import pickle
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -20,8 +19,9 @@ from pfc.partial_fc.kernels.gram import SumOfSquaresByGram
 from pfc.partial_fc.kernels.probabilities import KeepBudget
 from tests.partial_fc.cases import (
     OBJECTIVES,
-    SEEING,
     SETTINGS,
+    SHAPES_AND_RATES,
+    WORLDS,
     Case,
     check,
     dense_row_gradient,
@@ -31,28 +31,6 @@ from tests.partial_fc.cases import (
 )
 from tests.ranks import run_ranks
 
-WORLDS = (1, 2, 3)
-
-
-RATES = ((1.0, 1.0), (0.3, 1.0), (1.0, 0.5), (0.3, 0.5))
-
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "does not divide": {},
-    "fewer classes than ranks": {"num_classes": 2},
-    "one class": {"num_classes": 1},
-    "a batch of one": {"batch": 1},
-    "one class twice and more": {"labels": "same"},
-    "a rank without positives": {"labels": "low"},
-    "more positives than the sample": {"num_classes": 40, "batch": 30},
-    "several sampling blocks": {"num_classes": 9001, "dim": 8},
-}
-SHAPES_AND_RATES: list[dict[str, Any]] = [
-    {"sample_rate": sample_rate, "batch_rate": batch_rate, **shape}
-    for shape in SHAPES.values()
-    for sample_rate, batch_rate in RATES
-]
-
 
 @pytest.mark.parametrize("world_size", WORLDS)
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -60,43 +38,6 @@ SHAPES_AND_RATES: list[dict[str, Any]] = [
 def test_loss_and_gradients_are_the_oracles(setting: str, world_size: int, dtype: torch.dtype) -> None:
     name, parameters = SETTINGS[setting]
     check((Case(name, parameters, dtype=dtype, **fields) for fields in SHAPES_AND_RATES), world_size)
-
-
-@pytest.mark.parametrize("world_size", WORLDS)
-@pytest.mark.parametrize("setting", SEEING)
-def test_objectives_that_see_more_are_the_oracles(setting: str, world_size: int) -> None:
-    name, parameters = SEEING[setting]
-    dtypes = itertools.cycle((torch.float32, torch.float64, torch.float64))  # three, so that each rate meets both
-    budgets = itertools.cycle((1 << 30, 0))
-    cases = [
-        Case(name, parameters, dtype=dtype, keep_bytes=budget, **fields)
-        for fields, dtype, budget in zip(SHAPES_AND_RATES, dtypes, budgets, strict=False)
-    ]
-    check(cases, world_size)
-
-
-@pytest.mark.parametrize("world_size", WORLDS)
-@pytest.mark.parametrize("setting", ["curricularface", "mv_softmax, adaptive", "mv_softmax, fixed", "inter_top_k"])
-def test_hard_negatives_by_the_plain_kernel_are_the_oracles(setting: str, world_size: int) -> None:
-    name, parameters = SEEING[setting]
-    check((Case(name, parameters | {"scale": 100.0}, **fields) for fields in SHAPES_AND_RATES), world_size)
-
-
-SUB_CENTERS: list[Case] = [
-    Case(name, parameters, dtype=dtype, sub_centers=count, keep_bytes=keep, weighted=count == 3, **fields)
-    for (name, parameters), (dtype, count, keep) in itertools.product(
-        [*SETTINGS.values(), *(SEEING[name] for name in ("adaface", "curricularface", "inter_top_k", "sphereface2"))],
-        [(torch.float64, 3, 1 << 30), (torch.float32, 2, 0)],
-    )
-    for fields in (SHAPES["does not divide"], {"sample_rate": 0.3}, {"num_classes": 2, "batch_rate": 0.5})
-]
-
-
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_sub_centers_and_class_weights_are_the_oracles(world_size: int) -> None:
-    check(SUB_CENTERS, world_size)
-    scaled = [replace(case, parameters=case.parameters | {"scale": 100.0}) for case in SUB_CENTERS if case.parameters]
-    check([case for case in scaled if case.objective not in ("sphereface2",)], world_size)
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
