@@ -51,7 +51,9 @@ def read_variants(path: Path) -> list[Variant]:
     """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise UsageError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict) or not tree:
         raise UsageError(f"{path}: variants are a mapping, name: {{key.sub: value}}")

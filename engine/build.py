@@ -120,7 +120,8 @@ def read_class_weights(config: Config, dataset: Dataset) -> Tensor | None:
         try:
             weights = np.load(section.file, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise UsageError(f"head.class_weights.file: {section.file}: {error}") from None
+            reason = (getattr(error, "strerror", None) or str(error)).lower()
+            raise UsageError(f"head.class_weights.file: {section.file}: {reason}; give a .npy file") from None
         if not isinstance(weights, np.ndarray) or weights.shape != (classes,) or weights.dtype.kind not in "fiu":
             found = f"{weights.dtype} {list(weights.shape)}" if isinstance(weights, np.ndarray) else "several arrays"
             raise UsageError(f"head.class_weights.file: {section.file} must hold {classes} numbers, found {found}")

@@ -71,6 +71,8 @@ def test_what_is_wrong_is_told_before_anything_is_trained(config: Path, capsys: 
         (folder / "variants.yaml").write_text(text)
         assert main([*command, str(folder / "out")]) == 2
         assert told in capsys.readouterr().err
+    assert main([*command[:3], "--variants", str(folder / "nowhere.yaml"), "--out", str(folder / "out")]) == 2
+    assert capsys.readouterr().err == f"pfc: {folder / 'nowhere.yaml'}: no such file or directory\n"
     (folder / "variants.yaml").write_text(VARIANTS)
     assert main([*command, str(folder / "out"), "evaluation.pairs=[]"]) == 2
     assert "evaluation.pairs are what the variants are judged by" in capsys.readouterr().err
