@@ -59,8 +59,8 @@ def read_variants(path: Path) -> list[Variant]:
         raise UsageError(f"{path}: variants are a mapping, name: {{key.sub: value}}")
     variants = []
     for name, changes in tree.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name):
-            raise UsageError(f"{path}: {name!r} is the name of a folder too: letters, digits, '.', '+', '-' and '_'")
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+            raise UsageError(f"{path}: {name!r} is the name of a folder too: letters, digits, '.', '-' and '_'")
         if not isinstance(changes, dict):
             raise UsageError(f"{path}: {name}: expected {{key.sub: value}}, found {changes!r}")
         variants.append(Variant(name, [f"{key}={json.dumps(value)}" for key, value in changes.items()]))
