@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ...data.errors import UndecodableImage, UsageError
 from ...data.loading.decoding import decode_images
-from .metrics import VerificationMetrics, verification_metrics
+from .metrics import VerificationMetrics, power_of_ten, verification_metrics
 
 if TYPE_CHECKING:
     from ...data.pairs.pairs import Pairs
@@ -54,7 +54,7 @@ class VerificationResult:
             "auc": metrics.auc,
             "eer": metrics.eer,
             "threshold": metrics.threshold,
-        } | {f"tar_at_far_{_power_of_ten(level)}": rate for level, rate in metrics.tar_at_far.items()}
+        } | {f"tar_at_far_{power_of_ten(level)}": rate for level, rate in metrics.tar_at_far.items()}
 
 
 def evaluate_pairs(
@@ -244,7 +244,3 @@ def _pair_cosines(embeddings: Tensor) -> NDArray[np.float32]:
     """[2P, D], pair i in rows 2i and 2i+1 → cosines [P]."""
     unit = F.normalize(embeddings, dim=1)
     return (unit[0::2] * unit[1::2]).sum(dim=1).numpy()
-
-
-def _power_of_ten(level: float) -> str:
-    return f"{level:.0e}".replace("e-0", "e-")

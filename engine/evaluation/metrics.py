@@ -64,14 +64,13 @@ def verification_metrics(
         thresholds.append(threshold)
         accuracies.append(np.mean((scores[test] >= threshold) == same[test]))
 
-    from sklearn.metrics import roc_auc_score  # slow to import: only evaluation pays for it
-
+    area, equal = area_and_eer(scores, same)
     return VerificationMetrics(
         accuracy=float(np.mean(accuracies)),
         accuracy_std=float(np.std(accuracies)),
         threshold=float(np.mean(thresholds)),
-        auc=float(roc_auc_score(same, scores)),
-        eer=_equal_error_rate(scores, same),
+        auc=area,
+        eer=equal,
         tar_at_far=true_accept_rates(scores, same),
     )
 
@@ -94,25 +93,54 @@ def best_threshold(scores: NDArray[np.float64], same: NDArray[np.bool_]) -> floa
 
 
 def true_accept_rates(
-    scores: NDArray[np.float64], same: NDArray[np.bool_], levels: tuple[float, ...] = FAR_LEVELS
+    scores: NDArray[np.float64],
+    same: NDArray[np.bool_],
+    levels: tuple[float, ...] = FAR_LEVELS,
+    weights: NDArray[np.float64] | None = None,
 ) -> dict[float, float]:
     """{rate: share of the positives accepted by a threshold that accepts at most ``rate`` of the negatives}.
 
-    A rate below 1/negatives cannot be measured and is left out.
+    A rate below 1/negatives cannot be measured and is left out. ``weights`` [P]: how often each pair counts.
     """
-    negatives = np.sort(scores[~same])[::-1]
-    positives = scores[same]
+    weights = np.ones(len(scores)) if weights is None else weights
+    order = np.argsort(-scores[~same], kind="stable")
+    negatives, of_negatives = scores[~same][order], weights[~same][order]
+    positives, of_positives = scores[same], weights[same]
     rates = {}
     for level in levels:
-        allowed = int(level * len(negatives) + 1e-9)  # 1e-9: 0.01 · 700 is a little off 7 in floating point
-        if allowed >= 1:
-            rates[level] = float(np.mean(positives > negatives[allowed]))
+        threshold = weighted_cut(negatives, of_negatives, level, ordered=True)
+        if threshold is not None and of_positives.sum():
+            rates[level] = float((positives > threshold) @ of_positives / of_positives.sum())
     return rates
 
 
-def _equal_error_rate(scores: NDArray[np.float64], same: NDArray[np.bool_]) -> float:
-    from sklearn.metrics import roc_curve
+def weighted_cut(
+    scores: NDArray[np.floating], weights: NDArray[np.float64], level: float, *, ordered: bool = False
+) -> float | None:
+    """The smallest of ``scores`` that at most the share ``level`` of their weight is above; ``ordered``: they fall.
+
+    None where that share is less than one of them.
+    """
+    total = weights.sum()
+    allowed = level * total * (1 + 1e-9) + 1e-9  # 0.01 · 700 is a little off 7 in floating point
+    if allowed < 1:
+        return None
+    order = slice(None) if ordered else np.argsort(-scores, kind="stable")
+    # Those before the first that would be too many are above it, unless they have the same score: then they are not.
+    place = int(np.searchsorted(np.cumsum(weights[order]), allowed, side="right"))
+    return float(scores[order][place]) if place < len(scores) else float(np.nextafter(scores.min(), -np.inf))
+
+
+def area_and_eer(scores: NDArray[np.float64], same: NDArray[np.bool_]) -> tuple[float, float]:
+    """Area under the ROC curve, and the equal error rate."""
+    from sklearn.metrics import auc, roc_curve  # slow to import: only evaluation pays for it
 
     false_accepts, true_accepts, _ = roc_curve(same, scores, drop_intermediate=False)
     # Along the curve fa - fr rises from -1 to 1; where it crosses 0 between two points, the line between them decides.
-    return float(np.interp(0.0, false_accepts - (1 - true_accepts), false_accepts))
+    equal = np.interp(0.0, false_accepts - (1 - true_accepts), false_accepts)
+    return float(auc(false_accepts, true_accepts)), float(equal)
+
+
+def power_of_ten(level: float) -> str:
+    """1e-3, as it stands in the names of figures."""
+    return f"{level:.0e}".replace("e-0", "e-")

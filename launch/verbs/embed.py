@@ -1,6 +1,6 @@
 """``pfc embed``: embeddings of a packed data set, or of a folder of images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,36 +40,24 @@ def embed(
     print(f"wrote {len(unit):,} embeddings of {unit.shape[1]} numbers: {out}")
 
 
-class _Lazy(Sequence[Any]):
-    """Encoded images that are read when they are asked for."""
-
-    def __init__(self, read: Callable[[int], Any], places: range) -> None:
-        self.read, self.places = read, places
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, at: Any) -> Any:
-        return _Lazy(self.read, self.places[at]) if isinstance(at, slice) else self.read(self.places[at])
-
-
 def _open_images(path: Path) -> tuple[Sequence[Any], dict[str, Any]]:
     """The encoded images of a packed data set or of a folder, and the array that says which is which."""
     import numpy as np
 
     from ...data import RecordDataset
     from ...data.images import SUFFIXES
+    from ...data.protocols.images import WhenAsked
 
     packed = path.suffix == ".rec" or any(path.glob("*.rec"))
     if packed or not path.is_dir():
         dataset = RecordDataset.open(path)
-        return _Lazy(lambda i: dataset.read(i)[1], range(len(dataset))), {"labels": dataset.labels()}
+        return WhenAsked(lambda i: dataset.read(i)[1], range(len(dataset))), {"labels": dataset.labels()}
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     files = _readable(files)
     if not files:
         raise UsageError(f"{path} holds no readable image ({', '.join(sorted(SUFFIXES))}) and no .rec file")
     names = np.array([file.relative_to(path).as_posix() for file in files])
-    return _Lazy(lambda i: files[i].read_bytes(), range(len(files))), {"names": names}
+    return WhenAsked(lambda i: files[i].read_bytes(), range(len(files))), {"names": names}
 
 
 def _readable(files: list[Path]) -> list[Path]:

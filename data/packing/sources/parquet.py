@@ -1,4 +1,4 @@
-"""Parquet: its columns row by row, and images that lie in a column."""
+"""Images that lie in a column of Parquet files."""
 
 from __future__ import annotations
 
@@ -16,33 +16,13 @@ import numpy as np
 
 from ...errors import UsageError
 from ...records.manifest import printable
+from ...tables import open_parquet, read_columns
 from ..storing import Storing
 from .base import Reader, Source
 from .codes import NameCodes, label_text
 
 _ROWS = 256  # rows with images that are read at once
 _READ_AHEAD = 1 << 26  # bytes of them, about
-_BUFFER = 1 << 20  # bytes of a file that are read at once; without, whole columns of its row groups are
-
-
-def find_parquet(path: Path) -> list[Path]:
-    """The file, or all .parquet files under the folder by their names."""
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    if not files:
-        raise UsageError(f"{path} holds no .parquet file; give a table, or a folder of .parquet files")
-    return files
-
-
-def open_parquet(path: Path) -> Any:
-    """pyarrow's ParquetFile; UsageError where pyarrow is missing or the file is not Parquet."""
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise UsageError(f"{path}: Parquet needs one more package: pip install 'pfc[parquet]'") from None
-    try:
-        return parquet.ParquetFile(path, buffer_size=_BUFFER)
-    except (ArrowException, OSError) as error:
-        raise UsageError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}") from None
 
 
 def holds_images(kind: Any) -> bool:
@@ -64,20 +44,6 @@ def label_names(schema: Any, column: str) -> list[str] | None:
     except (KeyError, TypeError, ValueError):
         return None
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
-
-
-def read_columns(files: list[Path], *columns: str) -> Iterator[tuple[Any, ...]]:
-    """(where, a value of each column) of every row."""
-    for file in files:
-        table = open_parquet(file)
-        missing = [column for column in columns if column not in table.schema_arrow.names]
-        if missing:
-            raise UsageError(f"{file} has no column {missing[0]}, unlike {files[0].name}")
-        row = 0
-        for batch in table.iter_batches(columns=list(columns)):
-            for values in zip(*(batch.column(column).to_pylist() for column in columns), strict=True):
-                yield f"{file}: row {row}", *values
-                row += 1
 
 
 class EmbeddedSource(Source):

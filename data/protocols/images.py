@@ -1,0 +1,65 @@
+"""The images that a protocol names, read when they are asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UsageError
+from ..records.dataset import RecordDataset
+from ..records.manifest import printable
+
+_RECORD = re.compile(r"(.+)#(\d+)")  # SET#NUMBER
+
+
+class WhenAsked(Sequence[Any]):
+    """A sequence whose items are read when they are asked for; a slice of it is another."""
+
+    def __init__(self, read: Callable[[int], Any], places: Sequence[int]) -> None:
+        self.read, self.places = read, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, at: Any) -> Any:
+        return WhenAsked(self.read, self.places[at]) if isinstance(at, slice) else self.read(self.places[at])
+
+
+def open_images(names: Sequence[str], folder: Path) -> WhenAsked:
+    """The encoded images, bytes or uint8 arrays: files relative to ``folder``, or ``SET#NUMBER``.
+
+    Raises:
+        UsageError: an image does not exist; the first is named, all are counted.
+    """
+    sets: dict[str, RecordDataset] = {}
+    where: list[Path | tuple[RecordDataset, int]] = []
+    missing = []
+    for name in names:
+        record = _RECORD.fullmatch(name)
+        if record is not None and not (folder / name).exists():
+            if record[1] not in sets:
+                sets[record[1]] = RecordDataset.open(folder / record[1])
+            dataset, number = sets[record[1]], int(record[2])
+            if number >= len(dataset):
+                missing.append(name)
+            where.append((dataset, number))
+        else:
+            path = folder / name
+            if not path.is_file():
+                missing.append(name)
+            where.append(path)
+    if missing:
+        raise UsageError(
+            f"{folder}: {len(missing):,} of {len(names):,} images are not there, the first is {printable(missing[0])}: "
+            "give the folder that the names are relative to with --root"
+        )
+
+    def read(place: int) -> bytes | np.ndarray:
+        at = where[place]
+        return at.read_bytes() if isinstance(at, Path) else at[0].read(at[1])[1]
+
+    return WhenAsked(read, range(len(names)))

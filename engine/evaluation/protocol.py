@@ -1,0 +1,372 @@
+"""Judges embeddings by a protocol: which figures, is said by the table's columns (docs/evaluation.md)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...data.errors import UsageError
+from ...data.protocols.table import ROLES, Protocol
+from . import retrieval
+from .identification import FPIR_LEVELS, RANKS, rank_k, tpir_at_fpir
+from .intervals import SAMPLES, Weights, over_identities
+from .metrics import FAR_LEVELS, area_and_eer, power_of_ten, true_accept_rates
+from .search import CPU, MEMORY, Ints, all_pairs, count_others, find_mates, unit
+from .templates import cosines_of, pool
+
+LEVELS = (1e-1, *FAR_LEVELS)
+RECALLS = (1, 10, 100, 1000)
+MOST_SHOWN = 24  # probes with their pictures, in a report
+
+
+@dataclass
+class Judgement:
+    """What a protocol says of embeddings.
+
+    Attributes:
+        set: the protocol's name.
+        counts: how many images, templates, probes, impostor pairs, ... the figures are of.
+        figures: name → value.
+        intervals: name → (low, high), 95 %, by the bootstrap over identities; not of every figure.
+        curves: name → (x, y, low, high), each float64 [n], for the report.
+        scores: of pairs, cosine [P] and same [P]; empty otherwise.
+        worst: rows of the table, the probes whose best mate lies farthest below another: (probe, what it was taken for,
+            its best mate), and the two cosines.
+    """
+
+    set: str
+    counts: dict[str, int] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    curves: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    scores: dict[str, np.ndarray] = field(default_factory=dict)
+    worst: list[tuple[int, int, int, float, float]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A flat object, as it stands in evaluation.jsonl, with the intervals in one field."""
+        intervals = {name: [round(one, 6) for one in both] for name, both in self.intervals.items()}
+        return {"set": self.set, **self.counts, **self.figures} | ({"intervals": intervals} if intervals else {})
+
+
+@dataclass(frozen=True)
+class How:
+    """How to compute, the same on every rank: where, in how many bytes, and how many samples of the bootstrap."""
+
+    device: torch.device = CPU
+    memory: int = MEMORY
+    samples: int = SAMPLES
+    moved: Callable[[], object] = lambda: None
+
+    @property
+    def search(self) -> dict[str, Any]:
+        return {"device": self.device, "memory": self.memory}
+
+
+def judge(protocol: Protocol, embeddings: Tensor, how: How | None = None) -> Judgement:
+    """All figures that the table's columns allow. Ranks call it together, with the same arguments.
+
+    Args:
+        protocol: N images.
+        embeddings: [N, D], not normalised where templates weigh them by their length.
+        how: to compute.
+
+    Raises:
+        UsageError: an embedding is not finite, or there is nothing that could be judged.
+    """
+    how = How() if how is None else how
+    if len(embeddings) != len(protocol):
+        raise UsageError(
+            f"{protocol.name}: {len(embeddings):,} embeddings for {len(protocol):,} images: give one for each "
+            "row of the table, in its order"
+        )
+    broken = (~torch.isfinite(embeddings).all(dim=1)).nonzero()[:, 0].tolist()
+    if broken:
+        raise UsageError(
+            f"{protocol.name}: {len(broken):,} of {len(protocol):,} embeddings are not finite, the first is that of "
+            f"{protocol.images[broken[0]]}"
+        )
+    result = Judgement(protocol.name, {"images": len(protocol)})
+    items = _items(protocol, embeddings, result)
+    if protocol.pairs is not None:
+        _verification(items, protocol, result, how)
+    if protocol.has("probe"):
+        _identification(items, result, how)
+    elif protocol.has("query"):
+        _retrieval(items, result, how, among_themselves=False)
+    elif protocol.pairs is None:
+        _retrieval(items, result, how, among_themselves=True)
+        _all_to_all(items, result, how)
+    return result
+
+
+@dataclass(frozen=True)
+class _Items:
+    """What is compared: templates, or images. ``row`` is a row of the table that shows each."""
+
+    unit: Tensor
+    row: Ints
+    identity: Ints
+    role: Ints
+    camera: Ints | None
+    gallery: Ints | None
+    code: Ints
+    """Of a pair's side → the item."""
+
+    def of(self, role: str) -> Ints:
+        return np.flatnonzero(self.role == ROLES.index(role))
+
+
+def _items(protocol: Protocol, embeddings: Tensor, result: Judgement) -> _Items:
+    if protocol.template is None:
+        every = np.arange(len(protocol))
+        columns = protocol.identity, protocol.role, protocol.camera, protocol.gallery
+        return _Items(unit(embeddings), every, *columns, every)
+    try:
+        pooled = pool(embeddings, protocol.template, protocol.media, protocol.weight)
+    except UsageError as error:
+        raise UsageError(f"{protocol.name}: {error}") from None
+    _, row = np.unique(protocol.template, return_index=True)
+    result.counts["templates"] = len(row)
+    columns = (
+        None if codes is None else codes[row]
+        for codes in (protocol.identity, protocol.role, protocol.camera, protocol.gallery)
+    )
+    return _Items(pooled, row, *columns, np.arange(len(row)))  # type: ignore[arg-type]
+
+
+def _verification(items: _Items, protocol: Protocol, result: Judgement, how: How) -> None:
+    """1:1 by a list of pairs."""
+    pairs = protocol.pairs
+    assert pairs is not None
+    cosine, same = cosines_of(items.unit, pairs.first, pairs.second), pairs.same
+    if same.all() or not same.any():
+        kind = "two identities" if same.all() else "one identity"
+        raise UsageError(f"{protocol.name}: none of the {len(same):,} pairs shows {kind}: give pairs of both kinds")
+    ids = _identities_of(items, pairs.first, pairs.second, same)
+    order = np.argsort(-cosine, kind="stable")
+    scores, kinds = cosine[order].astype(np.float64), same[order]
+    rates = true_accept_rates(scores, kinds, LEVELS)
+    impostors = int((~same).sum())
+    result.counts |= {"pairs": len(same), "impostor_pairs": impostors}
+    result.figures["auc"], result.figures["eer"] = area_and_eer(scores, kinds)
+    for level, rate in rates.items():
+        result.figures[f"tar_at_far_{power_of_ten(level)}"] = rate
+        result.counts[f"impostors_at_far_{power_of_ten(level)}"] = int(level * impostors + 1e-9)
+
+    def again(weights: Weights) -> dict[str, float]:
+        found = true_accept_rates(scores, kinds, LEVELS, weights)
+        return {f"tar_at_far_{power_of_ten(level)}": rate for level, rate in found.items() if level in rates}
+
+    sides = [ids[pairs.first][order], ids[pairs.second][order]]
+    result.intervals |= over_identities(sides, again, samples=how.samples)
+    result.scores = {"cosine": cosine, "same": same}
+    result.curves["tar"] = _curve(list(rates), [f"tar_at_far_{power_of_ten(one)}" for one in rates], result)
+
+
+def _identities_of(items: _Items, first: Ints, second: Ints, same: NDArray[np.bool_]) -> Ints:
+    """Of each item; where the table does not say, those that pairs of one identity join are one."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    if (items.identity >= 0).all():
+        return items.identity
+    number = len(items.identity)
+    joined = coo_array((np.ones(int(same.sum()), dtype=np.int8), (first[same], second[same])), shape=(number, number))
+    return connected_components(joined, directed=False)[1].astype(np.int64)
+
+
+def _identification(items: _Items, result: Judgement, how: How) -> None:
+    """1:N, closed and open; in each gallery apart, and the mean of them."""
+    probes, distractors = items.of("probe"), items.of("distractor")
+    galleries = items.of("gallery")
+    if not len(galleries):
+        _against_distractors(items, probes, distractors, result, how)
+        return
+    codes = np.zeros(len(galleries), np.int64) if items.gallery is None else items.gallery[galleries]
+    found = []
+    for code in np.unique(codes):
+        shown = code == codes[0]
+        found.append(_Search(items, probes, galleries[codes == code], distractors, result if shown else None, how))
+    result.counts |= {"probes": len(probes), "gallery": len(galleries), "distractors": len(distractors)}
+    result.counts["mated_probes"] = int(sum(np.isfinite(one.mate).sum() for one in found))
+    result.counts["non_mated_probes"] = int(sum((~np.isfinite(one.mate)).sum() for one in found))
+    if not result.counts["mated_probes"]:
+        raise UsageError(f"{result.set}: no probe has its identity in the gallery")
+
+    def figures(weights: Weights | None) -> dict[str, float]:
+        each = [one.figures(weights) for one in found]
+        each = [one for one in each if np.isfinite(one["rank_1"])]  # a gallery without mates says nothing
+        names = [name for name in (each[0] if each else {}) if all(name in one for one in each)]
+        return {name: float(np.mean([one[name] for one in each])) for name in names}
+
+    result.figures |= figures(None)
+    result.intervals |= over_identities([items.identity[probes]], figures, samples=how.samples)
+    ranks = [k for k in (*RANKS, 50, 100) if k <= len(galleries) + len(distractors)]
+    result.curves["cmc"] = _filled(ranks, [np.mean([rank_k(k, one.mate, one.above) for one in found]) for k in ranks])
+    levels = np.geomspace(1e-3, 1, 31)
+    rates = [
+        [found_at[0] if (found_at := tpir_at_fpir(x, one.mate, one.other)) else np.nan for one in found] for x in levels
+    ]
+    result.curves["tpir"] = _filled(levels, np.mean(rates, axis=1))
+
+
+class _Search:
+    """All probes in one gallery with the distractors: what each found."""
+
+    def __init__(
+        self, items: _Items, probes: Ints, gallery: Ints, distractors: Ints, shown: Judgement | None, how: How
+    ) -> None:
+        queries, ids = items.unit[probes], items.identity[probes]
+        held = items.unit[gallery]
+        mates = find_mates(queries, ids, held, items.identity[gallery], **how.search)
+        others = count_others(queries, ids, held, items.identity[gallery], mates, moved=how.moved, **how.search)
+        self.mate = mates.best
+        self.above = mates.of_best(others.above, 0)
+        self.other, taken = others.cosine.copy(), np.where(others.row >= 0, gallery[others.row], -1)
+        self.sizes: dict[int, NDArray[np.bool_]] = {}
+        """Number of distractors → whether each probe's mate is the first."""
+        for start, stop in _parts(len(distractors)):
+            part = distractors[start:stop]
+            unknown = np.full(len(part), -1, dtype=np.int64)
+            more = count_others(queries, ids, items.unit[part], unknown, mates, moved=how.moved, **how.search)
+            self.above = self.above + mates.of_best(more.above, 0)
+            taken = np.where(more.cosine > self.other, part[more.row], taken)
+            self.other = np.maximum(self.other, more.cosine)
+            self.sizes[stop] = self.above == 0
+        if shown is not None:
+            _tell_worst(items, probes, taken, mates.of_best(gallery[mates.row], -1), self.other, self.mate, shown)
+
+    def figures(self, weights: Weights | None) -> dict[str, float]:
+        found = {f"rank_{k}": rank_k(k, self.mate, self.above, weights) for k in RANKS}
+        for level in FPIR_LEVELS:
+            value = tpir_at_fpir(level, self.mate, self.other, weights)
+            if value is not None:
+                found[f"tpir_at_fpir_{power_of_ten(level)}"] = value[0]
+        for size, right in self.sizes.items():
+            found[f"rank_1_with_{size}_distractors"] = rank_k(1, self.mate, (~right).astype(np.int64), weights)
+        return found
+
+
+def _against_distractors(items: _Items, probes: Ints, distractors: Ints, result: Judgement, how: How) -> None:
+    """MegaFace: each two probes of one identity, the second alone among the distractors (Kemelmacher et al. 2016)."""
+    queries, ids = items.unit[probes], items.identity[probes]
+    mates = find_mates(queries, ids, queries, ids, left_out=lambda query, row: query == row, **how.search)
+    if not len(mates.row):
+        raise UsageError(f"{result.set}: no identity has two probes: there is nothing to find among the distractors")
+    above = np.zeros(len(mates.row), dtype=np.int64)
+    right: dict[int, NDArray[np.bool_]] = {}
+    for start, stop in _parts(len(distractors)):
+        part = items.unit[distractors[start:stop]]
+        unknown = np.full(stop - start, -1, dtype=np.int64)
+        above += count_others(queries, ids, part, unknown, mates, moved=how.moved, **how.search).above
+        right[stop] = above == 0
+    result.counts |= {"probes": len(probes), "distractors": len(distractors), "searches": len(mates.row)}
+
+    def figures(weights: Weights | None) -> dict[str, float]:
+        every = np.zeros(len(above), dtype=np.float32)
+        found = {
+            f"rank_1_with_{n}_distractors": rank_k(1, every, (~one).astype(np.int64), weights)
+            for n, one in right.items()
+        }
+        return found | {f"rank_{k}": rank_k(k, every, above, weights) for k in RANKS[1:]}
+
+    result.figures |= figures(None)
+    result.intervals |= over_identities([ids[mates.query]], figures, samples=how.samples)
+    names = [f"rank_1_with_{n}_distractors" for n in right]
+    result.curves["distractors"] = _curve(list(right), names, result)
+
+
+def _retrieval(items: _Items, result: Judgement, how: How, *, among_themselves: bool) -> None:
+    """Queries in a gallery, without what the same camera took; or each image among all others."""
+    if among_themselves:
+        queries = found = np.arange(len(items.row))
+        left_out = lambda query, row: query == row  # noqa: E731
+    else:
+        queries, found = items.of("query"), np.sort(np.concatenate([items.of("gallery"), items.of("distractor")]))
+        camera = items.camera
+
+        def left_out(query: Ints, row: Ints) -> NDArray[np.bool_]:
+            if camera is None:
+                return np.zeros(len(query), dtype=bool)
+            one, other = camera[queries[query]], camera[found[row]]
+            return (one == other) & (one >= 0)
+
+    ids = items.identity[queries]
+    held, held_ids = items.unit[found], items.identity[found]
+    mates = find_mates(items.unit[queries], ids, held, held_ids, left_out=left_out, **how.search)
+    mated = mates.counts > 0
+    result.counts |= {"queries": int(mated.sum()), "queries_without_mates": int((~mated).sum()), "gallery": len(found)}
+    if not mated.any():
+        raise UsageError(f"{result.set}: no query has an image of its identity to find")
+    others = count_others(items.unit[queries], ids, held, held_ids, mates, moved=how.moved, **how.search)
+    places = retrieval.places_of(mates, others)
+    starts = np.concatenate([[0], np.cumsum(mates.counts[mated])])
+    recall, ks = ("recall_at", RECALLS) if among_themselves else ("cmc", RANKS)
+    each = {f"{recall}_{k}": retrieval.found_within(k, places, starts) for k in ks if k < max(2, len(found))}
+    each["map"] = retrieval.average_precision(places, starts)
+    if among_themselves:
+        each["map_at_r"] = retrieval.average_precision_at_r(places, starts)
+        each["r_precision"] = retrieval.r_precision(places, starts)
+    else:
+        each["minp"] = retrieval.inverse_negative_penalty(places, starts)
+
+    def figures(weights: Weights) -> dict[str, float]:
+        total = weights.sum()
+        return {name: float(values @ weights / total) if total else float("nan") for name, values in each.items()}
+
+    result.figures |= figures(np.ones(len(starts) - 1))
+    result.intervals |= over_identities([ids[mated]], figures, samples=how.samples)
+    ranks = [k for k in (*RANKS, 50, 100) if k <= len(found)]
+    result.curves["cmc"] = _filled(ranks, [retrieval.found_within(k, places, starts).mean() for k in ranks])
+    taken = np.where(others.row >= 0, found[others.row], -1)
+    _tell_worst(items, queries, taken, mates.of_best(found[mates.row], -1), others.cosine, mates.best, result)
+
+
+def _all_to_all(items: _Items, result: Judgement, how: How) -> None:
+    """1:1 by every pair of two images: a threshold is a bin's edge, and never accepts more than it may."""
+    same, different, _ = all_pairs(items.unit, items.identity, moved=how.moved, **how.search)
+    if not same.sum() or not different.sum():
+        return
+    result.counts |= {"pairs": int(same.sum() + different.sum()), "impostor_pairs": int(different.sum())}
+    accepted, impostors = np.cumsum(same[::-1])[::-1], np.cumsum(different[::-1])[::-1]  # from each bin on
+    for level in LEVELS:
+        allowed = int(level * different.sum() + 1e-9)
+        if allowed >= 1:
+            bin_ = int(np.searchsorted(-impostors, -allowed))  # the first from which few enough are accepted
+            rate = accepted[bin_] / same.sum() if bin_ < len(accepted) else 0.0
+            result.figures[f"tar_at_far_{power_of_ten(level)}"] = float(rate)
+            result.counts[f"impostors_at_far_{power_of_ten(level)}"] = allowed
+
+
+def _tell_worst(
+    items: _Items, probes: Ints, taken: Ints, best: Ints, other: np.ndarray, mate: np.ndarray, result: Judgement
+) -> None:
+    """The mated probes that another beats by most, as rows of the table."""
+    mated = np.flatnonzero(np.isfinite(mate) & (taken >= 0))
+    worst = mated[np.argsort((mate - other)[mated], kind="stable")][:MOST_SHOWN]
+    result.worst = [
+        (*(int(items.row[one]) for one in (probes[at], taken[at], best[at])), float(other[at]), float(mate[at]))
+        for at in worst
+    ]
+
+
+def _parts(distractors: int) -> list[tuple[int, int]]:
+    """Parts of the distractors: the first 10, up to 100, ... and all."""
+    ends = [10**power for power in range(1, 12) if 10**power < distractors] + [distractors] * (distractors > 0)
+    return list(zip([0, *ends], ends, strict=False))
+
+
+def _filled(x: Any, y: Any) -> NDArray[np.float64]:
+    """A curve without a band: [4, n]."""
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    return np.stack([x, y, np.full_like(y, np.nan), np.full_like(y, np.nan)])
+
+
+def _curve(x: list[Any], names: list[str], result: Judgement) -> NDArray[np.float64]:
+    """A curve of figures with their intervals: [4, n]."""
+    bands = [result.intervals.get(name, (np.nan, np.nan)) for name in names]
+    return np.array([x, [result.figures[name] for name in names], *zip(*bands, strict=True)], dtype=np.float64)
