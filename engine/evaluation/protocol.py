@@ -348,8 +348,9 @@ def _tell_worst(
     """The mated probes that another beats by most, as rows of the table."""
     mated = np.flatnonzero(np.isfinite(mate) & (taken >= 0))
     worst = mated[np.argsort((mate - other)[mated], kind="stable")][:MOST_SHOWN]
+    rows = items.row
     result.worst = [
-        (*(int(items.row[one]) for one in (probes[at], taken[at], best[at])), float(other[at]), float(mate[at]))
+        (int(rows[probes[at]]), int(rows[taken[at]]), int(rows[best[at]]), float(other[at]), float(mate[at]))
         for at in worst
     ]
 
