@@ -1,9 +1,11 @@
 """Figures of a search of one probe in a gallery, 1:N (NIST FRVT 1:N; Grother et al., "NISTIR 8271", section 4)."""
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
-from .metrics import weighted_cut
+from .metrics import cuts
 from .search import Floats, Ints
 
 FPIR_LEVELS = (1e-1, 1e-2, 1e-3)
@@ -25,29 +27,24 @@ def rank_k(k: int, mate: Floats, above: Ints, weights: Weights | None = None) ->
 
 
 def tpir_at_fpir(
-    level: float, mate: Floats, other: Floats, weights: Weights | None = None
-) -> tuple[float, float] | None:
-    """Open set: (TPIR, the threshold T) at a false positive identification rate.
+    levels: Iterable[float], mate: Floats, other: Floats, weights: Weights | None = None
+) -> dict[float, float]:
+    """Open set: {level: TPIR at the smallest threshold T with FPIR(T) ≤ level}.
 
     FPIR(T): the share of non-mated probes whose best candidate's cosine is above T. TPIR(T): the share of mated probes
-    whose best candidate is a mate, and above T. T is the smallest with FPIR(T) ≤ level.
+    whose best candidate is a mate, and above T. A level that is less than one non-mated probe is left out.
 
     Args:
-        level: the most FPIR.
+        levels: the most FPIR.
         mate: each probe's largest cosine with a mate, float32 [Q]; −inf where the gallery has none.
         other: its largest with another identity, float32 [Q]; −inf where the gallery has none.
         weights: as of ``rank_k``.
-
-    Returns:
-        None where so small a rate is less than one non-mated probe.
     """
     mated = np.isfinite(mate)
     weights = np.ones(len(mate)) if weights is None else weights
-    threshold = weighted_cut(other[~mated], weights[~mated], level)
-    if threshold is None:
-        return None
-    hit = (mate[mated] > other[mated]) & (mate[mated] > threshold)
-    return _share(hit, weights[mated]), threshold
+    right, best = mate[mated] > other[mated], mate[mated]
+    thresholds = cuts(other[~mated], weights[~mated], levels)
+    return {level: _share(right & (best > cut), weights[mated]) for level, cut in thresholds.items()}
 
 
 def _share(hit: NDArray[np.bool_], weights: Weights | None) -> float:

@@ -1,5 +1,6 @@
 """Verification metrics: how well the cosine tells pairs of one identity from pairs of two."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,7 +96,7 @@ def best_threshold(scores: NDArray[np.float64], same: NDArray[np.bool_]) -> floa
 def true_accept_rates(
     scores: NDArray[np.float64],
     same: NDArray[np.bool_],
-    levels: tuple[float, ...] = FAR_LEVELS,
+    levels: Iterable[float] = FAR_LEVELS,
     weights: NDArray[np.float64] | None = None,
 ) -> dict[float, float]:
     """{rate: share of the positives accepted by a threshold that accepts at most ``rate`` of the negatives}.
@@ -103,32 +104,27 @@ def true_accept_rates(
     A rate below 1/negatives cannot be measured and is left out. ``weights`` [P]: how often each pair counts.
     """
     weights = np.ones(len(scores)) if weights is None else weights
-    order = np.argsort(-scores[~same], kind="stable")
-    negatives, of_negatives = scores[~same][order], weights[~same][order]
     positives, of_positives = scores[same], weights[same]
-    rates = {}
-    for level in levels:
-        threshold = weighted_cut(negatives, of_negatives, level, ordered=True)
-        if threshold is not None and of_positives.sum():
-            rates[level] = float((positives > threshold) @ of_positives / of_positives.sum())
-    return rates
+    total = of_positives.sum()
+    thresholds = cuts(scores[~same], weights[~same], levels)
+    return {level: float((positives > cut) @ of_positives / total) for level, cut in thresholds.items() if total}
 
 
-def weighted_cut(
-    scores: NDArray[np.floating], weights: NDArray[np.float64], level: float, *, ordered: bool = False
-) -> float | None:
-    """The smallest of ``scores`` that at most the share ``level`` of their weight is above; ``ordered``: they fall.
+def cuts(scores: NDArray[np.floating], weights: NDArray[np.float64], levels: Iterable[float]) -> dict[float, float]:
+    """{level: the smallest of ``scores`` that at most this share of their weight is above}.
 
-    None where that share is less than one of them.
+    A level that is less than one of them is left out.
     """
-    total = weights.sum()
-    allowed = level * total * (1 + 1e-9) + 1e-9  # 0.01 · 700 is a little off 7 in floating point
-    if allowed < 1:
-        return None
-    order = slice(None) if ordered else np.argsort(-scores, kind="stable")
-    # Those before the first that would be too many are above it, unless they have the same score: then they are not.
-    place = int(np.searchsorted(np.cumsum(weights[order]), allowed, side="right"))
-    return float(scores[order][place]) if place < len(scores) else float(np.nextafter(scores.min(), -np.inf))
+    order = np.argsort(-scores, kind="stable")  # fast where they fall already
+    scores, sums = scores[order], np.cumsum(weights[order])
+    found = {}
+    for level in levels:
+        allowed = level * (sums[-1] if len(sums) else 0) * (1 + 1e-9) + 1e-9  # 0.01 · 700 is a little off 7
+        if allowed >= 1:
+            # Those before the first that would be too many are above it, unless they have its score: then they are not.
+            place = int(np.searchsorted(sums, allowed, side="right"))
+            found[level] = float(scores[place] if place < len(scores) else np.nextafter(scores[-1], -np.inf))
+    return found
 
 
 def area_and_eer(scores: NDArray[np.float64], same: NDArray[np.bool_]) -> tuple[float, float]:

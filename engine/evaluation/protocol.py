@@ -1,7 +1,9 @@
 """Judges embeddings by a protocol: which figures, is said by the table's columns (docs/evaluation.md)."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ from .search import CPU, MEMORY, Ints, all_pairs, count_others, find_mates, unit
 from .templates import cosines_of, pool
 
 LEVELS = (1e-1, *FAR_LEVELS)
+_CURVE = sorted({*LEVELS, *(10.0 ** (-power / 4) for power in range(25))})
+_CMC = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
 RECALLS = (1, 10, 100, 1000)
 MOST_SHOWN = 24  # probes with their pictures, in a report
 
@@ -32,10 +36,9 @@ class Judgement:
         counts: how many images, templates, probes, impostor pairs, ... the figures are of.
         figures: name → value.
         intervals: name → (low, high), 95 %, by the bootstrap over identities; not of every figure.
-        curves: name → (x, y, low, high), each float64 [n], for the report.
-        scores: of pairs, cosine [P] and same [P]; empty otherwise.
-        worst: rows of the table, the probes whose best mate lies farthest below another: (probe, what it was taken for,
-            its best mate), and the two cosines.
+        curves: name → (x, y, low, high), float64 [4, n].
+        worst: the mated probes that another beats by most, as rows of the table: (probe, what it was taken for, its
+            best mate, the two cosines).
     """
 
     set: str
@@ -43,13 +46,40 @@ class Judgement:
     figures: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     curves: dict[str, NDArray[np.float64]] = field(default_factory=dict)
-    scores: dict[str, np.ndarray] = field(default_factory=dict)
     worst: list[tuple[int, int, int, float, float]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """A flat object, as it stands in evaluation.jsonl, with the intervals in one field."""
-        intervals = {name: [round(one, 6) for one in both] for name, both in self.intervals.items()}
-        return {"set": self.set, **self.counts, **self.figures} | ({"intervals": intervals} if intervals else {})
+        """A flat object, as it stands in evaluation.jsonl: intervals as ``NAME_low`` and ``NAME_high``."""
+        low = {f"{name}_low": interval[0] for name, interval in self.intervals.items()}
+        high = {f"{name}_high": interval[1] for name, interval in self.intervals.items()}
+        return {"set": self.set, **self.counts, **self.figures, **low, **high}
+
+    def add(self, ids: Sequence[Ints], figures: Callable[[Weights | None], dict[str, float]], samples: int) -> None:
+        """Figures of weights, with their intervals; one called ``CURVE:X`` is a point of a curve."""
+        values, intervals = figures(None), over_identities(ids, figures, samples=samples)
+        points: dict[str, list[tuple[float, ...]]] = {}
+        for name, value in values.items():
+            curve, colon, x = name.partition(":")
+            if colon:
+                points.setdefault(curve, []).append((float(x), value, *intervals.pop(name, (np.nan, np.nan))))
+            else:
+                self.figures[name] = value
+        self.intervals |= intervals
+        self.curves |= {name: np.array(of, dtype=np.float64).T for name, of in points.items()}
+
+    def save(self, path: Path) -> None:
+        """Writes all of it as one .npz."""
+        told = {"set": self.set, "counts": self.counts, "figures": self.figures, "intervals": self.intervals}
+        arrays: dict[str, Any] = {f"curve {name}": curve for name, curve in self.curves.items()}
+        np.savez_compressed(path, about=json.dumps(told), worst=np.array(self.worst).reshape(-1, 5), **arrays)
+
+    @staticmethod
+    def load(path: Path) -> "Judgement":
+        with np.load(path) as arrays:
+            told = json.loads(str(arrays["about"]))
+            worst = [(int(a), int(b), int(c), float(x), float(y)) for a, b, c, x, y in arrays["worst"]]
+            curves = {name.removeprefix("curve "): arrays[name] for name in arrays.files if name.startswith("curve ")}
+            return Judgement(**told, curves=curves, worst=worst)
 
 
 @dataclass(frozen=True)
@@ -149,22 +179,20 @@ def _verification(items: _Items, protocol: Protocol, result: Judgement, how: How
     ids = _identities_of(items, pairs.first, pairs.second, same)
     order = np.argsort(-cosine, kind="stable")
     scores, kinds = cosine[order].astype(np.float64), same[order]
-    rates = true_accept_rates(scores, kinds, LEVELS)
     impostors = int((~same).sum())
     result.counts |= {"pairs": len(same), "impostor_pairs": impostors}
     result.figures["auc"], result.figures["eer"] = area_and_eer(scores, kinds)
-    for level, rate in rates.items():
-        result.figures[f"tar_at_far_{power_of_ten(level)}"] = rate
-        result.counts[f"impostors_at_far_{power_of_ten(level)}"] = int(level * impostors + 1e-9)
+    measured = true_accept_rates(scores, kinds, _CURVE)
 
-    def again(weights: Weights) -> dict[str, float]:
-        found = true_accept_rates(scores, kinds, LEVELS, weights)
-        return {f"tar_at_far_{power_of_ten(level)}": rate for level, rate in found.items() if level in rates}
+    def figures(weights: Weights | None) -> dict[str, float]:
+        rates = true_accept_rates(scores, kinds, measured, weights)
+        points = {f"tar:{level}": rate for level, rate in rates.items()}
+        return points | {f"tar_at_far_{power_of_ten(level)}": rates[level] for level in LEVELS if level in rates}
 
-    sides = [ids[pairs.first][order], ids[pairs.second][order]]
-    result.intervals |= over_identities(sides, again, samples=how.samples)
-    result.scores = {"cosine": cosine, "same": same}
-    result.curves["tar"] = _curve(list(rates), [f"tar_at_far_{power_of_ten(one)}" for one in rates], result)
+    result.add([ids[pairs.first][order], ids[pairs.second][order]], figures, how.samples)
+    for level in LEVELS:
+        if level in measured:
+            result.counts[f"impostors_at_far_{power_of_ten(level)}"] = int(level * impostors + 1e-9)
 
 
 def _identities_of(items: _Items, first: Ints, second: Ints, same: NDArray[np.bool_]) -> Ints:
@@ -203,15 +231,7 @@ def _identification(items: _Items, result: Judgement, how: How) -> None:
         names = [name for name in (each[0] if each else {}) if all(name in one for one in each)]
         return {name: float(np.mean([one[name] for one in each])) for name in names}
 
-    result.figures |= figures(None)
-    result.intervals |= over_identities([items.identity[probes]], figures, samples=how.samples)
-    ranks = [k for k in (*RANKS, 50, 100) if k <= len(galleries) + len(distractors)]
-    result.curves["cmc"] = _filled(ranks, [np.mean([rank_k(k, one.mate, one.above) for one in found]) for k in ranks])
-    levels = np.geomspace(1e-3, 1, 31)
-    rates = [
-        [found_at[0] if (found_at := tpir_at_fpir(x, one.mate, one.other)) else np.nan for one in found] for x in levels
-    ]
-    result.curves["tpir"] = _filled(levels, np.mean(rates, axis=1))
+    result.add([items.identity[probes]], figures, how.samples)
 
 
 class _Search:
@@ -241,11 +261,11 @@ class _Search:
             _tell_worst(items, probes, taken, mates.of_best(gallery[mates.row], -1), self.other, self.mate, shown)
 
     def figures(self, weights: Weights | None) -> dict[str, float]:
-        found = {f"rank_{k}": rank_k(k, self.mate, self.above, weights) for k in RANKS}
-        for level in FPIR_LEVELS:
-            value = tpir_at_fpir(level, self.mate, self.other, weights)
-            if value is not None:
-                found[f"tpir_at_fpir_{power_of_ten(level)}"] = value[0]
+        found = {f"cmc:{k}": rank_k(k, self.mate, self.above, weights) for k in _CMC}
+        found |= {f"rank_{k}": rank_k(k, self.mate, self.above, weights) for k in RANKS}
+        rates = tpir_at_fpir(_CURVE, self.mate, self.other, weights)
+        found |= {f"tpir:{level}": rate for level, rate in rates.items()}
+        found |= {f"tpir_at_fpir_{power_of_ten(level)}": rates[level] for level in FPIR_LEVELS if level in rates}
         for size, right in self.sizes.items():
             found[f"rank_1_with_{size}_distractors"] = rank_k(1, self.mate, (~right).astype(np.int64), weights)
         return found
@@ -268,16 +288,12 @@ def _against_distractors(items: _Items, probes: Ints, distractors: Ints, result:
 
     def figures(weights: Weights | None) -> dict[str, float]:
         every = np.zeros(len(above), dtype=np.float32)
-        found = {
-            f"rank_1_with_{n}_distractors": rank_k(1, every, (~one).astype(np.int64), weights)
-            for n, one in right.items()
-        }
-        return found | {f"rank_{k}": rank_k(k, every, above, weights) for k in RANKS[1:]}
+        first = {n: rank_k(1, every, (~one).astype(np.int64), weights) for n, one in right.items()}
+        found = {f"distractors:{n}": rate for n, rate in first.items()}
+        found |= {f"rank_1_with_{n}_distractors": rate for n, rate in first.items()}
+        return found | {f"rank_{k}": rank_k(k, every, above, weights) for k in RANKS}
 
-    result.figures |= figures(None)
-    result.intervals |= over_identities([ids[mates.query]], figures, samples=how.samples)
-    names = [f"rank_1_with_{n}_distractors" for n in right]
-    result.curves["distractors"] = _curve(list(right), names, result)
+    result.add([ids[mates.query]], figures, how.samples)
 
 
 def _retrieval(items: _Items, result: Judgement, how: How, *, among_themselves: bool) -> None:
@@ -314,14 +330,14 @@ def _retrieval(items: _Items, result: Judgement, how: How, *, among_themselves: 
     else:
         each["minp"] = retrieval.inverse_negative_penalty(places, starts)
 
-    def figures(weights: Weights) -> dict[str, float]:
+    each |= {f"cmc:{k}": retrieval.found_within(k, places, starts) for k in _CMC if k <= len(found)}
+
+    def figures(weights: Weights | None) -> dict[str, float]:
+        weights = np.ones(len(starts) - 1) if weights is None else weights
         total = weights.sum()
         return {name: float(values @ weights / total) if total else float("nan") for name, values in each.items()}
 
-    result.figures |= figures(np.ones(len(starts) - 1))
-    result.intervals |= over_identities([ids[mated]], figures, samples=how.samples)
-    ranks = [k for k in (*RANKS, 50, 100) if k <= len(found)]
-    result.curves["cmc"] = _filled(ranks, [retrieval.found_within(k, places, starts).mean() for k in ranks])
+    result.add([ids[mated]], figures, how.samples)
     taken = np.where(others.row >= 0, found[others.row], -1)
     _tell_worst(items, queries, taken, mates.of_best(found[mates.row], -1), others.cosine, mates.best, result)
 
@@ -359,15 +375,3 @@ def _parts(distractors: int) -> list[tuple[int, int]]:
     """Parts of the distractors: the first 10, up to 100, ... and all."""
     ends = [10**power for power in range(1, 12) if 10**power < distractors] + [distractors] * (distractors > 0)
     return list(zip([0, *ends], ends, strict=False))
-
-
-def _filled(x: Any, y: Any) -> NDArray[np.float64]:
-    """A curve without a band: [4, n]."""
-    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    return np.stack([x, y, np.full_like(y, np.nan), np.full_like(y, np.nan)])
-
-
-def _curve(x: list[Any], names: list[str], result: Judgement) -> NDArray[np.float64]:
-    """A curve of figures with their intervals: [4, n]."""
-    bands = [result.intervals.get(name, (np.nan, np.nan)) for name in names]
-    return np.array([x, [result.figures[name] for name in names], *zip(*bands, strict=True)], dtype=np.float64)
