@@ -13,7 +13,7 @@ from .checkpoint.manager import Saving
 from .config import Config
 from .device import consult_every
 from .diagnosis import NotFinite, diagnose
-from .evaluation.sets import evaluate_sets, read_pair_sets
+from .evaluation.sets import EvaluationSets
 from .log import lines
 from .log.damage import DamageTally
 from .log.telemetry import Telemetry, Throughput
@@ -75,7 +75,7 @@ class Trainer:
         self.heartbeat.enter("opening the data", on_files=True)
         self.run_dir = config.run.path
         self.dataset = build.open_dataset(config)
-        self.pairs = read_pair_sets(config.evaluation.pairs)
+        self.sets = EvaluationSets(config)
         self.start = agree(config, world, resume)
         self.config = config = build.completed(config, self.dataset)
         self.images_per_step = config.images_per_step(world.size)
@@ -124,8 +124,7 @@ class Trainer:
             self.telemetry.message(line)
         for line in told:
             self.telemetry.message(line)
-        sets = [pairs.name for pairs in self.pairs]
-        self.saving = Saving(config, parts, world, labels, sets, self.telemetry.message)
+        self.saving = Saving(config, parts, world, labels, self.sets.names, self.telemetry.message)
         if self.step == 0:
             self.evaluate()
         self.throughput.restart()
@@ -195,20 +194,21 @@ class Trainer:
             (self.run_dir / REQUEUE).touch()
 
     def evaluate(self) -> None:
-        """Verification accuracy on every set of pairs, by all ranks."""
-        for result in evaluate_sets(
+        """What the sets say, by all ranks."""
+        for result, seconds in self.sets.evaluate(
             self.network,
-            self.pairs,
             self.config,
             self.world,
             step=self.step,
+            last=self.step == self.total_steps,
             autocast=self.training_step.autocast,
             tolerating=self.telemetry.tolerating,
+            message=self.telemetry.message,
         ):
-            values = result.to_dict()
+            values = {**result.to_dict(), "seconds": seconds}
             self.telemetry.evaluation(self.step, values)
             self.saving.measured(self.step, result.set, values)
-            self.telemetry.message(lines.evaluated(result, self.step))
+            self.telemetry.message(lines.evaluated(values, self.step))
         self.throughput.restart()
 
     def save(self) -> None:
@@ -232,7 +232,7 @@ class Trainer:
         if self.world.is_main:
             with self.telemetry.tolerating(self.run_dir / "report.html"):
                 report = write_report(self.run_dir)
-                for line in lines.closing(self.run_dir, report, [pairs.name for pairs in self.pairs], self.damage):
+                for line in lines.closing(self.run_dir, report, self.sets.names, self.damage):
                     self.telemetry.message(line)
         if (problem := self.saving.saver.last_problem) is None:
             return 0

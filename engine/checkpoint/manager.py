@@ -82,9 +82,9 @@ class Saving:
         if self.best is None or name != self.best.set:
             return
         if self.best.metric not in values:
+            measured = [key for key in values if isinstance(values[key], float) and key not in ("threshold", "seconds")]
             raise UsageError(
-                f"checkpoint.best.metric: {self.best.metric} is not measured on {name!r} (it has {values['pairs']:,} "
-                f"pairs), but {', '.join(key for key in values if key not in ('set', 'pairs', 'threshold'))} are"
+                f"checkpoint.best.metric: {self.best.metric} is not measured on {name!r}, but {', '.join(measured)} are"
             )
         value = float(values[self.best.metric])
         if step > 0 and (self._champion is None or self.best.beats(value, self._champion)):
@@ -135,10 +135,14 @@ def _best(config: Config, sets: Sequence[str]) -> Best | None:
     if section is None:
         return None
     if not sets:
-        raise UsageError("checkpoint.best: nothing is evaluated; give evaluation.pairs, or leave checkpoint.best out")
+        raise UsageError(
+            "checkpoint.best: nothing is evaluated; give evaluation.pairs or evaluation.sets, or leave it out"
+        )
     name = section.set or sets[0]
     if name not in sets:
-        raise UsageError(f"checkpoint.best.set: {name!r} is none of evaluation.pairs: {', '.join(sets)}")
+        raise UsageError(
+            f"checkpoint.best.set: {name!r} is none of evaluation.pairs and evaluation.sets: {', '.join(sets)}"
+        )
     return Best(section.metric, name, section.mode or ("min" if section.metric == "eer" else "max"))
 
 

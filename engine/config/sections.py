@@ -373,6 +373,10 @@ class Evaluation(Section):
     """Steps between evaluations; the first step and the last are always evaluated."""
     pairs: list[str] = []
     """Verification sets (.bin)."""
+    sets: list[str] = []
+    """Protocols (tables, see docs/evaluation.md)."""
+    most_seconds: Positive | None = None
+    """A set of ``sets`` that took longer is left out until the last step."""
     batch_size: Count = 128
     """Images per rank in one forward pass."""
     flip: bool = True
@@ -382,12 +386,10 @@ class Evaluation(Section):
 class BestCheckpoint(Section):
     """The checkpoint that stays because it measured best."""
 
-    metric: Annotated[str, Field(pattern=r"^(accuracy|accuracy_flip|accuracy_noflip|auc|eer|tar_at_far_1e-\d)$")] = (
-        "accuracy"
-    )
+    metric: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")] = "accuracy"
     """A field of evaluation.jsonl."""
     set: str | None = None
-    """The verification set, by its file's name without .bin; the first of evaluation.pairs when absent."""
+    """The set, by its file's name without the ending; the first of evaluation.pairs and evaluation.sets when absent."""
     mode: Literal["max", "min"] | None = None
     """Which is best, the largest or the smallest; the smallest eer and the largest of the others when absent."""
 

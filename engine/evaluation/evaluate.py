@@ -131,13 +131,21 @@ def embed_images(
     batch_size: int = 128,
     flip: bool = True,
     threads: int = 2,
+    moved: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Embeddings [N, D] of encoded images, float32 on the CPU, not normalised, in order and on every rank.
 
     With ``flip`` the embedding is the sum of the image's and its mirror image's. Otherwise as ``evaluate_pairs``.
     """
     views = _embed_views(
-        model, images, flip=flip, image_size=image_size, device=device, batch_size=batch_size, threads=threads
+        model,
+        images,
+        flip=flip,
+        image_size=image_size,
+        device=device,
+        batch_size=batch_size,
+        threads=threads,
+        moved=moved,
     )
     return views.sum(dim=0)
 

@@ -1,66 +1,124 @@
-"""The evaluations of a run: every set of verification pairs, and what is written down of each."""
+"""The sets that a run is judged by: verification pairs and protocols, and what is written down of each."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from ...data import Pairs, read_pairs
+from ...data import read_pairs
 from ...data.errors import UsageError
+from ...data.protocols.images import WhenAsked, open_images
+from ...data.protocols.table import Protocol, read_protocol
 from ..build import decoding_threads, input_size
 from ..config import Config
 from ..ranks.distributed import World
 from ..report.record import SCORES
-from .evaluate import VerificationResult, evaluate_pairs
+from .evaluate import VerificationResult, embed_images, evaluate_pairs
+from .intervals import SAMPLES
+from .protocol import How, Judgement, judge
 
 
-def read_pair_sets(paths: list[str]) -> list[Pairs]:
-    """The verification sets of a run. UsageError where one cannot be read, or two have the same name."""
-    sets = [read_pairs(path) for path in paths]
-    names = [pairs.name for pairs in sets]
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(f"evaluation.pairs: two sets are called {name!r}: rename one of the files")
-    return sets
+class EvaluationSets:
+    """What ``evaluation`` of a configuration names, read; on every rank.
 
+    Attributes:
+        names: of all sets, each different.
 
-def evaluate_sets(
-    network: nn.Module,
-    sets: list[Pairs],
-    config: Config,
-    world: World,
-    *,
-    step: int,
-    autocast: Callable[[], AbstractContextManager[object]],
-    tolerating: Callable[[Path], AbstractContextManager[None]],
-) -> Iterator[VerificationResult]:
-    """Evaluates one set after the other, by all ranks, and writes the cosines of its pairs.
-
-    Args:
-        network: from images to embeddings.
-        config: of the run, completed.
-        step: the number of the step, for the files' names.
-        autocast: the arithmetic of the network.
-        tolerating: in which a file may fail to be written.
+    Raises:
+        UsageError: one cannot be read, or two have the same name.
     """
-    for pairs in sets:
-        world.heartbeat.enter(f"evaluating on {pairs.name}")
-        with autocast():
-            result, cosine = evaluate_pairs(
-                network,
-                pairs,
-                image_size=input_size(config),
-                device=world.device,
-                batch_size=config.evaluation.batch_size,
-                flip=config.evaluation.flip,
-                threads=decoding_threads(config),
-                moved=world.heartbeat.moved,
-            )
-        if world.is_main:
-            folder = config.run.path / SCORES
-            with tolerating(folder):
-                folder.mkdir(exist_ok=True)
-                np.savez_compressed(folder / f"{pairs.name}-{step:08d}.npz", cosine=cosine, same=pairs.same)
-        yield result
+
+    def __init__(self, config: Config) -> None:
+        self._pairs = [read_pairs(path) for path in config.evaluation.pairs]
+        self._protocols: list[tuple[Protocol, WhenAsked]] = []
+        for path in config.evaluation.sets:
+            protocol = read_protocol(Path(path))
+            self._protocols.append((protocol, open_images(protocol.images, protocol.folder)))
+        self.names = [pairs.name for pairs in self._pairs] + [protocol.name for protocol, _ in self._protocols]
+        for name in self.names:
+            if self.names.count(name) > 1:
+                raise UsageError(f"evaluation: two sets are called {name!r}: rename one of the files")
+        self._slow: set[str] = set()
+
+    def evaluate(
+        self,
+        network: nn.Module,
+        config: Config,
+        world: World,
+        *,
+        step: int,
+        last: bool,
+        autocast: Callable[[], AbstractContextManager[object]],
+        tolerating: Callable[[Path], AbstractContextManager[None]],
+        message: Callable[[str], None],
+    ) -> Iterator[tuple[VerificationResult | Judgement, float]]:
+        """Evaluates one set after the other, by all ranks, and writes what the report needs of it.
+
+        Args:
+            network: from images to embeddings.
+            config: of the run, completed.
+            step: the number of the step, for the files' names.
+            last: whether it is the last one, at which no set is left out.
+            autocast: the arithmetic of the network.
+            tolerating: in which a file may fail to be written.
+            message: prints a line.
+
+        Yields:
+            what was found, and the seconds that it took, the same on every rank.
+        """
+        folder = config.run.path / SCORES
+
+        def written(name: str, write: Callable[[Path], object]) -> None:
+            if world.is_main:
+                with tolerating(folder):
+                    folder.mkdir(exist_ok=True)
+                    write(folder / f"{name}-{step:08d}.npz")
+
+        for pairs in self._pairs:
+            begun = time.monotonic()
+            world.heartbeat.enter(f"evaluating on {pairs.name}")
+            with autocast():
+                result, cosine = evaluate_pairs(network, pairs, **_reading(config, world))
+            written(pairs.name, partial(np.savez_compressed, cosine=cosine, same=pairs.same))
+            yield result, _seconds(world, begun)
+        most = config.evaluation.most_seconds
+        for protocol, images in self._protocols:
+            if protocol.name in self._slow and not last:
+                continue
+            begun = time.monotonic()
+            world.heartbeat.enter(f"evaluating on {protocol.name}")
+            with autocast():
+                embeddings = embed_images(network, images, **_reading(config, world))
+            how = How(world.device, samples=SAMPLES if last else 0, moved=world.heartbeat.moved)
+            judgement = judge(protocol, embeddings, how)
+            written(protocol.name, judgement.save)
+            seconds = _seconds(world, begun)
+            yield judgement, seconds
+            if most is not None and seconds > most and not last:
+                self._slow.add(protocol.name)
+                message(
+                    f"evaluated  {protocol.name} took {seconds:.0f} s, more than evaluation.most_seconds ({most:g}): "
+                    "from now on at the last step alone"
+                )
+
+
+def _reading(config: Config, world: World) -> dict[str, Any]:
+    section = config.evaluation
+    return {
+        "image_size": input_size(config),
+        "device": world.device,
+        "batch_size": section.batch_size,
+        "flip": section.flip,
+        "threads": decoding_threads(config),
+        "moved": world.heartbeat.moved,
+    }
+
+
+def _seconds(world: World, begun: float) -> float:
+    """Of the slowest rank."""
+    return world.largest(int(1000 * (time.monotonic() - begun)))[0] / 1000

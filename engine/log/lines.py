@@ -15,7 +15,7 @@ from ...partial_fc.objectives import LogSumExpObjective, SoftplusObjective
 from ..build import Dataset, decoding_threads, products_of
 from ..checkpoint import Found
 from ..config import Config, Objective
-from ..evaluation.evaluate import VerificationResult
+from ..evaluation.figures import headline
 from ..ranks.distributed import World
 from .damage import NAME as DAMAGED
 from .damage import DamageTally
@@ -65,23 +65,23 @@ def _storage(config: Config) -> list[str]:
     return [f"storage    centers and their state {where}, in {head.center_dtype}"]
 
 
-def evaluated(result: VerificationResult, step: int) -> str:
-    """One evaluation."""
-    metrics = result.metrics
-    parts = [f"evaluated  {result.set} at step {step:,}: accuracy {metrics.accuracy:.4f} ± {metrics.accuracy_std:.4f}"]
-    parts += [f"EER {metrics.eer:.4f}"]
-    parts += [f"TAR@FAR {level:g} {rate:.4f}" for level, rate in list(metrics.tar_at_far.items())[-1:]]
-    return "   ".join(parts)
+def evaluated(values: dict[str, Any], step: int) -> str:
+    """One evaluation, a line of evaluation.jsonl."""
+    told = [f"{title} {value}" for title, value in headline(values)]
+    return f"evaluated  {values['set']} at step {step:,}: {'   '.join(told)}   ({values['seconds']:.1f} s)"
 
 
 def closing(run_dir: Path, report: Path, sets: list[str], damage: DamageTally) -> list[str]:
-    """The accuracy on every set next to the untrained network's, what was damaged, and where to look."""
+    """What every set says next to the untrained network's, what was damaged, and where to look."""
     told = []
     evaluations = read_json_lines(run_dir / "evaluation.jsonl")
     for name in sets:
         of_set = [line for line in evaluations if line["set"] == name]
-        untrained = f"   (untrained network: {of_set[0]['accuracy']:.4f})" if of_set[0]["step"] == 0 else ""
-        told.append(f"accuracy   {of_set[-1]['accuracy']:.4f} ± {of_set[-1]['accuracy_std']:.4f} on {name}{untrained}")
+        before = of_set[0] if of_set[0]["step"] == 0 else {}
+        for title, value in headline(of_set[-1])[:2]:
+            first = dict(headline(before)).get(title)
+            untrained = f"   (untrained network: {first})" if first is not None else ""
+            told.append(f"{title:<10} {value} on {name}{untrained}")
     if damage.records:
         told.append(
             f"damaged    {damage.records:,} record(s), replaced {damage.replaced:,} times: see {run_dir / DAMAGED}"

@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def speed_curve(speed: Series) -> str:
 
 
 def accuracy_curve(accuracies: Mapping[str, Series]) -> str:
-    """Accuracy in percent over steps, one line per set."""
+    """The leading figure of every set in percent over steps, one line per set."""
 
     def draw(axes: "Axes") -> None:
         for (name, (steps, values)), colour in zip(accuracies.items(), _colours(len(accuracies)), strict=True):
@@ -84,7 +85,7 @@ def accuracy_curve(accuracies: Mapping[str, Series]) -> str:
         axes.set_ylim(top=100.8)
         axes.legend(loc="lower right")
 
-    return _render(draw, "step", "verification accuracy (%)")
+    return _render(draw, "step", "share (%)")
 
 
 def histogram(scores: Scores, threshold: float | None) -> str:
@@ -124,6 +125,35 @@ def roc(scores: Scores, untrained: Scores | None) -> str:
         axes.legend(loc="lower right")
 
     return _render(draw, "false accept rate (share of the pairs of two identities)", "true accept rate (%)")
+
+
+_CURVES = {
+    "tar": ("TAR at FAR", "false accept rate", "true accept rate (%)"),
+    "cmc": ("Found among the first k", "k", "share of the probes (%)"),
+    "tpir": ("TPIR at FPIR", "false positive identification rate", "true positive identification rate (%)"),
+    "distractors": ("Rank-1 among distractors", "number of distractors", "share of the searches (%)"),
+}
+"""Of a protocol: title, axes."""
+
+
+def protocol_curves(curves: Mapping[str, NDArray[np.float64]]) -> list[tuple[str, str]]:
+    """(title, figure) of each curve of a judgement, with the band of its intervals."""
+    drawn = []
+    for name, curve in curves.items():
+        if curve.shape[1] > 1:
+            title, x, y = _CURVES[name]
+            drawn.append((title, _render(partial(_draw_band, curve), x, y)))
+    return drawn
+
+
+def _draw_band(curve: NDArray[np.float64], axes: "Axes") -> None:
+    x, y, low, high = curve
+    axes.plot(x, 100 * y, color=BLUE, marker="o", markersize=2.5)
+    if np.isfinite(low).any():
+        axes.fill_between(x, 100 * low, 100 * high, color=BLUE, alpha=0.18, linewidth=0, label="95 % interval")
+        axes.legend(loc="lower right")
+    axes.set_xscale("log")
+    axes.set_ylim(0, 102)
 
 
 def _render(draw: Callable[["Axes"], None], x_label: str, y_label: str) -> str:

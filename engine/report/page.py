@@ -49,6 +49,7 @@ pre { background: #f6f8fa; border: 1px solid var(--line); border-radius: 8px; pa
 {%- endfor %}
 </div>
 
+{%- if config %}
 <h2>Training</h2>
 {%- if curves %}
 <div class="figures">
@@ -71,12 +72,22 @@ the folds. With flip: the embedding of the mirror image is added to the image's 
 <tr{% if row.untrained %} class="soft"{% endif %}>{% for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {%- endfor %}
 </table></div>
-{%- else %}
+{%- elif not sets %}
 <p class="soft">Nothing has been evaluated yet.</p>
+{%- endif %}
 {%- endif %}
 
 {%- for set in sets %}
-<h2>{{ set.name }}, step {{ "{:,}".format(set.step) }}</h2>
+<h2>{{ set.name }}{% if set.step is not none %}, step {{ "{:,}".format(set.step) }}{% endif %}</h2>
+{%- if set.rows %}
+<p class="soft">{{ set.about }}</p>
+<div class="scroll"><table>
+<tr><th>figure</th><th>value</th><th>95 % interval</th><th>untrained</th><th>impostors</th></tr>
+{%- for row in set.rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{%- endfor %}
+</table></div>
+{%- endif %}
 <div class="figures">
 {%- for figure in set.figures %}
 <figure><figcaption>{{ figure.title }}</figcaption><img src="{{ figure.uri }}" alt="{{ figure.title }}"></figure>
@@ -89,8 +100,8 @@ the folds. With flip: the embedding of the mirror image is added to the image's 
 <h3>{{ group.title }}</h3>
 <div class="pairs">
 {%- for pair in group.pairs %}
-<figure><img src="{{ pair.first }}" alt="first image"> <img src="{{ pair.second }}" alt="second image">
-<figcaption>cosine {{ "%.3f"|format(pair.cosine) }}
+<figure>{% for image in pair.images %}<img src="{{ image }}" alt="image {{ loop.index }}"> {% endfor %}
+<figcaption>{{ pair.told }}
 <span class="{{ 'right' if pair.right else 'wrong' }}">{{ "✓ right" if pair.right else "✗ wrong" }}</span></figcaption>
 </figure>
 {%- endfor %}
@@ -98,8 +109,11 @@ the folds. With flip: the embedding of the mirror image is added to the image's 
 {%- endfor %}
 {%- endfor %}
 
+{%- if config %}
+
 <h2>Configuration</h2>
 <pre>{{ config }}</pre>
+{%- endif %}
 </body>
 </html>
 """

@@ -13,18 +13,17 @@ from .record import Scores
 
 if TYPE_CHECKING:
     from ...data.pairs.pairs import Pairs
+    from ..evaluation.protocol import Judgement
 
 LONGEST_SIDE = 112  # pixels of a picture in the report
 
 
 @dataclass(frozen=True)
 class PairPicture:
-    first: str
-    """Data URI."""
-    second: str
-    cosine: float
+    images: tuple[str, ...]
+    """Data URIs: of a pair; or of a probe, of what it was taken for, and of its own identity."""
+    told: str
     right: bool
-    """Whether the threshold decides this pair rightly."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,24 @@ def _typical(scores: Scores, threshold: float, *, same: bool) -> NDArray[np.intp
 def _picture(images: Sequence[bytes], scores: Scores, place: int, threshold: float) -> PairPicture:
     cosine = float(scores.cosine[place])
     right = (cosine >= threshold) == bool(scores.same[place])
-    return PairPicture(picture_uri(images[2 * place]), picture_uri(images[2 * place + 1]), cosine, right)
+    both = picture_uri(images[2 * place]), picture_uri(images[2 * place + 1])
+    return PairPicture(both, f"cosine {cosine:.3f}", right)
+
+
+def worst_probes(judgement: "Judgement", images: Sequence[bytes | np.ndarray], count: int = 12) -> list[PairGroup]:
+    """The probes that another identity beats by most: each, what it was taken for, and its own best image."""
+    pictures = [
+        PairPicture(
+            tuple(picture_uri(bytes(images[row])) for row in (probe, taken, mate)),
+            f"{other:.3f}, its own {own:.3f}",
+            own > other,
+        )
+        for probe, taken, mate, other, own in judgement.worst[:count]
+    ]
+    title = (
+        "Probes that were least rightly found: each, the other identity nearest to it, and its own identity's nearest"
+    )
+    return [PairGroup(title, pictures)] if pictures else []
 
 
 def picture_uri(encoded: bytes) -> str:

@@ -10,6 +10,7 @@ import yaml
 from numpy.typing import NDArray
 
 from ...data.errors import UsageError
+from ..evaluation.protocol import Judgement
 from ..log.telemetry import read_json_lines
 
 CONFIG, METRICS, EVALUATION, SCORES = "config.yaml", "metrics.jsonl", "evaluation.jsonl", "evaluation"
@@ -53,6 +54,10 @@ class RunRecord:
             return None
         with np.load(path) as arrays:
             return Scores(arrays["cosine"], arrays["same"])
+
+    def judgement(self, name: str, step: int) -> Judgement | None:
+        path = self.directory / SCORES / f"{name}-{step:08d}.npz"
+        return Judgement.load(path) if path.is_file() else None
 
 
 def read_run(directory: Path) -> RunRecord:

@@ -1,5 +1,6 @@
 """report.html: a run on one page that needs no other file and no network."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,15 @@ import numpy as np
 from ...data.atomic import replacing
 from ...data.errors import UsageError
 from ...data.pairs.pairs import Pairs, read_pairs
+from ...data.protocols.images import open_images
+from ...data.protocols.table import read_protocol
 from ...data.records.joint import JointDataset
+from ..evaluation.figures import headline, leading_of, title
+from ..evaluation.protocol import Judgement
 from ..log.telemetry import clock_time
 from . import figures
 from .page import PAGE
-from .pictures import PairGroup, picture_groups
+from .pictures import PairGroup, picture_groups, worst_probes
 from .record import RunRecord, read_run
 
 
@@ -34,10 +39,14 @@ class SetSection:
     """One verification set at its latest evaluated step."""
 
     name: str
-    step: int
+    step: int | None
+    """None where it is not a run's."""
     figures: list[TitledFigure]
     groups: list[PairGroup] = field(default_factory=list)
     note: str = ""
+    about: str = ""
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    """Of a protocol: figure, value, interval, the untrained network's, impostors behind it."""
 
 
 def write_report(run_dir: Path) -> Path:
@@ -49,26 +58,38 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         UsageError: ``run_dir`` is not a run directory.
     """
+    run = read_run(Path(run_dir))
+    path = run.directory / "report.html"
+    _render(
+        path,
+        title=run.setting("run", "name") or run.directory.name,
+        subtitle=_subtitle(run),
+        tiles=_tiles(run),
+        curves=_curves(run),
+        table=_table(run),
+        sets=_set_sections(run),
+        config=run.config_text,
+    )
+    return path
+
+
+def write_judgements(path: Path, subtitle: str, judged: Sequence[tuple[Judgement, Sequence[Any] | None]]) -> None:
+    """Writes a page of what protocols say, with their images where there are any."""
+    tiles = [
+        Tile(value.split(" ")[0], f"{title} on {judgement.set}")
+        for judgement, _ in judged
+        for title, value in headline(judgement.to_dict())[:2]
+    ]
+    sections = [_protocol_section(judgement, images) for judgement, images in judged]
+    _render(path, title="Evaluation", subtitle=subtitle, tiles=tiles, sets=sections)
+
+
+def _render(path: Path, **parts: Any) -> None:
     from jinja2 import Environment
 
-    run = read_run(Path(run_dir))
-    page = (
-        Environment(autoescape=True)
-        .from_string(PAGE)
-        .render(
-            title=run.setting("run", "name") or run.directory.name,
-            subtitle=_subtitle(run),
-            tiles=_tiles(run),
-            curves=_curves(run),
-            table=_table(run),
-            sets=_set_sections(run),
-            config=run.config_text,
-        )
-    )
-    path = run.directory / "report.html"
+    page = Environment(autoescape=True).from_string(PAGE).render(**parts)
     with replacing(path) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
-    return path
 
 
 def _subtitle(run: RunRecord) -> str:
@@ -84,8 +105,9 @@ def _tiles(run: RunRecord) -> list[Tile]:
     tiles = []
     for name, lines in run.evaluations.items():
         last, untrained = lines[-1], _untrained(lines)
-        before = "" if untrained is None or untrained is last else f"; untrained {_percent(untrained['accuracy'])}"
-        tiles.append(Tile(_percent(last["accuracy"]), f"accuracy on {name}{before}"))
+        leading, called = leading_of(last)
+        before = "" if untrained is None or untrained is last else f"; untrained {_percent(untrained.get(leading))}"
+        tiles.append(Tile(_percent(last[leading]), f"{called} on {name}{before}"))
     steps, losses = run.series("loss")
     total = run.setting("schedule", "steps")
     if len(steps):
@@ -129,30 +151,29 @@ def _curves(run: RunRecord) -> list[TitledFigure]:
         curves.append(TitledFigure("Loss", figures.loss_curve(loss)))
     if len(rate[0]):
         curves.append(TitledFigure("Learning rate", figures.rate_curve(rate)))
-    accuracies = {
-        name: (
-            np.array([line["step"] for line in lines], dtype=float),
-            np.array([line["accuracy"] for line in lines], dtype=float),
-        )
-        for name, lines in run.evaluations.items()
-    }
-    if accuracies:
-        curves.append(TitledFigure("Verification accuracy", figures.accuracy_curve(accuracies)))
+    leading = {}
+    for name, lines in run.evaluations.items():
+        field_, called = leading_of(lines[-1])
+        measured = [(line["step"], line[field_]) for line in lines if field_ in line]
+        leading[f"{called}, {name}"] = tuple(np.array(measured, dtype=float).T)
+    if leading:
+        curves.append(TitledFigure("Evaluation", figures.accuracy_curve(leading)))
     if len(speed[0]):
         curves.append(TitledFigure("Speed", figures.speed_curve(speed)))
     return curves
 
 
 def _table(run: RunRecord) -> dict[str, Any] | None:
-    """The last evaluation of every set, and the untrained network's below it."""
-    if not run.evaluations:
+    """The last evaluation of every set of pairs, and the untrained network's below it."""
+    evaluations = {name: lines for name, lines in run.evaluations.items() if "accuracy" in lines[-1]}
+    if not evaluations:
         return None
-    every = [line for lines in run.evaluations.values() for line in lines]
+    every = [line for lines in evaluations.values() for line in lines]
     rates = [key for key in dict.fromkeys(key for line in every for key in line) if key.startswith("tar_at_far_")]
     heads = ["set", "step", "accuracy", "with flip", "no flip", "AUC", "EER", "threshold"]
     heads += ["TAR at FAR " + key.removeprefix("tar_at_far_") for key in rates]
     rows = []
-    for name, lines in run.evaluations.items():
+    for name, lines in evaluations.items():
         shown = [lines[-1]]
         untrained = _untrained(lines)
         if untrained is not None and untrained is not lines[-1]:
@@ -178,6 +199,14 @@ def _set_sections(run: RunRecord) -> list[SetSection]:
     available = _available_pairs(run)
     for name, lines in run.evaluations.items():
         last, untrained = lines[-1], _untrained(lines)
+        if "accuracy" not in last:
+            judgement = run.judgement(name, last["step"])
+            if judgement is not None:
+                before = None if untrained is last else untrained
+                section = _protocol_section(judgement, _images_of(run, name, judgement), before)
+                section.step = last["step"]
+                sections.append(section)
+            continue
         scores = run.scores(name, last["step"])
         if scores is None:
             continue
@@ -198,6 +227,42 @@ def _set_sections(run: RunRecord) -> list[SetSection]:
             section.groups = picture_groups(pairs, scores, threshold)
         sections.append(section)
     return sections
+
+
+def _protocol_section(
+    judgement: Judgement, images: Sequence[Any] | None, untrained: dict[str, Any] | None = None
+) -> SetSection:
+    rows = []
+    for name, value in judgement.figures.items():
+        low, high = judgement.intervals.get(name, (None, None))
+        interval = "" if low is None else f"{_percent(low)} … {_percent(high)}"
+        before = "" if untrained is None else _percent(untrained.get(name))
+        impostors = judgement.counts.get(name.replace("tar_at_far", "impostors_at_far")) if "far" in name else None
+        rows.append(
+            (title(name) or name, _percent(value), interval, before, "" if impostors is None else f"{impostors:,}")
+        )
+    counts = {name: number for name, number in judgement.counts.items() if not name.startswith("impostors_at")}
+    return SetSection(
+        judgement.set,
+        None,
+        [TitledFigure(*drawn) for drawn in figures.protocol_curves(judgement.curves)],
+        groups=worst_probes(judgement, images) if images is not None else [],
+        note="" if images is not None or not judgement.worst else "Pictures are left out: there are no images.",
+        about=", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items()),
+        rows=rows,
+    )
+
+
+def _images_of(run: RunRecord, name: str, judgement: Judgement) -> Sequence[Any] | None:
+    """The images of a protocol, where its table still says what it did."""
+    path = next((Path(one) for one in run.setting("evaluation", "sets") or [] if Path(one).stem == name), None)
+    try:
+        protocol = read_protocol(path) if path is not None else None
+        if protocol is None or len(protocol) != judgement.counts["images"]:
+            return None
+        return open_images(protocol.images, protocol.folder)
+    except UsageError:  # moved or deleted since: the section says so
+        return None
 
 
 def _available_pairs(run: RunRecord) -> dict[str, Pairs]:

@@ -1,4 +1,4 @@
-"""``pfc evaluate``: how well a trained backbone tells identities apart."""
+"""``pfc evaluate``: how well a trained backbone, or embeddings from elsewhere, tell identities apart."""
 
 import os
 from collections.abc import Sequence
@@ -10,17 +10,58 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...data.errors import UsageError
 from ..console import find_device, print_table
-from ..models import BatchSize, Device, Flip, Source, open_backbone
+from ..models import BatchSize, Device, Flip, check_new_file, open_backbone
 
 if TYPE_CHECKING:
     from ...data import Pairs
+    from ...data.protocols.table import Protocol
+    from ...engine.evaluation.protocol import How, Judgement
+
+Source = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[RUN_OR_CHECKPOINT]",
+        help="A run's folder (its latest checkpoint) or one checkpoint; none with --embeddings.",
+        show_default=False,
+    ),
+]
 
 
 def evaluate(
-    source: Source,
-    pairs: Annotated[list[Path], typer.Option(metavar="FILE.bin", help="A verification set; others may follow.")],
-    more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE.bin]...", help="Further sets.")] = None,
+    source: Source = None,
+    more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE.bin]...", help="Further sets of pairs.")] = None,
+    pairs: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE.bin", help="A verification set; may be given several times.")
+    ] = None,
+    protocol: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="TABLE", help="A protocol (.csv, .tsv, .parquet); may be given several times."),
+    ] = None,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.npz|.npy",
+            help="Judge these, of any network, instead of a run's: `embeddings` [N, D] in the table's order, or with "
+            "`names` of its images; with `labels` and no table each among all others.",
+        ),
+    ] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="What a protocol's images are relative to. [dim]\\[default: the table's folder][/dim]",
+            show_default=False,
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Write curves, and the worst probes as pictures, there.")
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--bootstrap", min=0, metavar="N", help="Draws of identities for the intervals; 0: none.")
+    ] = 200,
+    memory: Annotated[int, typer.Option(min=1, metavar="MIB", help="Memory of a search, besides embeddings.")] = 512,
     device: Device = "auto",
     nproc: Annotated[
         int,
@@ -30,61 +71,184 @@ def evaluate(
     flip: Flip = None,
     json: Annotated[bool, typer.Option("--json", help="Print the results as a JSON list.")] = False,
 ) -> int:
-    """Measure a trained backbone on verification sets.
+    """Measure a trained backbone, or embeddings from elsewhere, on verification sets and protocols.
 
     Accuracy is that of the 10-fold protocol, with the embeddings of an image and its mirror image added and without;
-    TAR at FAR as far down as the number of pairs allows. The network computes in the precision of its run, as the
-    run's own evaluations do. `pfc pack pairs` makes a verification set.
+    TAR at FAR as far down as the number of pairs allows. What a protocol measures follows from its columns: see
+    docs/evaluation.md. The network computes in the precision of its run, as the run's own evaluations do.
+    `pfc pack pairs` makes a verification set, `pfc pack protocol` a protocol.
     """
     from ...data import read_pairs
+    from ...data.protocols.images import open_images
+    from ...data.protocols.table import read_protocol
     from ..rank import preload
     from ..spawn import run_ranks
 
+    if source is None and embeddings is None:
+        raise UsageError("give a run or a checkpoint, or --embeddings with a file of them")
+    if source is not None and embeddings is not None:
+        if source.suffix != ".bin":  # of pairs, which the first place may hold with --embeddings
+            raise UsageError(f"{source} and --embeddings: give one of them")
+        more = [source, *(more or [])]
+    if report is not None:
+        check_new_file(report, ".html")
     # All sets are read before the first is measured: a wrong name should not cost the time of the right ones.
-    sets = [read_pairs(path) for path in (*pairs, *(more or []))]
-    measure = partial(_measure, source, sets, device=device, batch_size=batch_size, flip=flip, as_json=json)
+    sets = [read_pairs(path) for path in (*(pairs or []), *(more or []))]
+    protocols = [read_protocol(path, root) for path in protocol or []]
+    if embeddings is None:
+        if not sets and not protocols:
+            raise UsageError("give what to measure on: --pairs FILE.bin or --protocol TABLE")
+        assert source is not None
+        images = [open_images(one.images, one.folder) for one in protocols]
+        network = partial(_Network, source, sets, protocols, images, device, batch_size, flip)
+    else:
+        network = partial(_Elsewhere, embeddings, sets, protocols, device)
+        images = [_images_or_none(one) for one in protocols]
+    measure = partial(_measure, network, samples, memory << 20, as_json=json, report=report, images=images)
     if nproc == 1 or "WORLD_SIZE" in os.environ:
         return measure()
-    preload("pfc.engine.evaluation.evaluate")
+    preload("pfc.engine.evaluation.sets")
     return run_ranks(measure, nproc)
 
 
-def _measure(
-    source: Path, sets: "Sequence[Pairs]", *, device: str, batch_size: int, flip: bool | None, as_json: bool
-) -> int:
+def _measure(judge_by: Any, samples: int, memory: int, *, as_json: bool, report: Path | None, images: list[Any]) -> int:
     """Measures and prints; on every rank where there are several."""
-    from ...engine.evaluation.evaluate import evaluate_pairs
+    from ...engine.evaluation.protocol import How
     from ...engine.ranks import distributed
-    from ..machine import usable_cores
 
-    where = find_device(device)
-    with distributed.start(device=where) if "WORLD_SIZE" in os.environ else nullcontext() as world:
-        trained = open_backbone(source, where)
-        results = []
-        for one in sets:
-            with trained.autocast(where):
-                result, _ = evaluate_pairs(
-                    trained.model,
-                    one,
-                    image_size=trained.image_size,
-                    device=where,
-                    batch_size=batch_size,
-                    flip=trained.flip if flip is None else flip,
-                    threads=max(1, usable_cores() // (world.size if world is not None else 1)),
-                    moved=world.heartbeat.moved if world is not None else lambda: None,
-                )
-            results.append({**result.to_dict(), "precision": trained.precision})
+    by = judge_by()
+    with distributed.start(device=by.device) if "WORLD_SIZE" in os.environ else nullcontext() as world:
+        moved = world.heartbeat.moved if world is not None else lambda: None
+        results = list(by.pairs(world, moved))
+        judged = list(by.protocols(world, How(by.device, memory, samples, moved)))
     if world is None or world.is_main:
+        told = [*results, *(one.to_dict() for one in judged)]
+        if report is not None:
+            from ...engine.report.write import write_judgements
+
+            report.parent.mkdir(parents=True, exist_ok=True)
+            write_judgements(report, by.subtitle, list(zip(judged, images or [None] * len(judged), strict=True)))
         if as_json:
-            print(dumps(results, indent=2))
+            print(dumps([{**one, "precision": by.precision} for one in told], indent=2))
         else:
-            _print_table(results)
-            if trained.precision != "float32":
-                print(f"computed in {trained.precision}, as in its run")
+            if results:
+                _print_pairs(results)
+            for one in judged:
+                _print_judgement(one)
+            if by.precision not in ("float32", None):
+                print(f"computed in {by.precision}, as in its run")
+            if report is not None:
+                print(f"report     {report}")
     return 0
 
 
-def _print_table(results: list[dict[str, Any]]) -> None:
+class _Network:
+    """A trained backbone judges images."""
+
+    def __init__(
+        self,
+        source: Path,
+        sets: "Sequence[Pairs]",
+        protocols: "Sequence[Protocol]",
+        images: Sequence[Any],
+        device: str,
+        batch_size: int,
+        flip: bool | None,
+    ) -> None:
+        self.device = find_device(device)
+        self._trained = open_backbone(source, self.device)
+        self._sets, self._protocols, self._images = sets, protocols, images
+        self._reading = {
+            "image_size": self._trained.image_size,
+            "device": self.device,
+            "batch_size": batch_size,
+            "flip": self._trained.flip if flip is None else flip,
+        }
+        self.precision, self.subtitle = self._trained.precision, str(source)
+
+    def pairs(self, world: Any, moved: Any) -> Any:
+        from ...engine.evaluation.evaluate import evaluate_pairs
+
+        for one in self._sets:
+            with self._trained.autocast(self.device):
+                found, _ = evaluate_pairs(
+                    self._trained.model, one, **self._reading, threads=_threads(world), moved=moved
+                )
+            yield found.to_dict()
+
+    def protocols(self, world: Any, how: "How") -> Any:
+        from ...engine.evaluation.evaluate import embed_images
+        from ...engine.evaluation.protocol import judge
+
+        for protocol, images in zip(self._protocols, self._images, strict=True):
+            with self._trained.autocast(self.device):
+                found = embed_images(
+                    self._trained.model, images, **self._reading, threads=_threads(world), moved=how.moved
+                )
+            yield judge(protocol, found, how)
+
+
+class _Elsewhere:
+    """Embeddings that another program has made."""
+
+    def __init__(self, path: Path, sets: "Sequence[Pairs]", protocols: "Sequence[Protocol]", device: str) -> None:
+        from ...engine.evaluation.elsewhere import protocol_of_labels, read_embeddings
+
+        self.device = find_device(device)
+        self.precision, self.subtitle = None, str(path)
+        self._path, self._sets = path, sets
+        self._found = read_embeddings(path)
+        self._protocols = protocols
+        if not sets and not protocols:
+            self._protocols = [protocol_of_labels(path, self._found)]
+
+    def pairs(self, world: Any, moved: Any) -> Any:
+        from ...engine.evaluation.elsewhere import judge_pairs
+
+        for one in self._sets:
+            yield judge_pairs(self._path, self._found, one)
+
+    def protocols(self, world: Any, how: "How") -> Any:
+        from ...engine.evaluation.elsewhere import rows_of_table
+        from ...engine.evaluation.protocol import judge
+
+        for protocol in self._protocols:
+            yield judge(protocol, rows_of_table(self._path, self._found, protocol), how)
+
+
+def _images_or_none(protocol: "Protocol") -> Any:
+    """The images, for the report, where they are here."""
+    from ...data.protocols.images import open_images
+
+    try:
+        return open_images(protocol.images, protocol.folder)
+    except UsageError:
+        return None
+
+
+def _threads(world: Any) -> int:
+    from ..machine import usable_cores
+
+    return max(1, usable_cores() // (world.size if world is not None else 1))
+
+
+def _print_judgement(judgement: "Judgement") -> None:
+    from ...engine.evaluation.figures import title
+
+    values, rows = judgement.to_dict(), []
+    for name, value in judgement.figures.items():
+        low, high = judgement.intervals.get(name, (None, None))
+        interval = "" if low is None else f"{low:.4f} … {high:.4f}"
+        impostors = values.get(name.replace("tar_at_far", "impostors_at_far"), "") if "tar_at" in name else ""
+        rows.append((title(name) or name, f"{value:.4f}", interval, f"{impostors:,}" if impostors else ""))
+    counts = {name: number for name, number in judgement.counts.items() if not name.startswith("impostors_at")}
+    print(f"{judgement.set}: " + ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items()))
+    heads = ("figure", "value", "95 % interval", "impostors")
+    used = [place for place in range(4) if place < 2 or any(row[place] for row in rows)]
+    print_table([heads[place] for place in used], [[row[place] for place in used] for row in rows])
+
+
+def _print_pairs(results: list[dict[str, Any]]) -> None:
     rates = sorted({key for result in results for key in result if key.startswith("tar_at_far_")})
     columns = {"pairs": "pairs", "accuracy": "accuracy", "accuracy_flip": "with flip", "accuracy_noflip": "no flip"}
     columns |= {"auc": "AUC", "eer": "EER"}

@@ -105,7 +105,7 @@ def test_a_whole_run_has_everything(run):
         "num_classes: 1234",
     ):
         assert expected in text
-    assert figure_titles(page) == ["Loss", "Learning rate", "Verification accuracy", "Speed", "Cosines", "ROC"]
+    assert figure_titles(page) == ["Loss", "Learning rate", "Evaluation", "Speed", "Cosines", "ROC"]
 
 
 def test_the_page_needs_nothing_from_outside(run):
@@ -129,7 +129,7 @@ def shown_pairs(page):
     for title, body in re.findall(r"<h3>(.*?)</h3>(.*?)</div>", page, flags=re.DOTALL):
         groups[title] = []
         for picture, cosine, verdict in re.findall(
-            r'<img src="data:image/jpeg;base64,([^"]+)" alt="first.*?cosine (-?[\d.]+)\s*<span class="(\w+)"',
+            r'<img src="data:image/jpeg;base64,([^"]+)" alt="image 1.*?cosine (-?[\d.]+)\s*<span class="(\w+)"',
             body,
             flags=re.DOTALL,
         ):
@@ -194,7 +194,7 @@ def test_pairs_or_scores_that_are_gone_are_left_out(run):
     assert "Pictures are left out" in page
     assert figure_titles(page)[-2:] == ["Cosines", "ROC"]
     shutil.rmtree(run / "evaluation")
-    assert figure_titles(report(run)) == ["Loss", "Learning rate", "Verification accuracy", "Speed"]
+    assert figure_titles(report(run)) == ["Loss", "Learning rate", "Evaluation", "Speed"]
 
 
 def test_an_earlier_report_is_replaced_and_nothing_else_is_left(run):
