@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ..data.errors import UsageError, forbidden
-from .verbs import bench, centers, convert, doctor, embed, evaluate, export, inspect, pack, plan, train
+from .verbs import bench, centers, convert, doctor, embed, evaluate, export, inspect, pack, plan, threshold, train
 
 app = typer.Typer(
     name="pfc",
@@ -27,6 +27,7 @@ app.command()(plan.plan)
 app.add_typer(pack.app, name="pack")
 app.command()(inspect.inspect)
 app.command()(evaluate.evaluate)
+app.command()(threshold.threshold)
 app.command()(embed.embed)
 app.command()(centers.centers)
 app.command()(export.export)

@@ -108,19 +108,11 @@ def judge(protocol: Protocol, embeddings: Tensor, how: How | None = None) -> Jud
         UsageError: an embedding is not finite, or there is nothing that could be judged.
     """
     how = How() if how is None else how
-    if len(embeddings) != len(protocol):
-        raise UsageError(
-            f"{protocol.name}: {len(embeddings):,} embeddings for {len(protocol):,} images: give one for each "
-            "row of the table, in its order"
-        )
-    broken = (~torch.isfinite(embeddings).all(dim=1)).nonzero()[:, 0].tolist()
-    if broken:
-        raise UsageError(
-            f"{protocol.name}: {len(broken):,} of {len(protocol):,} embeddings are not finite, the first is that of "
-            f"{protocol.images[broken[0]]}"
-        )
+    check_embeddings(protocol, embeddings)
     result = Judgement(protocol.name, {"images": len(protocol)})
-    items = _items(protocol, embeddings, result)
+    items = items_of(protocol, embeddings)
+    if protocol.template is not None:
+        result.counts["templates"] = len(items.row)
     if protocol.pairs is not None:
         _verification(items, protocol, result, how)
     if protocol.has("probe"):
@@ -133,8 +125,23 @@ def judge(protocol: Protocol, embeddings: Tensor, how: How | None = None) -> Jud
     return result
 
 
+def check_embeddings(protocol: Protocol, embeddings: Tensor) -> None:
+    """UsageError where there is not one for each image, or one is not finite."""
+    if len(embeddings) != len(protocol):
+        raise UsageError(
+            f"{protocol.name}: {len(embeddings):,} embeddings for {len(protocol):,} images: give one for each "
+            "row of the table, in its order"
+        )
+    broken = (~torch.isfinite(embeddings).all(dim=1)).nonzero()[:, 0].tolist()
+    if broken:
+        raise UsageError(
+            f"{protocol.name}: {len(broken):,} of {len(protocol):,} embeddings are not finite, the first is that of "
+            f"{protocol.images[broken[0]]}"
+        )
+
+
 @dataclass(frozen=True)
-class _Items:
+class Items:
     """What is compared: templates, or images. ``row`` is a row of the table that shows each."""
 
     unit: Tensor
@@ -150,25 +157,25 @@ class _Items:
         return np.flatnonzero(self.role == ROLES.index(role))
 
 
-def _items(protocol: Protocol, embeddings: Tensor, result: Judgement) -> _Items:
+def items_of(protocol: Protocol, embeddings: Tensor) -> Items:
+    """The images, or their templates; UsageError where a template has no embedding."""
     if protocol.template is None:
         every = np.arange(len(protocol))
         columns = protocol.identity, protocol.role, protocol.camera, protocol.gallery
-        return _Items(unit(embeddings), every, *columns, every)
+        return Items(unit(embeddings), every, *columns, every)
     try:
         pooled = pool(embeddings, protocol.template, protocol.media, protocol.weight)
     except UsageError as error:
         raise UsageError(f"{protocol.name}: {error}") from None
     _, row = np.unique(protocol.template, return_index=True)
-    result.counts["templates"] = len(row)
     columns = (
         None if codes is None else codes[row]
         for codes in (protocol.identity, protocol.role, protocol.camera, protocol.gallery)
     )
-    return _Items(pooled, row, *columns, np.arange(len(row)))  # type: ignore[arg-type]
+    return Items(pooled, row, *columns, np.arange(len(row)))  # type: ignore[arg-type]
 
 
-def _verification(items: _Items, protocol: Protocol, result: Judgement, how: How) -> None:
+def _verification(items: Items, protocol: Protocol, result: Judgement, how: How) -> None:
     """1:1 by a list of pairs."""
     pairs = protocol.pairs
     assert pairs is not None
@@ -176,7 +183,7 @@ def _verification(items: _Items, protocol: Protocol, result: Judgement, how: How
     if same.all() or not same.any():
         kind = "two identities" if same.all() else "one identity"
         raise UsageError(f"{protocol.name}: none of the {len(same):,} pairs shows {kind}: give pairs of both kinds")
-    ids = _identities_of(items, pairs.first, pairs.second, same)
+    ids = identities_of(items, pairs.first, pairs.second, same)
     order = np.argsort(-cosine, kind="stable")
     scores, kinds = cosine[order].astype(np.float64), same[order]
     impostors = int((~same).sum())
@@ -195,8 +202,8 @@ def _verification(items: _Items, protocol: Protocol, result: Judgement, how: How
             result.counts[f"impostors_at_far_{power_of_ten(level)}"] = int(level * impostors + 1e-9)
 
 
-def _identities_of(items: _Items, first: Ints, second: Ints, same: NDArray[np.bool_]) -> Ints:
-    """Of each item; where the table does not say, those that pairs of one identity join are one."""
+def identities_of(items: Items, first: Ints, second: Ints, same: NDArray[np.bool_]) -> Ints:
+    """Of each item [n]; where the table does not say, those that pairs of one identity join are one."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -207,7 +214,7 @@ def _identities_of(items: _Items, first: Ints, second: Ints, same: NDArray[np.bo
     return connected_components(joined, directed=False)[1].astype(np.int64)
 
 
-def _identification(items: _Items, result: Judgement, how: How) -> None:
+def _identification(items: Items, result: Judgement, how: How) -> None:
     """1:N, closed and open; in each gallery apart, and the mean of them."""
     probes, distractors = items.of("probe"), items.of("distractor")
     galleries = items.of("gallery")
@@ -238,7 +245,7 @@ class _Search:
     """All probes in one gallery with the distractors: what each found."""
 
     def __init__(
-        self, items: _Items, probes: Ints, gallery: Ints, distractors: Ints, shown: Judgement | None, how: How
+        self, items: Items, probes: Ints, gallery: Ints, distractors: Ints, shown: Judgement | None, how: How
     ) -> None:
         queries, ids = items.unit[probes], items.identity[probes]
         held = items.unit[gallery]
@@ -271,7 +278,7 @@ class _Search:
         return found
 
 
-def _against_distractors(items: _Items, probes: Ints, distractors: Ints, result: Judgement, how: How) -> None:
+def _against_distractors(items: Items, probes: Ints, distractors: Ints, result: Judgement, how: How) -> None:
     """MegaFace: each two probes of one identity, the second alone among the distractors (Kemelmacher et al. 2016)."""
     queries, ids = items.unit[probes], items.identity[probes]
     mates = find_mates(queries, ids, queries, ids, left_out=lambda query, row: query == row, **how.search)
@@ -296,7 +303,7 @@ def _against_distractors(items: _Items, probes: Ints, distractors: Ints, result:
     result.add([ids[mates.query]], figures, how.samples)
 
 
-def _retrieval(items: _Items, result: Judgement, how: How, *, among_themselves: bool) -> None:
+def _retrieval(items: Items, result: Judgement, how: How, *, among_themselves: bool) -> None:
     """Queries in a gallery, without what the same camera took; or each image among all others."""
     if among_themselves:
         queries = found = np.arange(len(items.row))
@@ -342,7 +349,7 @@ def _retrieval(items: _Items, result: Judgement, how: How, *, among_themselves: 
     _tell_worst(items, queries, taken, mates.of_best(found[mates.row], -1), others.cosine, mates.best, result)
 
 
-def _all_to_all(items: _Items, result: Judgement, how: How) -> None:
+def _all_to_all(items: Items, result: Judgement, how: How) -> None:
     """1:1 by every pair of two images: a threshold is a bin's edge, and never accepts more than it may."""
     same, different, _ = all_pairs(items.unit, items.identity, moved=how.moved, **how.search)
     if not same.sum() or not different.sum():
@@ -359,7 +366,7 @@ def _all_to_all(items: _Items, result: Judgement, how: How) -> None:
 
 
 def _tell_worst(
-    items: _Items, probes: Ints, taken: Ints, best: Ints, other: np.ndarray, mate: np.ndarray, result: Judgement
+    items: Items, probes: Ints, taken: Ints, best: Ints, other: np.ndarray, mate: np.ndarray, result: Judgement
 ) -> None:
     """The mated probes that another beats by most, as rows of the table."""
     mated = np.flatnonzero(np.isfinite(mate) & (taken >= 0))

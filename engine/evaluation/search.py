@@ -280,33 +280,64 @@ def all_pairs(
         how many pairs of one identity and of two are in each bin, int64 [bins], and the bins' edges [bins + 1]. A
         cosine beyond ±1 by rounding is in the last bin.
     """
-    number = len(ids)
-    rows_at_once = min(_QUERIES, max(1, number))
-    columns = max(1, min(number, memory // (_BYTES * rows_at_once)))
     known = torch.from_numpy(ids)
 
     def count(start: int, stop: int) -> tuple[Ints]:
-        """Of the rows start … stop, in pieces: row r with rows 0 … r − 1, and what is left of a block's corner."""
         found = torch.zeros(2, bins, dtype=torch.int64, device=device)
-        for begin in range(start, stop, rows_at_once):
-            end = min(begin + rows_at_once, stop)
-            left = embeddings[begin:end].to(device)
-            for at in range(0, end, columns):
-                to = min(at + columns, end)
-                places = ((left @ embeddings[at:to].to(device).T + 1) * (bins / 2)).long().clamp_(0, bins - 1)
-                same = (known[begin:end, None] == known[None, at:to]) & (known[begin:end, None] >= 0)
-                places = torch.where(same.to(device), places, places + bins)
-                if to > begin:
-                    once = torch.arange(at, to) < torch.arange(begin, end)[:, None]
-                    places = places[once.to(device)]
-                found += torch.bincount(places.flatten(), minlength=2 * bins).view(2, bins)
-                moved()
+        for rows, columns, cosines, once in _triangle(embeddings, start, stop, device, memory):
+            places = ((cosines + 1) * (bins / 2)).long().clamp_(0, bins - 1)
+            same = (known[rows, None] == known[None, columns]) & (known[rows, None] >= 0)
+            places = torch.where(same.to(device), places, places + bins)[once]
+            found += torch.bincount(places, minlength=2 * bins).view(2, bins)
+            moved()
         return (found.cpu().numpy()[None],)
 
-    # The work grows with the row, and so the ranks' shares are equal where the squares of their bounds are.
-    (parts,) = _shared(number, count, growing=True)
+    (parts,) = _shared(len(ids), count, growing=True)
     same, different = parts.sum(axis=0)
     return same, different, np.linspace(-1, 1, bins + 1)
+
+
+def mistaken_pairs(
+    embeddings: Tensor,
+    ids: Ints,
+    threshold: float,
+    *,
+    device: torch.device = CPU,
+    memory: int = MEMORY,
+    moved: Callable[[], object] = lambda: None,
+) -> tuple[Ints, Ints]:
+    """The pairs of two images, rows int64 [P] and [P], that a threshold judges wrongly: of two identities, and as alike
+    as it or more; of one, and less. Arguments as of ``all_pairs``."""
+    known = torch.from_numpy(ids)
+
+    def find(start: int, stop: int) -> tuple[Ints, Ints]:
+        first, second = [], []
+        for rows, columns, cosines, once in _triangle(embeddings, start, stop, device, memory):
+            same = (known[rows, None] == known[None, columns]) & (known[rows, None] >= 0)
+            found = (((cosines >= threshold) != same.to(device)) & once).nonzero().cpu().numpy()
+            first.append(found[:, 0] + rows.start)
+            second.append(found[:, 1] + columns.start)
+            moved()
+        return _joined(first, np.int64), _joined(second, np.int64)
+
+    first, second = _shared(len(ids), find, growing=True)
+    return first, second
+
+
+def _triangle(
+    embeddings: Tensor, start: int, stop: int, device: torch.device, memory: int
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Cosines of the rows start … stop with those before them, block by block: rows, columns, the cosines, and which of
+    them count, each pair once."""
+    rows_at_once = min(_QUERIES, max(1, len(embeddings)))
+    columns = max(1, min(len(embeddings), memory // (_BYTES * rows_at_once)))
+    for begin in range(start, stop, rows_at_once):
+        end = min(begin + rows_at_once, stop)
+        left = embeddings[begin:end].to(device)
+        for at in range(0, end, columns):
+            to = min(at + columns, end)
+            once = torch.arange(at, to, device=device) < torch.arange(begin, end, device=device)[:, None]
+            yield slice(begin, end), slice(at, to), left @ embeddings[at:to].to(device).T, once
 
 
 def _same(ordered: Ints, ids: Ints) -> tuple[Ints, Ints]:

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from .record import Scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from ..evaluation.threshold import OperatingPoint
 
 Series = tuple[NDArray[np.float64], NDArray[np.float64]]
 
@@ -154,6 +156,45 @@ def _draw_band(curve: NDArray[np.float64], axes: "Axes") -> None:
         axes.legend(loc="lower right")
     axes.set_xscale("log")
     axes.set_ylim(0, 102)
+
+
+def rates_over_threshold(points: Sequence["OperatingPoint"], threshold: float) -> str:
+    """False match rate (solid) and false non-match rate (dashed) of every threshold, on each set."""
+
+    def draw(axes: "Axes") -> None:
+        for point, colour in zip(points, _colours(len(points)), strict=True):
+            edges = point.scores.edges[:-1]
+            chosen = np.arange(0, len(edges), max(1, len(edges) // MOST_POINTS))
+            for rates, style, told in (
+                (point.scores.false_match_rate, "-", "false matches"),
+                (point.scores.false_non_match_rate, "--", "false non-matches"),
+            ):
+                seen = chosen[rates[chosen] > 0]
+                axes.plot(edges[seen], rates[seen], color=colour, linestyle=style, label=f"{told}, {point.name}")
+        axes.axvline(threshold, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"threshold {threshold:.4f}")
+        axes.set_yscale("log")
+        axes.legend(loc="lower left")
+
+    return _render(draw, "threshold, a cosine", "rate")
+
+
+def calibration(chosen: "OperatingPoint", others: Sequence["OperatingPoint"]) -> str:
+    """What false match rate the others get of the thresholds that the chosen set gives for each rate."""
+    asked = chosen.scores.false_match_rate
+    places = np.flatnonzero(np.diff(asked, prepend=2.0) < 0)
+    places = places[np.unique(np.linspace(0, len(places) - 1, MOST_POINTS).round().astype(int))]
+
+    def draw(axes: "Axes") -> None:
+        rates = asked[places]
+        axes.plot(rates, rates, color=GREY, linestyle=(0, (4, 3)), linewidth=1, label="as asked for")
+        for point, colour in zip(others, _colours(len(others)), strict=True):
+            axes.plot(rates, np.maximum(point.scores.false_match_rate[places], 1e-12), color=colour, label=point.name)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=max(1e-9, rates[rates > 0].min() / 100))
+        axes.legend(loc="upper left")
+
+    return _render(draw, f"false match rate asked for, on {chosen.name}", "false match rate got")
 
 
 def _render(draw: Callable[["Axes"], None], x_label: str, y_label: str) -> str:

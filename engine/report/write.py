@@ -15,6 +15,7 @@ from ...data.protocols.table import read_protocol
 from ...data.records.joint import JointDataset
 from ..evaluation.figures import headline, leading_of, title
 from ..evaluation.protocol import Judgement
+from ..evaluation.threshold import OperatingPoint
 from ..log.telemetry import clock_time
 from . import figures
 from .page import PAGE
@@ -82,6 +83,22 @@ def write_judgements(path: Path, subtitle: str, judged: Sequence[tuple[Judgement
     ]
     sections = [_protocol_section(judgement, images) for judgement, images in judged]
     _render(path, title="Evaluation", subtitle=subtitle, tiles=tiles, sets=sections)
+
+
+def write_threshold(
+    path: Path, subtitle: str, threshold: float, fmr: float, points: Sequence[OperatingPoint], told: Sequence[str]
+) -> None:
+    """Writes a page of what a threshold gives on the set that it was chosen on, the first, and on others."""
+    chosen, others = points[0], points[1:]
+    tiles = [Tile(f"{threshold:.4f}", f"threshold, a cosine, for a false match rate of {fmr:g}")]
+    for point in points:
+        tiles.append(Tile(f"{point.fmr:.2e}", f"false match rate on {point.name}, {point.false_matches:,} pairs"))
+        tiles.append(Tile(_percent(point.fnmr), f"false non-match rate on {point.name}"))
+    drawn = [TitledFigure("Rates", figures.rates_over_threshold(points, threshold))]
+    if others:
+        drawn.append(TitledFigure("Calibration", figures.calibration(chosen, others)))
+    section = SetSection("Operating point", None, drawn, note=" · ".join(told))
+    _render(path, title="Threshold", subtitle=subtitle, tiles=tiles, sets=[section])
 
 
 def _render(path: Path, **parts: Any) -> None:
