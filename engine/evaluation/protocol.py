@@ -356,13 +356,17 @@ def _all_to_all(items: Items, result: Judgement, how: How) -> None:
         return
     result.counts |= {"pairs": int(same.sum() + different.sum()), "impostor_pairs": int(different.sum())}
     accepted, impostors = np.cumsum(same[::-1])[::-1], np.cumsum(different[::-1])[::-1]  # from each bin on
-    for level in LEVELS:
+    rates = {}
+    for level in _CURVE:
         allowed = int(level * different.sum() + 1e-9)
         if allowed >= 1:
             bin_ = int(np.searchsorted(-impostors, -allowed))  # the first from which few enough are accepted
-            rate = accepted[bin_] / same.sum() if bin_ < len(accepted) else 0.0
-            result.figures[f"tar_at_far_{power_of_ten(level)}"] = float(rate)
-            result.counts[f"impostors_at_far_{power_of_ten(level)}"] = allowed
+            rates[level] = float(accepted[bin_] / same.sum()) if bin_ < len(accepted) else 0.0
+    result.curves["tar"] = np.array([[x, y, np.nan, np.nan] for x, y in rates.items()]).reshape(-1, 4).T
+    for level in LEVELS:
+        if level in rates:
+            result.figures[f"tar_at_far_{power_of_ten(level)}"] = rates[level]
+            result.counts[f"impostors_at_far_{power_of_ten(level)}"] = int(level * different.sum() + 1e-9)
 
 
 def _tell_worst(

@@ -156,6 +156,10 @@ def _draw_band(curve: NDArray[np.float64], axes: "Axes") -> None:
         axes.legend(loc="lower right")
     axes.set_xscale("log")
     axes.set_ylim(0, 102)
+    if x.min() >= 1:  # numbers of images, not rates
+        from matplotlib.ticker import StrMethodFormatter
+
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
 def rates_over_threshold(points: Sequence["OperatingPoint"], threshold: float) -> str:
@@ -188,10 +192,10 @@ def calibration(chosen: "OperatingPoint", others: Sequence["OperatingPoint"]) ->
         rates = asked[places]
         axes.plot(rates, rates, color=GREY, linestyle=(0, (4, 3)), linewidth=1, label="as asked for")
         for point, colour in zip(others, _colours(len(others)), strict=True):
-            axes.plot(rates, np.maximum(point.scores.false_match_rate[places], 1e-12), color=colour, label=point.name)
+            got = point.scores.false_match_rate[places]
+            axes.plot(rates[got > 0], got[got > 0], color=colour, label=point.name)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_ylim(bottom=max(1e-9, rates[rates > 0].min() / 100))
         axes.legend(loc="upper left")
 
     return _render(draw, f"false match rate asked for, on {chosen.name}", "false match rate got")
