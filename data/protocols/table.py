@@ -201,7 +201,7 @@ def check(protocol: Protocol, path: Path) -> None:
         other = [] if codes is None else np.flatnonzero(codes != codes[first][inverse])
         if len(other):
             text = printable(protocol.names["template"][protocol.template[other[0]]])
-            kind = {"identity": "identities"}.get(name, f"{name}s")
+            kind = {"identity": "identities", "gallery": "galleries"}.get(name, f"{name}s")
             raise UsageError(f"{path}: template {text} has two {kind}: a template is one person's, in one place")
 
 
