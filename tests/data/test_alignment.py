@@ -131,6 +131,20 @@ def test_landmarks_are_those_of_the_upright_image():
     assert (np.asarray(Image.open(io.BytesIO(stored))) == np.asarray(align(upright, LANDMARKS, (112, 112)))).all()
 
 
+@pytest.mark.parametrize(("side", "kind"), [(1040, "JPEG"), (112, "JPEG"), (112, "PNG")])
+def test_landmarks_count_the_files_own_pixels(side: int, kind: Any) -> None:
+    """Of a large JPEG too, which is decoded at a part of its size elsewhere; and an image of the size is warped too."""
+    file = io.BytesIO()
+    photograph().resize((side, side)).save(file, kind)
+    landmarks = (LANDMARKS * side / SPAN).astype(np.float32)
+    stored = reencode(file.getvalue(), size=(112, 112), quality=95, encoding="png", landmarks=landmarks)
+    expected = align(Image.open(file).convert("RGB"), landmarks, (112, 112))
+    assert (np.asarray(Image.open(io.BytesIO(stored))) == np.asarray(expected)).all()
+    as_jpeg = reencode(file.getvalue(), size=(112, 112), quality=95, encoding="jpeg", landmarks=landmarks)
+    assert Image.open(io.BytesIO(as_jpeg)).size == (112, 112)
+    assert as_jpeg != file.getvalue()
+
+
 # In tables
 
 HEADER = ",".join(LANDMARK_COLUMNS)
