@@ -74,11 +74,13 @@ setup(
         ],
         "export": ["onnx", "onnxruntime", "onnxscript"],
         "parquet": ["pyarrow"],
+        "align": ["scikit-image>=0.26"],
         "dev": [
             "pytest",
             "pytest-xdist",
             "hypothesis",
             "pyarrow",
+            "scikit-image>=0.26",
             "ruff",
             "pyright[nodejs]",
             "build",

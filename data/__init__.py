@@ -6,7 +6,9 @@
     order/      in which order training sees the images
     loading/    shards to batches of tensors: reading, decoding, augmenting
     pairs/      verification sets
+    protocols/  evaluation protocols: one table for each, and their images
     glyphs/     data sets that any machine can make: printed characters, coloured patterns
+    alignment   faces warped by five landmarks, for packing and for evaluation
     generated   a data set that is computed as it is read
 
 The public names load on first use, so that a program pays only for what it touches.

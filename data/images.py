@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .alignment import Landmarks, align
+
 Encoding = Literal["jpeg", "png"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".pgm")
@@ -16,21 +18,31 @@ _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 _BACKGROUND = "white"  # behind transparent images
 
 
-def reencode(data: bytes, *, size: tuple[int, int] | None, quality: int, encoding: Encoding) -> bytes:
+def reencode(
+    data: bytes,
+    *,
+    size: tuple[int, int] | None,
+    quality: int,
+    encoding: Encoding,
+    landmarks: Landmarks | None = None,
+) -> bytes:
     """The image file ``data`` as JPEG or PNG of ``size`` (height, width), as RGB; None keeps its own size.
 
-    An image that is that already keeps its bytes untouched. Raises whatever Pillow raises where it cannot be
-    read.
+    With ``landmarks`` (float32 [5, 2]) the face is aligned to ``size``; otherwise the image is scaled to cover it and
+    cropped at the centre, and keeps its bytes untouched where it is all that already. Raises whatever Pillow raises
+    where it cannot be read, and what ``align`` raises.
     """
     with Image.open(io.BytesIO(data)) as image:
-        if _is_ready(image, size, encoding):
+        if landmarks is None and _is_ready(image, size, encoding):
             image.load()
             return data
-        if size is not None:
+        if size is not None and landmarks is None:
             # JPEG can be decoded at 1/2, 1/4, 1/8: much faster, and as good at twice the size.
             image.draft("RGB", (2 * max(size), 2 * max(size)))
         upright = to_rgb(ImageOps.exif_transpose(image))
-    if size is not None:
+    if size is not None and landmarks is not None:
+        upright = align(upright, landmarks, size)
+    elif size is not None:
         height, width = size
         upright = ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
     return encode_image(upright, quality=quality, encoding=encoding)

@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pfc: {told}", file=sys.stderr)
     except typer.TyperException as error:  # an unknown option, a missing argument, a value of the wrong type
         command = context.command_path if (context := getattr(error, "ctx", None)) else "pfc"
-        print(f"pfc: {error.format_message()}\nTry '{command} --help'.", file=sys.stderr)
+        what = " ".join(error.format_message().split())  # a list of choices has a line for each
+        print(f"pfc: {what}\nTry '{command} --help'.", file=sys.stderr)
     return 2
 
 

@@ -52,18 +52,27 @@ def pack_table(
     root: str | Path | None = None,
     path_column: str | None = None,
     label_column: str = "label",
+    align: bool = False,
     **given: Any,
 ) -> PackSummary:
     """Pack the images of a table: .csv or .tsv with a header line, .parquet, or a folder of .parquet files.
 
     ``path_column`` (default: ``path``, else ``image``) has paths relative to ``root`` (default: the table's folder),
     or in Parquet the images themselves. ``label_column`` has whole numbers or names. ``size`` is 112 by default.
+    ``align``: warp each face by its five landmarks, columns x1, y1, ..., x5, y5; an image without is left out. Finding
+    them is up to you.
     """
     src, out = Path(src), Path(out)
     options = _options_for_files(given)
+    if align and options.size is None:
+        raise UsageError("aligned faces have one size: they cannot keep their own, nor their bytes")
     check_apart(out, [src], options)
     source = table_source(
-        src, root=None if root is None else Path(root), path_column=path_column, label_column=label_column
+        src,
+        root=None if root is None else Path(root),
+        path_column=path_column,
+        label_column=label_column,
+        align=align,
     )
     return pack(source, out, options)
 

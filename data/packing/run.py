@@ -53,6 +53,8 @@ def pack(source: Source, out: Path, options: PackOptions) -> PackSummary:
     chosen = select(source, options)
     shards = _count_shards(len(chosen.images), options)
     creation = store.to_dict() | {"shards": shards, "seed": options.seed} | _unusual(options)
+    if source.landmarks is not None:
+        creation["align"] = True
     writer = ShardedWriter(
         out,
         identities=chosen.identities if chosen.names is None else chosen.names,

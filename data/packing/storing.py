@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..alignment import Landmarks
 from ..images import Encoding, reencode, why_unreadable
 
 
@@ -26,8 +27,8 @@ class Storing:
     keep_bytes: bool = False
     check: bool = True
 
-    def __call__(self, data: bytes) -> bytes | str:
-        """The bytes to store for the image file ``data``, or why it cannot be read."""
+    def __call__(self, data: bytes, landmarks: Landmarks | None = None) -> bytes | str:
+        """The bytes to store for the image file ``data``, or why it cannot be read; aligned where it has landmarks."""
         if not data:
             return "it is empty"
         if self.keep_bytes and not self.check:
@@ -36,7 +37,9 @@ class Storing:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow's remarks about odd metadata of an image that it can read
                 if not self.keep_bytes:
-                    return reencode(data, size=self.size, quality=self.quality, encoding=self.encoding)
+                    return reencode(
+                        data, size=self.size, quality=self.quality, encoding=self.encoding, landmarks=landmarks
+                    )
                 with Image.open(io.BytesIO(data)) as image:
                     image.load()
                 return data

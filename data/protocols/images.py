@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ..alignment import need_alignment
 from ..errors import UsageError
+from ..images import reencode, why_unreadable
 from ..records.dataset import RecordDataset
 from ..records.manifest import printable
 
@@ -29,12 +32,24 @@ class WhenAsked(Sequence[Any]):
         return WhenAsked(self.read, self.places[at]) if isinstance(at, slice) else self.read(self.places[at])
 
 
-def open_images(names: Sequence[str], folder: Path) -> WhenAsked:
+def open_images(
+    names: Sequence[str],
+    folder: Path,
+    landmarks: NDArray[np.float32] | None = None,
+    size: tuple[int, int] | None = None,
+) -> WhenAsked:
     """The encoded images, bytes or uint8 arrays: files relative to ``folder``, or ``SET#NUMBER``.
 
+    Args:
+        landmarks: float32 [N, 5, 2], by which faces are aligned to ``size`` (height, width), as ``pfc pack table
+            --align`` does; where they are NaN the image is given as it is.
+
     Raises:
-        UsageError: an image does not exist; the first is named, all are counted.
+        UsageError: an image does not exist; the first is named, all are counted. Faces are to be aligned and
+            scikit-image is not installed; when it is read, an image that cannot be aligned.
     """
+    if landmarks is not None:
+        need_alignment()
     sets: dict[str, RecordDataset] = {}
     where: list[Path | tuple[RecordDataset, int]] = []
     missing = []
@@ -60,6 +75,12 @@ def open_images(names: Sequence[str], folder: Path) -> WhenAsked:
 
     def read(place: int) -> bytes | np.ndarray:
         at = where[place]
-        return at.read_bytes() if isinstance(at, Path) else at[0].read(at[1])[1]
+        encoded = at.read_bytes() if isinstance(at, Path) else at[0].read(at[1])[1]
+        if landmarks is None or size is None or np.isnan(landmarks[place, 0, 0]):
+            return encoded
+        try:
+            return reencode(bytes(encoded), size=size, quality=95, encoding="png", landmarks=landmarks[place])
+        except Exception as error:  # Pillow's decoders raise nearly anything about a damaged file
+            raise UsageError(f"{printable(names[place])} cannot be aligned: {why_unreadable(error)}") from None
 
     return WhenAsked(read, range(len(names)))

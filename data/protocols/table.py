@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..alignment import landmark_columns, parse_landmarks
 from ..atomic import replacing
 from ..errors import UsageError
 from ..records.manifest import printable
@@ -40,6 +41,7 @@ class Protocol:
         identity, template, media, camera, gallery, group: int64 [N]; None where the table has no such column.
         role: places in ``ROLES``, int64 [N].
         weight: of an image in its template, float32 [N].
+        landmarks: by which a face is aligned, float32 [N, 5, 2]; NaN of an image that is used as it is.
         pairs: of templates, or of images where there are no templates.
     """
 
@@ -54,6 +56,7 @@ class Protocol:
     gallery: Codes | None = None
     group: Codes | None = None
     weight: NDArray[np.float32] | None = None
+    landmarks: NDArray[np.float32] | None = None
     pairs: Pairs | None = None
     names: dict[str, list[str]] = field(default_factory=dict)
 
@@ -81,7 +84,7 @@ def read_protocol(path: Path, folder: Path | None = None) -> Protocol:
 
     Raises:
         UsageError: naming the file and the row: a column is missing, a role is unknown, a row stands there twice, a
-            template has two identities or roles, a pair names a template without images.
+            template has two identities or roles, landmarks are incomplete, a pair names a template without images.
     """
     columns = columns_of(path)
     chosen = {}
@@ -92,11 +95,13 @@ def read_protocol(path: Path, folder: Path | None = None) -> Protocol:
     if "image" not in chosen:
         there = ", ".join(map(printable, columns))
         raise UsageError(f"{path} has no column image (or path): a protocol names its images; there are: {there}")
+    points = landmark_columns(path, columns)
+    landmarks = array("f")
     texts: dict[str, list[str]] = {name: [] for name in chosen}
     first_seen: dict[tuple[str, ...], str] = {}
     unique = [list(chosen).index(name) for name in ("image", "template", "role", "gallery") if name in chosen]
-    for where, *values in rows_of(path, *chosen.values()):
-        values = ["" if value is None else str(value) for value in values]
+    for where, *cells in rows_of(path, *chosen.values(), *points):
+        values = ["" if cell is None or cell != cell else str(cell) for cell in cells[: len(chosen)]]
         if not values[0]:
             raise UsageError(f"{where} has no image")
         earlier = first_seen.setdefault(tuple(values[place] for place in unique), where)
@@ -106,8 +111,9 @@ def read_protocol(path: Path, folder: Path | None = None) -> Protocol:
             if name == "role" and value not in ROLES:
                 raise UsageError(f"{where}: role {printable(value)}: allowed are {', '.join(ROLES[1:])}, or nothing")
             if name == "weight":
-                _number(where, value)
+                check_weight(where, value)
             texts[name].append(value)
+        landmarks.extend(parse_landmarks(where, cells[len(chosen) :]) if points else ())
     if not texts["image"]:
         raise UsageError(f"{path} lists no image: it is empty")
 
@@ -124,6 +130,8 @@ def read_protocol(path: Path, folder: Path | None = None) -> Protocol:
             setattr(protocol, name, codes)
     if "weight" in texts:
         protocol.weight = np.array([float(text) for text in texts["weight"]], dtype=np.float32)
+    if points:
+        protocol.landmarks = np.frombuffer(landmarks, dtype=np.float32).reshape(-1, 5, 2)
     check(protocol, path)
     beside = [path.with_name(f"{path.stem}.pairs{kind}") for kind in (path.suffix, ".csv", ".tsv", ".parquet")]
     pairs = next((one for one in beside if one.is_file()), None)
@@ -132,11 +140,15 @@ def read_protocol(path: Path, folder: Path | None = None) -> Protocol:
     return protocol
 
 
-def write_protocol(path: Path, columns: dict[str, Sequence[Any]], pairs: Iterable[Sequence[Any]] | None = None) -> None:
-    """Writes the table ``path`` (.csv), columns of ``COLUMNS``, and beside it its pairs: first, second, 0 or 1.
+def write_protocol(
+    path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]], pairs: Iterable[Sequence[Any]] | None = None
+) -> None:
+    """Writes the table ``path`` (.csv), and beside it its pairs: first, second, 0 or 1; both or, if it fails, none.
+
+    ``columns`` are those of ``COLUMNS`` and of landmarks; ``rows`` and then ``pairs`` are gone through once.
 
     Raises:
-        UsageError: the file exists, or is no .csv.
+        UsageError: a file exists, or its name does not end in .csv.
     """
     beside = path.with_name(f"{path.stem}.pairs.csv")
     if path.suffix != ".csv":
@@ -145,9 +157,11 @@ def write_protocol(path: Path, columns: dict[str, Sequence[Any]], pairs: Iterabl
         if one.exists():
             raise UsageError(f"{one} exists already: name another file, or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if pairs is not None:
-        _write(beside, PAIR_COLUMNS, pairs)
-    _write(path, tuple(columns), zip(*columns.values(), strict=True))
+    with replacing(path) as table:
+        _write(table, columns, rows)
+        if pairs is not None:
+            with replacing(beside) as unfinished:
+                _write(unfinished, PAIR_COLUMNS, pairs)
 
 
 def encode(texts: Sequence[str]) -> tuple[Codes, list[str]]:
@@ -187,7 +201,7 @@ def check(protocol: Protocol, path: Path) -> None:
         other = [] if codes is None else np.flatnonzero(codes != codes[first][inverse])
         if len(other):
             text = printable(protocol.names["template"][protocol.template[other[0]]])
-            kind = {"identity": "identities"}.get(name, f"{name}s")
+            kind = {"identity": "identities", "gallery": "galleries"}.get(name, f"{name}s")
             raise UsageError(f"{path}: template {text} has two {kind}: a template is one person's, in one place")
 
 
@@ -216,7 +230,8 @@ def _read_pairs(path: Path, protocol: Protocol) -> Pairs:
     return Pairs(np.frombuffer(first, dtype=np.int64), np.frombuffer(second, dtype=np.int64), flags)
 
 
-def _number(where: str, text: str) -> None:
+def check_weight(where: str, text: str) -> None:
+    """UsageError where it is no finite number from 0 on."""
     try:
         value = float(text)
     except ValueError:
@@ -229,11 +244,8 @@ def _row_alone(where: str) -> str:
     return where.rpartition(": ")[2]
 
 
-def _write(path: Path, columns: tuple[str, ...], rows: Iterable[Sequence[Any]]) -> None:
-    with (
-        replacing(path) as unfinished,
-        unfinished.open("w", encoding="utf-8", newline="", errors="surrogateescape") as f,
-    ):
-        writer = csv.writer(f)
+def _write(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="", errors="surrogateescape") as file:
+        writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(rows)

@@ -1,4 +1,4 @@
-"""``pfc pack``: images into RecordIO shards, and pairs into verification sets."""
+"""``pfc pack``: images into RecordIO shards, pairs into verification sets, and the tables of protocols."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,17 +7,20 @@ import typer
 
 from ...data.errors import UsageError
 from ..console import parse_size, progress_bar
+from . import pack_protocol
 from .pack_arguments import Out, Overwrite, Quality, Seed, Shards, Size, Workers
 from .pack_sources import folder, list_file, recordio, table
 
 app = typer.Typer(
-    help="Pack images into a data set (RecordIO shards), or pairs into a verification set.", no_args_is_help=True
+    help="Pack images into a data set (RecordIO shards), pairs into a verification set; or make a protocol's table.",
+    no_args_is_help=True,
 )
 
 app.command()(folder)
 app.command("list")(list_file)
 app.command()(recordio)
 app.command()(table)
+app.add_typer(pack_protocol.app, name="protocol")
 
 
 @app.command()

@@ -95,13 +95,24 @@ def table(
     label_column: Annotated[
         str, typer.Option(metavar="NAME", help="Column of the identities: numbers or names.")
     ] = "label",
+    align: Annotated[
+        bool,
+        typer.Option(
+            "--align",
+            help="Warp each face by its landmarks in the columns x1, y1, ..., x5, y5: left eye, right eye, nose, left "
+            "and right corner of the mouth, in pixels. Find them with a detector of your own.",
+        ),
+    ] = False,
     **options: Any,
 ) -> "PackSummary":
     """Pack the images of a table: CSV or TSV with a header line, or Parquet.
 
     Parquet may hold the images themselves, as Hugging Face's data sets do; it needs pip install 'pfc\\[parquet]'.
-    Images are treated as by 'pfc pack folder'.
+    Images are treated as by 'pfc pack folder', or with --align warped to ArcFace's five points, which needs
+    pip install 'pfc\\[align]'; those without landmarks are named, counted and left out.
     """
     from ...data import pack_table
 
-    return pack_table(source, out, root=root, path_column=path_column, label_column=label_column, **options)
+    return pack_table(
+        source, out, root=root, path_column=path_column, label_column=label_column, align=align, **options
+    )

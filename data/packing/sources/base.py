@@ -13,6 +13,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from ...alignment import Landmarks
 from ..storing import Storing
 
 
@@ -38,6 +39,7 @@ class Source(ABC):
         ignored_files: files that are no images by their names.
         whole_records: readers give whole records instead of images.
         image_size: (height, width) of all images where the source says so.
+        landmarks: float32 [N, 5, 2], by which the images are aligned; None where they are not.
     """
 
     about: str
@@ -49,6 +51,7 @@ class Source(ABC):
     ignored_files: int = 0
     whole_records: bool = False
     image_size: tuple[int, int] | None = None
+    landmarks: Landmarks | None = None
 
     def prepare(self, folder: Path) -> None:  # noqa: B027 (most sources need nothing)
         """Called before reading, with a folder for temporary files that stays when packing is interrupted."""
@@ -71,6 +74,12 @@ class Source(ABC):
         yield self.codes.tobytes()
         for name in self.names:
             yield name.encode("utf-8", "surrogateescape") + b"\0"
+        if self.landmarks is not None:
+            yield self.landmarks.tobytes()
+
+    def landmarks_of(self, image: int) -> Landmarks | None:
+        """[5, 2]"""
+        return None if self.landmarks is None else self.landmarks[image]
 
 
 class LazyTexts(Sequence[str]):
@@ -134,8 +143,8 @@ class FileSource(Source):
     def reader(self, store: Storing, identities: int, *, shuffled: bool) -> Reader:
         return FileReader(self.root, store)
 
-    def task(self, image: int, label: int) -> str:
-        return self.paths[image]
+    def task(self, image: int, label: int) -> tuple[str, Landmarks | None]:
+        return self.paths[image], self.landmarks_of(image)
 
     def describe(self, image: int) -> str:
         return self.paths[image]
@@ -151,19 +160,20 @@ _OF_THE_FILE += (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
 
 
 class FileReader:
-    """Reads and stores one image file, ``root``/``path``. OSError where the disk or the machine fails."""
+    """Stores one image file, (path under ``root``, landmarks). OSError where the disk or the machine fails."""
 
     def __init__(self, root: Path, store: Storing) -> None:
         self.root = root
         self.store = store
 
-    def __call__(self, path: str) -> bytes | str:
+    def __call__(self, task: tuple[str, Landmarks | None]) -> bytes | str:
+        path, landmarks = task
         whole = os.path.join(self.root, path)
         try:
             # Opened without waiting, so that a named pipe holds nobody up: it is read as empty.
             with open(whole, "rb", opener=_open_at_once) as file:
                 data = file.read()
-            return self.store(data)
+            return self.store(data, landmarks)
         except OSError as error:
             if error.errno in _OF_THE_FILE:
                 return (error.strerror or type(error).__name__).lower()

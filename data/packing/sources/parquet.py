@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ...alignment import Landmarks
 from ...errors import UsageError
 from ...records.manifest import printable
 from ...tables import open_parquet, read_columns
@@ -101,9 +102,9 @@ class EmbeddedSource(Source):
     def reader(self, store: Storing, identities: int, *, shuffled: bool) -> Reader:
         return SpoolReader(self._spool, store)
 
-    def task(self, image: int, label: int) -> tuple[int, int]:
+    def task(self, image: int, label: int) -> tuple[int, int, Landmarks | None]:
         start = int(self._ends[image - 1]) if image else 0
-        return start, int(self._ends[image]) - start
+        return start, int(self._ends[image]) - start, self.landmarks_of(image)
 
     def describe(self, image: int) -> str:
         at = bisect_right(self._starts, image) - 1
@@ -117,17 +118,18 @@ class EmbeddedSource(Source):
 
 
 class SpoolReader:
-    """Stores the image at (start, length) of a file."""
+    """Stores the image at (start, length) of a file, aligned where it has landmarks."""
 
     def __init__(self, spool: Path, store: Storing) -> None:
         self.spool = spool
         self.store = store
 
-    def __call__(self, task: tuple[int, int]) -> bytes | str:
-        start, length = task
+    def __call__(self, task: tuple[int, int, Landmarks | None]) -> bytes | str:
+        start, length, landmarks = task
         if not length:  # null, or a struct with a path alone
             return "the table does not hold its bytes"
-        return self.store(os.pread(_open(self.spool, os.stat(self.spool).st_ino).fileno(), length, start))
+        spool = _open(self.spool, os.stat(self.spool).st_ino)
+        return self.store(os.pread(spool.fileno(), length, start), landmarks)
 
 
 @lru_cache(maxsize=1)
