@@ -11,6 +11,7 @@ from ..data.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from ..data.protocols.table import Protocol
     from ..engine.device import Precision
     from ..engine.evaluation.evaluate import Encoded
 
@@ -55,6 +56,24 @@ class Trained(NamedTuple):
                 device=device,
                 batch_size=batch_size,
                 flip=flip,
+                threads=usable_cores(),
+            )
+
+    def embed_protocol(
+        self, protocol: "Protocol", device: "torch.device", batch_size: int, *, flip: bool | None
+    ) -> "torch.Tensor":
+        """Of a protocol's images, as ``embed``; ``flip`` as its run does where None."""
+        from ..engine.evaluation.protocol import embed_protocol
+        from .machine import usable_cores
+
+        with self.autocast(device):
+            return embed_protocol(
+                self.model,
+                protocol,
+                image_size=self.image_size,
+                device=device,
+                batch_size=batch_size,
+                flip=self.flip if flip is None else flip,
                 threads=usable_cores(),
             )
 

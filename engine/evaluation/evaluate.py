@@ -187,6 +187,8 @@ def _embed_views(
                 mine = torch.cat([forward(batch) for batch in decoded], dim=1)
         except UndecodableImage as error:
             problem = UndecodableImage(start + error.place, error.problem)
+        except UsageError as error:
+            problem = error
         except Exception as error:
             if world_size == 1:
                 raise

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...data.errors import UsageError
+from ...data.errors import UndecodableImage, UsageError
+from ...data.protocols.images import open_images
 from ...data.protocols.table import ROLES, Protocol
 from . import retrieval
+from .evaluate import embed_images
 from .identification import FPIR_LEVELS, RANKS, rank_k, tpir_at_fpir
 from .intervals import SAMPLES, Weights, over_identities
 from .metrics import FAR_LEVELS, area_and_eer, power_of_ten, true_accept_rates
@@ -94,6 +96,21 @@ class How:
     @property
     def search(self) -> dict[str, Any]:
         return {"device": self.device, "memory": self.memory}
+
+
+def embed_protocol(network: nn.Module, protocol: Protocol, *, image_size: tuple[int, int], **reading: Any) -> Tensor:
+    """The embeddings of a protocol's images, aligned where the table has landmarks, as ``embed_images`` gives them.
+
+    Raises:
+        UsageError: an image is not there, or cannot be decoded or aligned; it is named.
+    """
+    images = open_images(protocol.images, protocol.folder, protocol.landmarks, image_size)
+    try:
+        return embed_images(network, images, image_size=image_size, **reading)
+    except UndecodableImage as error:
+        raise UsageError(
+            f"{protocol.name}: {protocol.images[error.place]} cannot be decoded: {error.problem}; leave its row out"
+        ) from None
 
 
 def judge(protocol: Protocol, embeddings: Tensor, how: How | None = None) -> Judgement:

@@ -12,15 +12,15 @@ from torch import nn
 
 from ...data import read_pairs
 from ...data.errors import UsageError
-from ...data.protocols.images import WhenAsked, open_images
-from ...data.protocols.table import Protocol, read_protocol
+from ...data.protocols.images import open_images
+from ...data.protocols.table import read_protocol
 from ..build import decoding_threads, input_size
 from ..config import Config
 from ..ranks.distributed import World
 from ..report.record import SCORES
-from .evaluate import VerificationResult, embed_images, evaluate_pairs
+from .evaluate import VerificationResult, evaluate_pairs
 from .intervals import SAMPLES
-from .protocol import How, Judgement, judge
+from .protocol import How, Judgement, embed_protocol, judge
 
 
 class EvaluationSets:
@@ -35,11 +35,10 @@ class EvaluationSets:
 
     def __init__(self, config: Config) -> None:
         self._pairs = [read_pairs(path) for path in config.evaluation.pairs]
-        self._protocols: list[tuple[Protocol, WhenAsked]] = []
-        for path in config.evaluation.sets:
-            protocol = read_protocol(Path(path))
-            self._protocols.append((protocol, open_images(protocol.images, protocol.folder)))
-        self.names = [pairs.name for pairs in self._pairs] + [protocol.name for protocol, _ in self._protocols]
+        self._protocols = [read_protocol(Path(path)) for path in config.evaluation.sets]
+        for protocol in self._protocols:
+            open_images(protocol.images, protocol.folder)  # says what is missing before anything is trained
+        self.names = [one.name for one in (*self._pairs, *self._protocols)]
         for name in self.names:
             if self.names.count(name) > 1:
                 raise UsageError(f"evaluation: two sets are called {name!r}: rename one of the files")
@@ -87,13 +86,13 @@ class EvaluationSets:
             written(pairs.name, partial(np.savez_compressed, cosine=cosine, same=pairs.same))
             yield result, _seconds(world, begun)
         most = config.evaluation.most_seconds
-        for protocol, images in self._protocols:
+        for protocol in self._protocols:
             if protocol.name in self._slow and not last:
                 continue
             begun = time.monotonic()
             world.heartbeat.enter(f"evaluating on {protocol.name}")
             with autocast():
-                embeddings = embed_images(network, images, **_reading(config, world))
+                embeddings = embed_protocol(network, protocol, **_reading(config, world))
             how = How(world.device, samples=SAMPLES if last else 0, moved=world.heartbeat.moved)
             judgement = judge(protocol, embeddings, how)
             written(protocol.name, judgement.save)

@@ -100,7 +100,7 @@ def evaluate(
             raise UsageError("give what to measure on: --pairs FILE.bin or --protocol TABLE")
         assert source is not None
         images = [open_images(one.images, one.folder) for one in protocols]
-        network = partial(_Network, source, sets, protocols, images, device, batch_size, flip)
+        network = partial(_Network, source, sets, protocols, device, batch_size, flip)
     else:
         network = partial(_Elsewhere, embeddings, sets, protocols, device)
         images = [_images_or_none(one) for one in protocols]
@@ -150,14 +150,13 @@ class _Network:
         source: Path,
         sets: "Sequence[Pairs]",
         protocols: "Sequence[Protocol]",
-        images: Sequence[Any],
         device: str,
         batch_size: int,
         flip: bool | None,
     ) -> None:
         self.device = find_device(device)
         self._trained = open_backbone(source, self.device)
-        self._sets, self._protocols, self._images = sets, protocols, images
+        self._sets, self._protocols = sets, protocols
         self._reading = {
             "image_size": self._trained.image_size,
             "device": self.device,
@@ -177,13 +176,12 @@ class _Network:
             yield found.to_dict()
 
     def protocols(self, world: Any, how: "How") -> Any:
-        from ...engine.evaluation.evaluate import embed_images
-        from ...engine.evaluation.protocol import judge
+        from ...engine.evaluation.protocol import embed_protocol, judge
 
-        for protocol, images in zip(self._protocols, self._images, strict=True):
+        for protocol in self._protocols:
             with self._trained.autocast(self.device):
-                found = embed_images(
-                    self._trained.model, images, **self._reading, threads=_threads(world), moved=how.moved
+                found = embed_protocol(
+                    self._trained.model, protocol, **self._reading, threads=_threads(world), moved=how.moved
                 )
             yield judge(protocol, found, how)
 

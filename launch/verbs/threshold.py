@@ -11,6 +11,8 @@ from ..console import find_device, print_table
 from ..models import BatchSize, Device, Flip, check_new_file, open_backbone
 
 if TYPE_CHECKING:
+    from ...data import Pairs
+    from ...data.protocols.table import Protocol
     from ...engine.evaluation.threshold import Compared
 
 
@@ -66,14 +68,14 @@ def threshold(
         check_new_file(report, ".html")
     where = find_device(device)
     how = How(where, memory << 20, samples)
-    opened = [_opened(path) for path in sets]
-    names = [one.name for one, _ in opened]
+    opened = [_opened(path, images=not embeddings) for path in sets]
+    names = [one.name for one in opened]
     if len(set(names)) < len(names):
         raise UsageError(f"two sets are called {max(names, key=names.count)!r}: rename one of the files")
     trained = open_backbone(source, where) if source is not None else None
     points, chosen = [], 0.0
-    for place, (one, images) in enumerate(opened):
-        compared = _compared(one, images, trained, where, batch_size, flip, embeddings[place] if embeddings else None)
+    for place, one in enumerate(opened):
+        compared = _compared(one, trained, where, batch_size, flip, embeddings[place] if embeddings else None)
         scores = score(compared, how)
         if not place:
             chosen = scores.threshold(fmr)
@@ -120,30 +122,32 @@ def _interval(point: Any, name: str, shape: str) -> str:
     return f" [{low:{shape}}, {high:{shape}}]"
 
 
-def _opened(path: Path) -> tuple[Any, Any]:
-    """Pairs or a protocol, and its images; none where a protocol's are not here."""
+def _opened(path: Path, *, images: bool) -> "Pairs | Protocol":
+    """UsageError also where ``images`` are wanted, and are not there."""
     from ...data import read_pairs
     from ...data.protocols.images import open_images
     from ...data.protocols.table import read_protocol
 
     if path.suffix == ".bin":
-        pairs = read_pairs(path)
-        return pairs, pairs.images
+        return read_pairs(path)
     protocol = read_protocol(path)
-    return protocol, lambda: open_images(protocol.images, protocol.folder)
+    if images:
+        open_images(protocol.images, protocol.folder)
+    return protocol
 
 
 def _compared(
-    one: Any, images: Any, trained: Any, device: Any, batch_size: int, flip: bool | None, file: Path | None
+    one: "Pairs | Protocol", trained: Any, device: Any, batch_size: int, flip: bool | None, file: Path | None
 ) -> "Compared":
     from ...data import Pairs
     from ...engine.evaluation.elsewhere import read_embeddings, rows_of_table
     from ...engine.evaluation.threshold import Compared
 
+    if isinstance(one, Pairs):
+        if file is not None:
+            return Compared.of_pairs(one, read_embeddings(file).embeddings)
+        embeddings = trained.embed(one.images, device, batch_size, flip=trained.flip if flip is None else flip)
+        return Compared.of_pairs(one, embeddings)
     if file is not None:
-        found = read_embeddings(file)
-        embeddings = found.embeddings if isinstance(one, Pairs) else rows_of_table(file, found, one)
-    else:
-        encoded = images() if callable(images) else images
-        embeddings = trained.embed(encoded, device, batch_size, flip=trained.flip if flip is None else flip)
-    return Compared.of_pairs(one, embeddings) if isinstance(one, Pairs) else Compared.of_protocol(one, embeddings)
+        return Compared.of_protocol(one, rows_of_table(file, read_embeddings(file), one))
+    return Compared.of_protocol(one, trained.embed_protocol(one, device, batch_size, flip=flip))

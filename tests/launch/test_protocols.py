@@ -19,7 +19,9 @@ def table(folder: Path) -> Path:
     roles = ["gallery" if image % 4 == 0 and image < 16 else "probe" for image in range(24)]
     groups = ["north" if label % 2 else "south" for label in labels]
     path = folder / "find.csv"
-    write_protocol(path, {"image": [f"set#{i}" for i in range(24)], "identity": labels, "role": roles, "group": groups})
+    images = [f"set#{i}" for i in range(24)]
+    columns = ["image", "identity", "role", "group"]
+    write_protocol(path, columns, zip(images, labels, roles, groups, strict=True))
     return path
 
 

@@ -18,9 +18,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = pack(tmp_path_factory.mktemp("data"))
     labels = [image // PER_IDENTITY for image in range(IDENTITIES * PER_IDENTITY)]
     images = [f"train#{image}" for image in range(len(labels))]
-    write_protocol(folder / "among.csv", {"image": images[:60], "identity": labels[:60]})
+    write_protocol(folder / "among.csv", ["image", "identity"], zip(images[:60], labels[:60], strict=True))
     roles = ["gallery" if image % PER_IDENTITY == 0 and image < 100 else "probe" for image in range(len(labels))]
-    write_protocol(folder / "find.csv", {"image": images, "identity": labels, "role": roles})
+    write_protocol(folder / "find.csv", ["image", "identity", "role"], zip(images, labels, roles, strict=True))
     return folder
 
 
