@@ -22,10 +22,10 @@ C_FILES = partial_fc/kernels/native.c data/loading/plain.c
 .PHONY: demo test test-gpu lint bench image clean
 .DELETE_ON_ERROR:
 
-demo: $(STAMP)-demo $(GLYPHS)/heldout.bin
+demo: $(STAMP)-demo $(GLYPHS)/identify.csv
 	$(VENV)/bin/pfc train configs/glyphs.yaml --nproc 2
 
-$(GLYPHS)/heldout.bin: | $(STAMP)-demo
+$(GLYPHS)/identify.csv: | $(STAMP)-demo
 	$(VENV)/bin/pfc pack glyphs $(GLYPHS) --identities 2000 --images-per-identity 20 --size 40
 
 test: $(STAMP)-dev

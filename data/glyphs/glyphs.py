@@ -19,12 +19,14 @@ import numpy as np
 from ..errors import UsageError
 from ..packing.writer import ShardedWriter, check_output
 from ..pairs.pairs import make_pairs, write_pairs
+from ..protocols.made import records
 from ..records.dataset import RecordDataset
 from ..workers import Progress, end_unguarded_worker, parallel_map
 from .drawing import Photograph, draw_glyph
 from .fonts import HAN, Font, find_fonts, split_fonts
 
 _FONTS_PER_CHARACTER = 3  # a character that fewer training fonts draw shows too little variety to be learned from
+_DISTRACTORS = 4000
 _TRAINING, _HELDOUT, _SPOILT = 0, 1, 2  # keep the random numbers of the two parts, and of what is spoilt, apart
 
 
@@ -47,7 +49,8 @@ class GlyphSummary:
             f"{', '.join(self.training_fonts)}\n"
             f"{self.out / 'heldout'}: {self.heldout_images:,} images of {self.heldout_identities:,} other characters "
             f"in {', '.join(self.heldout_fonts)}\n"
-            f"{self.out / 'heldout.bin'}: {self.heldout_pairs:,} pairs of them"
+            f"{self.out / 'heldout.bin'}: {self.heldout_pairs:,} pairs of them\n"
+            f"{self.out / 'identify.csv'}: half of them to be found among images of the {self.identities:,} characters"
         )
 
 
@@ -70,7 +73,10 @@ def pack_glyphs(
     mislabelled: float = 0.0,
     progress: Progress | None = None,
 ) -> GlyphSummary:
-    """Draw characters and pack them: OUT/train and OUT/heldout (packed sets) and OUT/heldout.bin (pairs).
+    """Draw characters and pack them: OUT/train and OUT/heldout (packed sets), and what they are judged by.
+
+    OUT/heldout.bin: pairs of the held-out characters. OUT/identify.csv: one image of half of them is a gallery,
+    together with images of the training characters; all others are searched for.
 
     The same arguments and fonts give the same files, whatever the number of workers.
 
@@ -148,6 +154,13 @@ def pack_glyphs(
         pairs = make_pairs(RecordDataset.open(unfinished / "heldout"), heldout_pairs, seed)
         write_pairs(unfinished / "heldout.bin", pairs)
         pack("train", _TRAINING, characters, training_fonts, shards)
+        records(
+            unfinished / "heldout",
+            unfinished / "identify.csv",
+            distractors=[unfinished / "train"],
+            most_distractors=_DISTRACTORS,
+            seed=seed,
+        )
         unfinished.chmod(0o755)  # mkdtemp's own is for its owner alone
         unfinished.replace(out)
     finally:

@@ -49,8 +49,9 @@ def glyphs(
 ) -> None:
     """Draw a real data set from fonts: a character is an identity, a font with a distortion is a photograph.
 
-    Writes OUT/train, OUT/heldout and OUT/heldout.bin. The held-out characters and the held-out fonts are not in train,
-    so OUT/heldout.bin measures how well identities never seen are told apart.
+    Writes OUT/train, OUT/heldout, and what they are judged by: OUT/heldout.bin and OUT/identify.csv. The held-out
+    characters and the held-out fonts are not in train, so these measure how well identities never seen are told apart:
+    in pairs, and in a search among images of the training characters.
     """
     from ...data import pack_glyphs
 

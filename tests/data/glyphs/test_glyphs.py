@@ -16,6 +16,8 @@ from pfc.data.glyphs import fonts as fonts_module
 from pfc.data.glyphs.fonts import find_fonts, split_fonts
 from pfc.data.glyphs.glyphs import choose_characters, pack_glyphs
 from pfc.data.pairs.pairs import read_pairs
+from pfc.data.protocols.images import open_images
+from pfc.data.protocols.table import ROLES, read_protocol
 from pfc.data.records.dataset import RecordDataset
 
 HAN = list(range(0x4E00, 0x4E00 + 60))
@@ -99,6 +101,14 @@ def test_the_parts_are_packed_and_readable(pack: Callable) -> None:
     pairs = read_pairs(summary.out / "heldout.bin")
     assert len(pairs.same) == 40
     assert pairs.same.sum() == 20
+    search = read_protocol(summary.out / "identify.csv")
+    assert [int((search.role == ROLES.index(role)).sum()) for role in ("gallery", "probe", "distractor")] == [
+        4,
+        44,
+        120,
+    ]
+    assert search.images[0] == "heldout#0"
+    assert len(open_images(search.images, search.folder)) == 168
     assert calls[-1] == (168, 168)
     assert (summary.identities, summary.images, summary.heldout_images, summary.heldout_pairs) == (20, 120, 48, 40)
 
