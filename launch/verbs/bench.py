@@ -295,6 +295,33 @@ def accuracy(
     _write_json(json_file, {"seeds": seeds, "variants": {one.name: one.found for one in compared}})
 
 
+@app.command()
+def search(
+    gallery: Annotated[int, typer.Option(min=1, help="Rows that are searched.")] = 1_000_000,
+    probes: Annotated[int, typer.Option(min=1, help="Rows that are searched for.")] = 20_000,
+    dim: Annotated[int, typer.Option(min=1, help="Embedding dimension, D.")] = 512,
+    memory: Annotated[int, typer.Option(min=1, metavar="MIB", help="To work in, besides the rows.")] = 512,
+    json_file: JsonFile = None,
+) -> None:
+    """Time exact searches of a gallery: ranks of the mates, as evaluation needs them, and the nearest ten.
+
+    Beside them the matrix products alone, and faiss's exact index where faiss is installed. Rows take 4·D bytes each.
+    """
+    check_outputs(json_file)
+    if probes > gallery:
+        raise UsageError(f"--probes {probes}: each has a mate of its own in the gallery, of {gallery} rows")
+    from dataclasses import asdict
+
+    from ...benchmarks.search import measure
+    from ..console import print_table
+
+    with _progress() as tell:
+        found = measure(gallery, probes, dim, memory << 20, lambda what: tell(0, 1, what))
+    rows = [(one.what, f"{one.seconds:.1f}", f"{one.ratio:.2f}", f"{one.peak >> 20:,}") for one in found]
+    print_table(("search", "seconds", "x products", "MiB besides the rows"), rows)
+    _write_json(json_file, {"lines": [asdict(one) for one in found]})
+
+
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int, str], None]]:
     """Yields a function of (done, total, what is measured now) that moves a bar on stderr; none without a terminal."""
