@@ -143,7 +143,7 @@ def _best(config: Config, sets: Sequence[str]) -> Best | None:
         raise UsageError(
             f"checkpoint.best.set: {name!r} is none of evaluation.pairs and evaluation.sets: {', '.join(sets)}"
         )
-    return Best(section.metric, name, section.mode or ("min" if section.metric == "eer" else "max"))
+    return Best(section.metric, name, section.mode or ("min" if section.metric in ("eer", "min_dcf") else "max"))
 
 
 class Saver:

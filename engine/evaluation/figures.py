@@ -14,6 +14,7 @@ _TITLES = {
     "minp": "mINP",
     "auc": "AUC",
     "eer": "EER",
+    "min_dcf": "minDCF(0.01)",
 }
 _PREFIXES = {
     "tpir_at_fpir_": "TPIR@FPIR ",

@@ -137,6 +137,15 @@ def area_and_eer(scores: NDArray[np.float64], same: NDArray[np.bool_]) -> tuple[
     return float(auc(false_accepts, true_accepts)), float(equal)
 
 
+def minimum_detection_cost(scores: NDArray[np.float64], same: NDArray[np.bool_], prior: float = 0.01) -> float:
+    """minDCF: the least prior·P_miss + (1 − prior)·P_false alarm over all thresholds, over the cost of a fixed answer
+    (NIST SRE 2010 evaluation plan, section 3, with costs of 1)."""
+    from sklearn.metrics import roc_curve
+
+    false_alarms, hits, _ = roc_curve(same, scores, drop_intermediate=False)
+    return float((prior * (1 - hits) + (1 - prior) * false_alarms).min() / min(prior, 1 - prior))
+
+
 def power_of_ten(level: float) -> str:
     """1e-3, as it stands in the names of figures."""
     return f"{level:.0e}".replace("e-0", "e-")

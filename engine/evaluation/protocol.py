@@ -18,7 +18,7 @@ from . import retrieval
 from .evaluate import embed_images
 from .identification import FPIR_LEVELS, RANKS, rank_k, tpir_at_fpir
 from .intervals import SAMPLES, Weights, over_identities
-from .metrics import FAR_LEVELS, area_and_eer, power_of_ten, true_accept_rates
+from .metrics import FAR_LEVELS, area_and_eer, minimum_detection_cost, power_of_ten, true_accept_rates
 from .search import CPU, MEMORY, Ints, all_pairs, count_others, find_mates, unit
 from .templates import cosines_of, pool
 
@@ -206,6 +206,7 @@ def _verification(items: Items, protocol: Protocol, result: Judgement, how: How)
     impostors = int((~same).sum())
     result.counts |= {"pairs": len(same), "impostor_pairs": impostors}
     result.figures["auc"], result.figures["eer"] = area_and_eer(scores, kinds)
+    result.figures["min_dcf"] = minimum_detection_cost(scores, kinds)
     measured = true_accept_rates(scores, kinds, _CURVE)
 
     def figures(weights: Weights | None) -> dict[str, float]:

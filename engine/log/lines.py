@@ -78,10 +78,12 @@ def closing(run_dir: Path, report: Path, sets: list[str], damage: DamageTally) -
     for name in sets:
         of_set = [line for line in evaluations if line["set"] == name]
         before = of_set[0] if of_set[0]["step"] == 0 else {}
-        for title, value in headline(of_set[-1])[:2]:
-            first = dict(headline(before)).get(title)
-            untrained = f"   (untrained network: {first})" if first is not None else ""
-            told.append(f"{title:<10} {value} on {name}{untrained}")
+        leading, first = headline(of_set[-1])[:2], dict(headline(before))
+        pairs = "accuracy" in of_set[-1]
+        shown = [leading[0][1]] if pairs else [f"{title} {value}" for title, value in leading]
+        untrained = [first[title] for title, _ in leading[: len(shown)] if title in first]
+        at_first = f"   (untrained network: {', '.join(one.split(' ')[0] for one in untrained)})" if untrained else ""
+        told.append(f"{'accuracy' if pairs else 'judged':<10} {', '.join(shown)} on {name}{at_first}")
     if damage.records:
         told.append(
             f"damaged    {damage.records:,} record(s), replaced {damage.replaced:,} times: see {run_dir / DAMAGED}"

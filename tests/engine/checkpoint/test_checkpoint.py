@@ -217,7 +217,7 @@ def test_a_better_network_is_saved_at_once(folder: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("best", "message"),
     [
-        ({"set": "none"}, "checkpoint.best.set: 'none' is none of evaluation.pairs: pairs"),
+        ({"set": "none"}, "checkpoint.best.set: 'none' is none of evaluation.pairs and evaluation.sets: pairs"),
         ({"metric": "tar_at_far_1e-6"}, "checkpoint.best.metric: tar_at_far_1e-6 is not measured on 'pairs'"),
     ],
 )

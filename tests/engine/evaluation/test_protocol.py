@@ -229,16 +229,35 @@ def test_pairs_of_templates():
     assert low < high
 
 
+def pairs_with(cosine, same):
+    """A protocol of pairs with these cosines, and its embeddings."""
+    embeddings = torch.zeros(2 * len(same), 2)
+    embeddings[0::2, 0] = 1
+    angle = np.arccos(cosine)
+    embeddings[1::2] = torch.tensor(np.stack([np.cos(angle), np.sin(angle)], axis=1), dtype=torch.float32)
+    number = len(embeddings)
+    protocol = Protocol("p", Path(), [str(i) for i in range(number)], np.arange(number), np.zeros(number, np.int64))
+    protocol.pairs = Pairs(np.arange(0, number, 2), np.arange(1, number, 2), np.array(same))
+    return protocol, embeddings
+
+
+def test_a_single_impostor_measures_no_rate():
+    result = judge(*pairs_with([0.9, 0.8, 0.3], [True, True, False]), How(samples=5))
+    assert result.figures == {"auc": 1, "eer": 0, "min_dcf": 0}
+    assert result.counts["impostor_pairs"] == 1
+
+
+def test_the_detection_cost_weighs_false_alarms_by_the_prior():
+    """By hand: from 0.6 on one of two targets is missed, 0.01·½/0.01; below, one false alarm of four costs more."""
+    protocol, embeddings = pairs_with([0.8, 0.5, 0.6, 0.1, 0.1, 0.1], [True, True, False, False, False, False])
+    assert judge(protocol, embeddings, SMALL).figures["min_dcf"] == pytest.approx(0.5)
+
+
 def test_one_point_of_the_curve_nearest_to_a_rate_may_exceed_it():
     """By hand: 10 impostors, two of them equal; at FAR 0.1 one may pass, so neither of the two does."""
     cosine = [0.9, 0.9, *[0.1] * 8, 0.95, 0.5]
     same = np.array([False] * 10 + [True] * 2)
-    angle = np.arccos(cosine)
-    embeddings = torch.zeros(24, 2)
-    embeddings[0::2, 0] = 1
-    embeddings[1::2] = torch.tensor(np.stack([np.cos(angle), np.sin(angle)], axis=1), dtype=torch.float32)
-    protocol = Protocol("p", Path(), [str(i) for i in range(24)], np.arange(24), np.zeros(24, np.int64))
-    protocol.pairs = Pairs(np.arange(0, 24, 2), np.arange(1, 24, 2), same)
+    protocol, embeddings = pairs_with(cosine, same)
     assert judge(protocol, embeddings, SMALL).figures["tar_at_far_1e-1"] == 0.5
 
 
