@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -43,7 +45,7 @@ def measure(gallery: int, probes: int, dim: int, memory: int, tell: Callable[[st
     def products() -> None:
         for begin in range(0, probes, 1024):
             for at in range(0, gallery, block):
-                queries[begin : begin + 1024] @ held[at : at + block].T
+                torch.mm(queries[begin : begin + 1024], held[at : at + block].T)
 
     def identify() -> None:
         mates = find_mates(queries, wanted, held, ids, memory=memory)
@@ -54,11 +56,8 @@ def measure(gallery: int, probes: int, dim: int, memory: int, tell: Callable[[st
         ("ranks of the mates, best others", identify),
         (f"nearest {_K}", lambda: nearest(queries, held, _K, memory=memory)),
     ]
-    try:
-        import faiss
-    except ImportError:
-        pass
-    else:
+    if find_spec("faiss") is not None:
+        faiss = import_module("faiss")
         index = faiss.IndexFlatIP(dim)
         index.add(held.numpy())
         lines.append((f"faiss IndexFlatIP, nearest {_K}", lambda: index.search(queries.numpy(), _K)))

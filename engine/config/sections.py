@@ -391,7 +391,7 @@ class BestCheckpoint(Section):
     set: str | None = None
     """The set, by its file's name without the ending; the first of evaluation.pairs and evaluation.sets when absent."""
     mode: Literal["max", "min"] | None = None
-    """Which is best, the largest or the smallest; the smallest eer or min_dcf, the largest of the others when absent."""
+    """Which is best, the largest or the smallest; the smallest of eer and min_dcf, else the largest, when absent."""
 
 
 class Checkpoint(Section):

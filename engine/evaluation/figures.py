@@ -1,7 +1,11 @@
 """What the figures of an evaluation are called, and which lead."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .protocol import Judgement
 
 _TITLES = {
     "accuracy": "accuracy",
@@ -62,3 +66,34 @@ def headline(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "accuracy" in values:
         names = ["accuracy", "eer", *names[1:]]
     return [(title(name) or name, shown(values, name)) for name in names]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure for a person; with its interval, and the impostor pairs that its rate allows, where it has them."""
+
+    name: str
+    title: str
+    value: float
+    interval: tuple[float, float] | None
+    impostors: int | None
+
+
+def rows_of(judgement: "Judgement") -> tuple[str, list[Row]]:
+    """What a judgement is of, in words, and its figures."""
+    about = [
+        f"{number:,} {name.replace('_', ' ')}"
+        for name, number in judgement.counts.items()
+        if not name.startswith("impostors_at")
+    ]
+    rows = [
+        Row(
+            name,
+            title(name) or name,
+            value,
+            judgement.intervals.get(name),
+            judgement.counts.get(name.replace("tar_at_far", "impostors_at_far")) if "tar_at_far" in name else None,
+        )
+        for name, value in judgement.figures.items()
+    ]
+    return ", ".join(about), rows

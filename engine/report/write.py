@@ -13,7 +13,7 @@ from ...data.pairs.pairs import Pairs, read_pairs
 from ...data.protocols.images import open_images
 from ...data.protocols.table import read_protocol
 from ...data.records.joint import JointDataset
-from ..evaluation.figures import headline, leading_of, title
+from ..evaluation.figures import headline, leading_of, rows_of
 from ..evaluation.protocol import Judgement
 from ..evaluation.threshold import OperatingPoint
 from ..log.telemetry import clock_time
@@ -249,23 +249,24 @@ def _set_sections(run: RunRecord) -> list[SetSection]:
 def _protocol_section(
     judgement: Judgement, images: Sequence[Any] | None, untrained: dict[str, Any] | None = None
 ) -> SetSection:
-    rows = []
-    for name, value in judgement.figures.items():
-        low, high = judgement.intervals.get(name, (None, None))
-        interval = "" if low is None else f"{_percent(low)} … {_percent(high)}"
-        before = "" if untrained is None else _percent(untrained.get(name))
-        impostors = judgement.counts.get(name.replace("tar_at_far", "impostors_at_far")) if "far" in name else None
-        rows.append(
-            (title(name) or name, _percent(value), interval, before, "" if impostors is None else f"{impostors:,}")
+    about, found = rows_of(judgement)
+    rows = [
+        (
+            one.title,
+            _percent(one.value),
+            "" if one.interval is None else f"{_percent(one.interval[0])} … {_percent(one.interval[1])}",
+            "" if untrained is None else _percent(untrained.get(one.name)),
+            "" if one.impostors is None else f"{one.impostors:,}",
         )
-    counts = {name: number for name, number in judgement.counts.items() if not name.startswith("impostors_at")}
+        for one in found
+    ]
     return SetSection(
         judgement.set,
         None,
         [TitledFigure(*drawn) for drawn in figures.protocol_curves(judgement.curves)],
         groups=worst_probes(judgement, images) if images is not None else [],
         note="" if images is not None or not judgement.worst else "Pictures are left out: there are no images.",
-        about=", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items()),
+        about=about,
         rows=rows,
     )
 

@@ -231,16 +231,19 @@ def _threads(world: Any) -> int:
 
 
 def _print_judgement(judgement: "Judgement") -> None:
-    from ...engine.evaluation.figures import title
+    from ...engine.evaluation.figures import rows_of
 
-    values, rows = judgement.to_dict(), []
-    for name, value in judgement.figures.items():
-        low, high = judgement.intervals.get(name, (None, None))
-        interval = "" if low is None else f"{low:.4f} … {high:.4f}"
-        impostors = values.get(name.replace("tar_at_far", "impostors_at_far"), "") if "tar_at" in name else ""
-        rows.append((title(name) or name, f"{value:.4f}", interval, f"{impostors:,}" if impostors else ""))
-    counts = {name: number for name, number in judgement.counts.items() if not name.startswith("impostors_at")}
-    print(f"{judgement.set}: " + ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items()))
+    about, figures = rows_of(judgement)
+    print(f"{judgement.set}: {about}")
+    rows = [
+        (
+            one.title,
+            f"{one.value:.4f}",
+            "" if one.interval is None else f"{one.interval[0]:.4f} … {one.interval[1]:.4f}",
+            "" if one.impostors is None else f"{one.impostors:,}",
+        )
+        for one in figures
+    ]
     heads = ("figure", "value", "95 % interval", "impostors")
     used = [place for place in range(4) if place < 2 or any(row[place] for row in rows)]
     print_table([heads[place] for place in used], [[row[place] for place in used] for row in rows])
