@@ -1,7 +1,8 @@
 """``pfc evaluate``: how well a trained backbone, or embeddings from elsewhere, tell identities apart."""
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from json import dumps
@@ -119,10 +120,11 @@ def _measure(judge_by: Any, samples: int, memory: int, *, as_json: bool, report:
     by = judge_by()
     with distributed.start(device=by.device) if "WORLD_SIZE" in os.environ else nullcontext() as world:
         moved = world.heartbeat.moved if world is not None else lambda: None
-        results = list(by.pairs(world, moved))
-        judged = list(by.protocols(world, How(by.device, memory, samples, moved)))
+        results = [found | {"seconds": seconds} for found, seconds in _timed(by.pairs(world, moved))]
+        timed = list(_timed(by.protocols(world, How(by.device, memory, samples, moved))))
     if world is None or world.is_main:
-        told = [*results, *(one.to_dict() for one in judged)]
+        told = [*results, *(one.to_dict() | {"seconds": seconds} for one, seconds in timed)]
+        judged = [one for one, _ in timed]
         if report is not None:
             from ...engine.report.write import write_judgements
 
@@ -133,8 +135,8 @@ def _measure(judge_by: Any, samples: int, memory: int, *, as_json: bool, report:
         else:
             if results:
                 _print_pairs(results)
-            for one in judged:
-                _print_judgement(one)
+            for one, seconds in timed:
+                _print_judgement(one, seconds)
             if by.precision not in ("float32", None):
                 print(f"computed in {by.precision}, as in its run")
             if report is not None:
@@ -230,11 +232,19 @@ def _threads(world: Any) -> int:
     return max(1, usable_cores() // (world.size if world is not None else 1))
 
 
-def _print_judgement(judgement: "Judgement") -> None:
+def _timed(found: Iterable[Any]) -> Iterator[tuple[Any, float]]:
+    """Each with the seconds that it took."""
+    begun = time.monotonic()
+    for one in found:
+        yield one, round(time.monotonic() - begun, 3)
+        begun = time.monotonic()
+
+
+def _print_judgement(judgement: "Judgement", seconds: float) -> None:
     from ...engine.evaluation.figures import rows_of
 
     about, figures = rows_of(judgement)
-    print(f"{judgement.set}: {about}")
+    print(f"{judgement.set}: {about} ({seconds:.1f} s)")
     rows = [
         (
             one.title,
