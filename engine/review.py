@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     numbers: Ints
     labels: Ints
     embeddings: Tensor
-    images: list[NDArray[np.uint8]]
+    images: Sequence[bytes | NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def store(batches: Iterator[Batch], images: int, path: Path) -> Embedded:
         done += len(batch.numbers)
         numbers.append(batch.numbers)
         labels.append(batch.labels)
-        digests = b"".join(blake2b(image, digest_size=8).digest() for image in batch.images)
+        digests = b"".join(blake2b(memoryview(image), digest_size=8).digest() for image in batch.images)
         hashes.append(np.frombuffer(digests, dtype=np.uint64))
     if rows is None:
         raise UsageError("no image could be read: see what pfc inspect says of the data set")

@@ -126,8 +126,8 @@ def clean(
         )
     few = int((embedded.counts < FEWEST).sum())
     print(
-        f"{len(far.rows):,} of {len(embedded.rows):,} images are likely of another identity: the cosine with their own is "
-        f"below {far.limit:.4f}, as {quantile:.0%} of those with a random other one are"
+        f"{len(far.rows):,} of {len(embedded.rows):,} images are likely of another identity: their cosine "
+        f"with their own is below {far.limit:.4f}, as {quantile:.0%} of those with a random other one are"
     )
     if few:
         print(
