@@ -92,7 +92,7 @@ def store(batches: Iterator[Batch], images: int, path: Path) -> Embedded:
         done += len(batch.numbers)
         numbers.append(batch.numbers)
         labels.append(batch.labels)
-        digests = b"".join(blake2b(memoryview(image), digest_size=8).digest() for image in batch.images)
+        digests = b"".join(blake2b(bytes(image), digest_size=8).digest() for image in batch.images)
         hashes.append(np.frombuffer(digests, dtype=np.uint64))
     if rows is None:
         raise UsageError("no image could be read: see what pfc inspect says of the data set")
