@@ -111,8 +111,10 @@ def typical(embedded: Embedded, code: int) -> int:
 
 
 def halves(embedded: Embedded) -> Floats:
-    """How alike one identity is to itself: the cosine of the means of two random halves of its images, float32 [H], of
-    every identity with 4 images or more. The choice is always the same."""
+    """How alike one identity is to itself: the cosine of the means of two random halves of its images, float32 [H].
+
+    Of every identity with 4 images or more; where there is none, with 2 or more. The choice is always the same.
+    """
     shuffled = np.random.default_rng(0).permutation(len(embedded.codes))
     order = shuffled[np.argsort(embedded.codes[shuffled], kind="stable")]
     counts = embedded.counts
@@ -120,7 +122,7 @@ def halves(embedded: Embedded) -> Floats:
     second = np.zeros(len(order), dtype=bool)
     second[order] = 2 * place >= counts[embedded.codes[order]]
     cosines = (unit(embedded.sums(~second)) * unit(embedded.sums(second))).sum(dim=1).numpy()
-    return cosines[counts >= 4]
+    return cosines[counts >= (4 if counts.max() >= 4 else 2)]
 
 
 @dataclass(frozen=True)
@@ -252,12 +254,16 @@ def outliers(embedded: Embedded, quantile: float, *, device: torch.device = CPU)
     return Outliers(found[np.argsort(mine[found], kind="stable")], mine, values[:, 0], nearer[:, 0], limit)
 
 
-def merged_threshold(embedded: Embedded, *, device: torch.device = CPU) -> float:
-    """The cosine from which two labels' means are as near as the halves of one identity: the halves' median, and at
-    least what 1 % of the labels reach with another one; that alone where no identity has 4 images."""
-    apart = between(embedded, 0.99, device=device)
+def merged_threshold(embedded: Embedded) -> float:
+    """The cosine from which two labels' means are as near as the halves of one identity: the median of ``halves``.
+
+    Raises:
+        UsageError: no identity has two images.
+    """
     own = halves(embedded)
-    return max(apart, float(np.median(own))) if len(own) else apart
+    if not len(own):
+        raise UsageError("no identity has two images, so nothing says how alike one is to itself: give --alike")
+    return float(np.median(own))
 
 
 def merged(
@@ -289,9 +295,14 @@ class Split:
 def splits(embedded: Embedded, limit: float, *, progress: Progress = lambda done, total: None) -> list[Split]:
     """The identities whose images are two clusters, by two-means on the sphere; the furthest apart first.
 
-    The means of two clusters are less alike than ``limit``, while the images of each, of which there are FEWEST or
-    more, are more alike than that to the mean of the cluster's others: so some images that are like nothing are none.
+    The means of two clusters are less alike than ``limit`` (that of ``outliers``). Each has FEWEST images or more, and
+    these are on average as alike as those of an identity are: as three quarters of the identities' are, or more. So
+    some images that are like nothing are no cluster.
     """
+    counts = embedded.counts
+    several = counts > 1
+    alike = _alike(embedded.sums(), torch.from_numpy(counts))[torch.from_numpy(several)].numpy()
+    least = float(np.quantile(alike, 0.25)) if several.any() else 1.0
     found = []
     for code, members in enumerate(embedded.members):
         progress(code + 1, len(embedded.members))
@@ -299,21 +310,26 @@ def splits(embedded: Embedded, limit: float, *, progress: Progress = lambda done
             continue
         rows = embedded.rows[torch.from_numpy(members)]
         second = _two_means(rows)
-        if min(int(second.sum()), int((~second).sum())) < FEWEST:
+        sizes = torch.stack([(~second).sum(), second.sum()])
+        if sizes.min() < FEWEST:
             continue
-        parts = [rows[second], rows[~second]]
-        cosine = float(unit(parts[0].sum(dim=0, keepdim=True)) @ unit(parts[1].sum(dim=0, keepdim=True)).T)
-        within = [float((part * unit(part.sum(dim=0) - part)).sum(dim=1).median()) for part in parts]
-        if cosine < limit <= min(within):
-            larger, smaller = sorted((members[second], members[~second]), key=len, reverse=True)
+        sums = torch.stack([rows[~second].sum(dim=0), rows[second].sum(dim=0)])
+        cosine = float(unit(sums)[0] @ unit(sums)[1])
+        if cosine < limit and _alike(sums, sizes).min() >= least:
+            larger, smaller = sorted((members[~second.numpy()], members[second.numpy()]), key=len, reverse=True)
             found.append(Split(code, larger, smaller, cosine))
     return sorted(found, key=lambda split: split.cosine)
 
 
+def _alike(sums: Tensor, counts: Tensor) -> Tensor:
+    """The average cosine of two of the images whose sums [C, D] these are, [C], of counts [C] of two or more."""
+    return (sums.square().sum(dim=1) - counts) / (counts * (counts - 1))
+
+
 def _two_means(rows: Tensor) -> Tensor:
     """Which of the rows [n, D] are of the second of two clusters, bool [n]; the same in every call."""
-    far = rows[(rows @ rows.sum(dim=0)).argmin()]
-    second = rows @ far > rows @ rows[(rows @ far).argmin()]
+    one = rows[(rows @ rows.sum(dim=0)).argmin()]
+    second = rows @ one > rows @ rows[(rows @ one).argmin()]
     for _ in range(_ROUNDS):
         means = unit(torch.stack([rows[~second].sum(dim=0), rows[second].sum(dim=0)]))
         before, second = second, rows @ means[1] > rows @ means[0]

@@ -62,7 +62,7 @@ def clean(
         stored_embeddings(trained, images, where, batch_size, partial / "set.npy") as embedded,
     ):
         far = outliers(embedded, quantile, device=where)
-        chosen = merged_threshold(embedded, device=where) if alike is None else alike
+        chosen = merged_threshold(embedded) if alike is None else alike
         one = merged(embedded, chosen, device=where)
         with progress_bar("splitting") as progress:
             two = splits(embedded, far.limit, progress=progress)
