@@ -296,34 +296,38 @@ def splits(embedded: Embedded, limit: float, *, progress: Progress = lambda done
     """The identities whose images are two clusters, by two-means on the sphere; the furthest apart first.
 
     The means of two clusters are less alike than ``limit`` (that of ``outliers``). Each has FEWEST images or more, and
-    these are on average as alike as those of an identity are: as three quarters of the identities' are, or more. So
-    some images that are like nothing are no cluster.
+    half of these have an average cosine with the cluster's others that three quarters of all images have with the
+    others of their identity. So some images that are like nothing are no cluster.
     """
-    counts = embedded.counts
-    several = counts > 1
-    alike = _alike(embedded.sums(), torch.from_numpy(counts))[torch.from_numpy(several)].numpy()
-    least = float(np.quantile(alike, 0.25)) if several.any() else 1.0
+    alike, sums, counts = torch.empty(len(embedded.codes)), embedded.sums(), torch.from_numpy(embedded.counts)
+    for block in _blocks(len(alike)):
+        codes = torch.from_numpy(embedded.codes[block])
+        alike[block] = _average(embedded.rows[block], sums[codes], counts[codes])
+    least = float(np.nanquantile(alike.numpy(), 0.25)) if not alike.isnan().all() else 1.0
     found = []
     for code, members in enumerate(embedded.members):
         progress(code + 1, len(embedded.members))
         if len(members) < 2 * FEWEST:
             continue
         rows = embedded.rows[torch.from_numpy(members)]
-        second = _two_means(rows)
-        sizes = torch.stack([(~second).sum(), second.sum()])
+        second = _two_means(rows).long()
+        sizes = second.bincount(minlength=2)
         if sizes.min() < FEWEST:
             continue
-        sums = torch.stack([rows[~second].sum(dim=0), rows[second].sum(dim=0)])
+        sums = torch.zeros(2, rows.shape[1]).index_add_(0, second, rows)
         cosine = float(unit(sums)[0] @ unit(sums)[1])
-        if cosine < limit and _alike(sums, sizes).min() >= least:
-            larger, smaller = sorted((members[~second.numpy()], members[second.numpy()]), key=len, reverse=True)
+        within = _average(rows, sums[second], sizes[second])
+        if cosine < limit and min(within[second == half].median() for half in (0, 1)) >= least:
+            larger, smaller = (members[(second == half).numpy()] for half in sizes.argsort(descending=True))
             found.append(Split(code, larger, smaller, cosine))
     return sorted(found, key=lambda split: split.cosine)
 
 
-def _alike(sums: Tensor, counts: Tensor) -> Tensor:
-    """The average cosine of two of the images whose sums [C, D] these are, [C], of counts [C] of two or more."""
-    return (sums.square().sum(dim=1) - counts) / (counts * (counts - 1))
+def _average(rows: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
+    """The average cosine of each image [n, D] with the others of its group, of which it is one: the groups' sums [n, D]
+    and sizes [n]; NaN where there is no other."""
+    others = counts - 1
+    return torch.where(others > 0, ((rows * sums).sum(dim=1) - 1) / others, torch.nan)
 
 
 def _two_means(rows: Tensor) -> Tensor:
