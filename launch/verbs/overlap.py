@@ -98,7 +98,7 @@ def overlap(
             [
                 Tile(f"{len(without):,}", f"of {len(left.labels):,} training identities at {chosen:.3f} or more"),
                 Tile(f"{len(copies):,}", f"of {len(left.rows):,} training images are test images, or nearly"),
-                Tile(f"{len(named):,}", "identities of the same name"),
+                Tile(f"{sum(pair.same_name for pair in pairs):,}", "identities of the same name"),
             ],
             [
                 PairGroup(
@@ -117,8 +117,9 @@ def overlap(
         share = (own >= chosen).mean()
         print(f"two halves of one identity of {ours.name} reach it in {share:.0%} of {len(own):,} cases")
     print(f"{len(without):,} of {len(left.labels):,} training identities are likely in {test}")
-    known = sum(pair.same_name for pair in pairs)
-    print(f"{known:,} have the name of one there, {sum(pair.same_name for pair in alike):,} of these are as alike")
+    if known := sum(pair.same_name for pair in pairs):
+        both = sum(pair.same_name for pair in alike)
+        print(f"{known:,} have the name of an identity there: {both:,} of these are as alike")
     exact = sum(pair.same_bytes for pair in copies)
     print(
         f"{len(copies):,} of {len(left.rows):,} training images are near duplicates of images there "

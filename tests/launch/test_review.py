@@ -45,7 +45,7 @@ def test_overlap(folder: Path, run_dir: Path, tmp_path: Path, capsys: pytest.Cap
     assert [(row["train_identity"], row["test_identity"]) for row in named] == [("é", "é")]
     assert (out / "without.txt").read_text(encoding="utf-8") == "é\nb\nc\nd\ne\nf\n"
     assert "6 of 6 training identities are likely in" in told
-    assert "1 have the name of one there" in told
+    assert "1 have the name of an identity there: 1 of these" in told
     assert (out / "report.html").read_text(encoding="utf-8").count("data:image/jpeg") >= 2 * (len(pairs) + 3)
 
     pack = ["pack", "recordio", str(train), str(new), "--keep-labels"]
