@@ -12,7 +12,22 @@ from typing import Annotated
 import typer
 
 from ..data.errors import UsageError, forbidden
-from .verbs import bench, centers, convert, doctor, embed, evaluate, export, inspect, pack, plan, threshold, train
+from .verbs import (
+    bench,
+    centers,
+    clean,
+    convert,
+    doctor,
+    embed,
+    evaluate,
+    export,
+    inspect,
+    overlap,
+    pack,
+    plan,
+    threshold,
+    train,
+)
 
 app = typer.Typer(
     name="pfc",
@@ -30,6 +45,8 @@ app.command()(evaluate.evaluate)
 app.command()(threshold.threshold)
 app.command()(embed.embed)
 app.command()(centers.centers)
+app.command()(overlap.overlap)
+app.command()(clean.clean)
 app.command()(export.export)
 app.command()(convert.convert)
 app.add_typer(bench.app, name="bench")

@@ -1,12 +1,15 @@
 """A trained backbone, opened for use."""
 
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Protocol
 
 import typer
 
-from ..data.errors import UsageError
+from ..data.errors import DamagedRecord, UndecodableImage, UsageError
+from .console import progress_bar, warn
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
     from ..data.protocols.table import Protocol
     from ..engine.device import Precision
     from ..engine.evaluation.evaluate import Encoded
+    from ..engine.review import Batch, Embedded
 
 Source = Annotated[
     Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder (its latest checkpoint) or one checkpoint.")
@@ -28,6 +32,19 @@ Flip = Annotated[
     ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images in one forward pass.")]
+Run = Annotated[
+    Path, typer.Option("--run", metavar="RUN_OR_CHECKPOINT", help="A run's folder, or one checkpoint: what embeds.")
+]
+NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")]
+_CHUNK = 512  # images that are read at a time
+
+
+class Images(Protocol):
+    """Images with labels, as ``RecordDataset`` has them."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> "tuple[int, Encoded]": ...
 
 
 class Trained(NamedTuple):
@@ -111,3 +128,85 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def embedded(
+    trained: Trained,
+    dataset: Images,
+    device: "torch.device",
+    batch_size: int,
+    progress: Callable[[int, int], object],
+) -> "Iterator[Batch]":
+    """The images of a data set, some hundreds at a time, without mirror images; those that cannot be read are named on
+    stderr and left out."""
+    import numpy as np
+
+    from ..engine.review import Batch
+
+    for start in range(0, len(dataset), _CHUNK):
+        stop = min(start + _CHUNK, len(dataset))
+        numbers, labels, images = [], [], []
+        for number in range(start, stop):
+            try:
+                label, image = dataset.read(number)
+            except DamagedRecord as error:
+                warn(f"image {number} is left out: {error}")
+                continue
+            numbers.append(number)
+            labels.append(label)
+            images.append(image)
+        while images:
+            try:
+                embeddings = trained.embed(images, device, batch_size, flip=False)
+            except UndecodableImage as error:
+                warn(f"image {numbers[error.place]} is left out: it cannot be decoded: {error.problem}")
+                for one in (numbers, labels, images):
+                    del one[error.place]
+                continue
+            yield Batch(np.array(numbers, dtype=np.int64), np.array(labels, dtype=np.int64), embeddings, images)
+            break
+        progress(stop, len(dataset))
+
+
+@contextmanager
+def stored_embeddings(
+    trained: Trained, dataset: Images, device: "torch.device", batch_size: int, file: Path
+) -> "Iterator[Embedded]":
+    """The embeddings of a data set, in ``file`` as long as the block lasts; shows progress."""
+    from ..engine.review import store
+
+    try:
+        with progress_bar("embedding") as progress:
+            found = store(embedded(trained, dataset, device, batch_size, progress), len(dataset), file)
+        if left := len(dataset) - len(found.rows):
+            warn(f"{left:,} of {len(dataset):,} images are left out")
+        yield found
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def check_new_folder(path: Path) -> None:
+    """UsageError where ``path`` cannot be written as a new folder."""
+    if path.exists():
+        raise UsageError(f"{path} exists already: name another folder, or remove it first")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder next to ``path``, which it becomes if the block succeeds; otherwise it is removed.
+
+    Raises:
+        UsageError: ``path`` exists, or no folder can be made there.
+    """
+    check_new_folder(path)
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{path}: a file is where its folder should be; name another folder") from None
+    try:
+        yield partial
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -102,7 +102,9 @@ the folds. With flip: the embedding of the mirror image is added to the image's 
 {%- for pair in group.pairs %}
 <figure>{% for image in pair.images %}<img src="{{ image }}" alt="image {{ loop.index }}"> {% endfor %}
 <figcaption>{{ pair.told }}
-<span class="{{ 'right' if pair.right else 'wrong' }}">{{ "✓ right" if pair.right else "✗ wrong" }}</span></figcaption>
+{%- if pair.right is not none %}
+<span class="{{ 'right' if pair.right else 'wrong' }}">{{ "✓ right" if pair.right else "✗ wrong" }}</span>
+{%- endif %}</figcaption>
 </figure>
 {%- endfor %}
 </div>

@@ -23,7 +23,8 @@ class PairPicture:
     images: tuple[str, ...]
     """Data URIs: of a pair; or of a probe, of what it was taken for, and of its own identity."""
     told: str
-    right: bool
+    right: bool | None = None
+    """None where there is nothing to be right about."""
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,14 @@ def write_threshold(
     _render(path, title="Threshold", subtitle=subtitle, tiles=tiles, sets=[section])
 
 
+def write_review(path: Path, title: str, subtitle: str, tiles: Sequence[Tile], groups: Sequence[PairGroup]) -> None:
+    """Writes a page of images side by side, to be looked at before data are changed; empty groups are left out."""
+    shown = [group for group in groups if group.pairs]
+    note = "" if shown else "Nothing was found."
+    section = SetSection("To look at", None, [], groups=shown, note=note)
+    _render(path, title=title, subtitle=subtitle, tiles=tiles, sets=[section])
+
+
 def _render(path: Path, **parts: Any) -> None:
     from jinja2 import Environment
 

@@ -1,21 +1,14 @@
 """``pfc centers``: a run's centers, one an identity, and the images that are far from theirs."""
 
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ...data.errors import UsageError
-from ..console import find_device, progress_bar, warn
-from ..models import BatchSize, Device, Source, open_backbone
-
-if TYPE_CHECKING:
-    import torch
-
-_CHUNK = 512  # images that are read at a time
+from ..console import find_device, progress_bar
+from ..models import BatchSize, Device, Source, check_new_folder, embedded, new_folder, open_backbone
 
 
 def centers(
@@ -50,8 +43,7 @@ def centers(
     from ...engine.config import load_config
     from ...engine.sub_centers import review, stored_centers, write_dominant
 
-    if out.exists():
-        raise UsageError(f"{out} exists already: name another folder, or remove it first")
+    check_new_folder(out)
     where = find_device(device)
     found = checkpoint.find(source)
     trained = open_backbone(source, where)
@@ -59,10 +51,7 @@ def centers(
     if not paths:
         raise UsageError(f"{source} was trained on generated images: give --data")
     dataset = JointDataset.open(paths)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(out) as partial:
         stored = stored_centers(found, partial)
         if len(stored) != dataset.num_classes:
             raise UsageError(
@@ -70,8 +59,8 @@ def centers(
                 f"{dataset.num_classes:,}: give the data set that it was trained on, with --data"
             )
         with progress_bar("embedding") as progress:
-            batches = _embedded(trained, dataset, where, batch_size, progress)
-            result = review(stored, batches, len(dataset))
+            batches = embedded(trained, dataset, where, batch_size, progress)
+            result = review(stored, (batch[:3] for batch in batches), len(dataset))
         with progress_bar("writing centers") as progress:
             write_dominant(stored, result.dominant, partial / "centers.npy", progress)
         del stored
@@ -79,9 +68,6 @@ def centers(
         np.savetxt(partial / "far.txt", result.far(angle), fmt="%d")
         summary = result.summary(angle)
         (partial / "review.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     each = summary["sub_centers"]
     if each > 1:
         print(
@@ -95,36 +81,3 @@ def centers(
         f"{summary['images_beyond_angle']:,} of {summary['images']:,} images lie beyond {angle:g}°"
     )
     print(f"wrote centers.npy, far.txt and review.json: {out}")
-
-
-def _embedded(
-    trained: Any, dataset: Any, device: "torch.device", batch_size: int, progress: Any
-) -> Iterator[tuple[Any, Any, "torch.Tensor"]]:
-    """Numbers, labels and embeddings of the images, some hundreds at a time; without those that cannot be read."""
-    import numpy as np
-
-    from ...data.errors import DamagedRecord, UndecodableImage
-
-    for start in range(0, len(dataset), _CHUNK):
-        stop = min(start + _CHUNK, len(dataset))
-        numbers, labels, images = [], [], []
-        for number in range(start, stop):
-            try:
-                label, image = dataset.read(number)
-            except DamagedRecord as error:
-                warn(f"image {number} is left out: {error}")
-                continue
-            numbers.append(number)
-            labels.append(label)
-            images.append(image)
-        while images:
-            try:
-                embeddings = trained.embed(images, device, batch_size, flip=False)
-            except UndecodableImage as error:
-                warn(f"image {numbers[error.place]} is left out: it cannot be decoded: {error.problem}")
-                for one in (numbers, labels, images):
-                    del one[error.place]
-                continue
-            yield np.array(numbers, dtype=np.int64), np.array(labels, dtype=np.int64), embeddings
-            break
-        progress(stop, len(dataset))
