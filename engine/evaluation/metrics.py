@@ -98,25 +98,32 @@ def true_accept_rates(
     same: NDArray[np.bool_],
     levels: Iterable[float] = FAR_LEVELS,
     weights: NDArray[np.float64] | None = None,
+    *,
+    ordered: bool = False,
 ) -> dict[float, float]:
     """{rate: share of the positives accepted by a threshold that accepts at most ``rate`` of the negatives}.
 
     A rate below 1/negatives cannot be measured and is left out. ``weights`` [P]: how often each pair counts.
+    ``ordered``: the scores fall.
     """
     weights = np.ones(len(scores)) if weights is None else weights
     positives, of_positives = scores[same], weights[same]
     total = of_positives.sum()
-    thresholds = cuts(scores[~same], weights[~same], levels)
+    thresholds = cuts(scores[~same], weights[~same], levels, ordered=ordered)
     return {level: float((positives > cut) @ of_positives / total) for level, cut in thresholds.items() if total}
 
 
-def cuts(scores: NDArray[np.floating], weights: NDArray[np.float64], levels: Iterable[float]) -> dict[float, float]:
-    """{level: the smallest of ``scores`` that at most this share of their weight is above}.
+def cuts(
+    scores: NDArray[np.floating], weights: NDArray[np.float64], levels: Iterable[float], *, ordered: bool = False
+) -> dict[float, float]:
+    """{level: the smallest of ``scores`` that at most this share of their weight is above}; ``ordered``: they fall.
 
     A level that is less than one of them is left out.
     """
-    order = np.argsort(-scores, kind="stable")  # fast where they fall already
-    scores, sums = scores[order], np.cumsum(weights[order])
+    if not ordered:
+        order = np.argsort(-scores, kind="stable")
+        scores, weights = scores[order], weights[order]
+    sums = np.cumsum(weights)
     found = {}
     for level in levels:
         allowed = level * (sums[-1] if len(sums) else 0) * (1 + 1e-9) + 1e-9  # 0.01 · 700 is a little off 7

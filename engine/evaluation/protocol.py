@@ -207,10 +207,10 @@ def _verification(items: Items, protocol: Protocol, result: Judgement, how: How)
     result.counts |= {"pairs": len(same), "impostor_pairs": impostors}
     result.figures["auc"], result.figures["eer"] = area_and_eer(scores, kinds)
     result.figures["min_dcf"] = minimum_detection_cost(scores, kinds)
-    measured = true_accept_rates(scores, kinds, _CURVE)
+    measured = true_accept_rates(scores, kinds, _CURVE, ordered=True)
 
     def figures(weights: Weights | None) -> dict[str, float]:
-        rates = true_accept_rates(scores, kinds, measured, weights)
+        rates = true_accept_rates(scores, kinds, measured, weights, ordered=True)
         points = {f"tar:{level}": rate for level, rate in rates.items()}
         return points | {f"tar_at_far_{power_of_ten(level)}": rates[level] for level in LEVELS if level in rates}
 

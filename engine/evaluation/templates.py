@@ -44,6 +44,16 @@ def pool(embeddings: Tensor, template: Ints, media: Ints | None = None, weight: 
 def cosines_of(embeddings: Tensor, first: Ints, second: Ints, block: int = 1 << 16) -> Floats:
     """Cosines of pairs of rows of [T, D], of length 1, float32 [P]."""
     found = np.empty(len(first), dtype=np.float32)
+    if len(first) * 80 > len(embeddings) ** 2:  # all products cost less than reading the rows of each pair
+        order = np.argsort(first, kind="stable")
+        rows = max(1, min(1024, (block << 8) // len(embeddings)))
+        starts = range(0, len(embeddings), rows)
+        bounds = np.searchsorted(first[order], [*starts, len(embeddings)])
+        for start, begin, end in zip(starts, bounds[:-1], bounds[1:], strict=True):
+            pairs = order[begin:end]
+            products = (embeddings[start : start + rows] @ embeddings.T).numpy()
+            found[pairs] = products[first[pairs] - start, second[pairs]]
+        return found
     for at in range(0, len(first), block):
         one, other = (embeddings[torch.from_numpy(places[at : at + block])] for places in (first, second))
         found[at : at + block] = (one * other).sum(dim=1).numpy()

@@ -12,7 +12,7 @@ from pfc.data.protocols.table import ROLES, Pairs, Protocol
 from pfc.engine.evaluation.metrics import power_of_ten
 from pfc.engine.evaluation.protocol import How, judge
 from pfc.engine.evaluation.search import find_mates, nearest
-from pfc.engine.evaluation.templates import pool
+from pfc.engine.evaluation.templates import cosines_of, pool
 from tests.ranks import run_ranks
 
 SMALL = How(memory=20_000, samples=0)  # several blocks both ways
@@ -206,6 +206,15 @@ def test_templates_are_pooled_by_medium():
     torch.testing.assert_close(without[0], torch.tensor([1.0, 0.0]))
     with pytest.raises(UsageError, match="template number 1 have the weight 0"):
         pool(embeddings, np.array([0, 0, 0, 1]), None, np.array([1, 1, 1, 0], np.float32))
+
+
+@pytest.mark.parametrize("number", [3, 400, 4000])
+def test_cosines_of_few_and_of_many_pairs(number):
+    random = np.random.default_rng(15)
+    rows = torch.nn.functional.normalize(torch.from_numpy(random.normal(size=(300, 7)).astype(np.float32)), dim=1)
+    first, second = random.integers(0, 300, (2, number))
+    found = cosines_of(rows, first, second, block=17)
+    np.testing.assert_allclose(found, (rows[first] * rows[second]).sum(dim=1), atol=1e-6)
 
 
 def test_pairs_of_templates():
