@@ -24,6 +24,7 @@ FEWEST = 3
 """Images that an identity needs before one of them can be far from the others, and that a half of it needs."""
 _BLOCK = 1 << 16  # images at a time
 _ROUNDS = 10  # of two-means
+_WORTH = 5  # correct images that may be lost with one wrong one, where the threshold of outliers stands
 
 
 class Batch(NamedTuple):
@@ -214,23 +215,28 @@ class Outliers:
     Attributes:
         rows: of ``Embedded``, int64 [K], those that are least like their identity first.
         own: cosine with the mean of the identity's other images, float32 [N]; NaN where there are fewer than two.
-        other: cosine with the nearest mean of another identity, float32 [N], and the code of that one, int64 [N].
-        limit: what ``own`` of an outlier is below.
+        other: an outlier's cosine with the nearest mean of another identity, float32 [K], and the code of that one,
+            int64 [K].
+        threshold: what ``own`` of an outlier is below; −1, which nothing is below, where none are likely.
+        share: of all images, how many are of another identity, estimated.
+        limit: what 95 % of the images' cosines with the mean of a random other identity are below.
     """
 
     rows: Ints
     own: Floats
     other: Floats
     code: Ints
+    threshold: float
+    share: float
     limit: float
 
 
-def outliers(embedded: Embedded, quantile: float, *, device: torch.device = CPU) -> Outliers:
-    """The images that are no more like their identity than images are like an identity that is drawn at random.
+def outliers(embedded: Embedded, threshold: float | None = None, *, device: torch.device = CPU) -> Outliers:
+    """The images that are likely of another identity: less like the mean of their identity's others than a threshold.
 
-    Each image is compared with the mean of the other images of its identity, and with the mean of a random other
-    identity. An outlier's first cosine is below the ``quantile`` of the second ones, and another identity is nearer to
-    it than its own. Identities of less than FEWEST images have none.
+    Args:
+        threshold: a cosine; by default ``outlier_threshold``. Identities of less than FEWEST images have no outliers.
+        device: where to search for the nearest other identity, of the outliers alone.
 
     Raises:
         UsageError: there are fewer than two identities.
@@ -246,12 +252,42 @@ def outliers(embedded: Embedded, quantile: float, *, device: torch.device = CPU)
         rows = embedded.rows[block]
         own[block] = (rows * unit(sums[codes[block]] - rows)).sum(dim=1)
         strange[block] = (rows * means[strangers[block]]).sum(dim=1)
-    values, nearer = nearest(embedded.rows, means, 1, own=embedded.codes, device=device)
     counts = embedded.counts[embedded.codes]
     mine = np.where(counts > 1, own.numpy(), np.nan)
-    limit = float(np.quantile(strange.numpy(), quantile))
-    found = np.flatnonzero((counts >= FEWEST) & (mine < limit) & (values[:, 0] > mine))
-    return Outliers(found[np.argsort(mine[found], kind="stable")], mine, values[:, 0], nearer[:, 0], limit)
+    computed, share = outlier_threshold(mine[counts >= FEWEST], strange.numpy())
+    chosen = computed if threshold is None else threshold
+    found = np.flatnonzero((counts >= FEWEST) & (mine < chosen))
+    found = found[np.argsort(mine[found], kind="stable")]
+    values, nearer = nearest(embedded.rows[torch.from_numpy(found)], means, 1, own=embedded.codes[found], device=device)
+    limit = float(np.quantile(strange.numpy(), 0.95))
+    return Outliers(found, mine, values[:, 0], nearer[:, 0], chosen, share, limit)
+
+
+def outlier_threshold(own: Floats, strangers: Floats) -> tuple[float, float]:
+    """Below which cosine with its identity an image is likely another one's, and the estimated share of such images.
+
+    The images under a label are a mixture of its own and of wrong ones. How like an identity wrong images are is
+    known: as images are like a random other identity, a part S(t) of which has at most cosine t. Their share follows
+    from the median of S, below which hardly any image is its identity's own: p = 2·F(median), with F of ``own``. Of the
+    images up to t, p·S(t) are then wrong, and F(t) − p·S(t) are not. The threshold is the t with the largest
+
+        p·S(t) − (F(t) − p·S(t)) / _WORTH
+
+    so it stands where one more wrong image would cost _WORTH correct ones. Where no images are wrong, it is −1.
+
+    Args:
+        own: cosines of images with the mean of their identity's others, [N].
+        strangers: cosines of images with the mean of another identity drawn at random, [M].
+    """
+    if not len(own):
+        return -1.0, 0.0
+    known, random = np.sort(own), np.sort(strangers)
+    share = min(1.0, 2 * float((known <= np.median(random)).mean()))
+    upto = np.arange(1, len(known) + 1) / len(known)
+    wrong = share * np.searchsorted(random, known, "right") / len(random)
+    gain = wrong - (upto - wrong) / _WORTH
+    best = int(gain.argmax())
+    return (float(np.nextafter(known[best], np.float32(2))) if gain[best] > 0 else -1.0), share
 
 
 def merged_threshold(embedded: Embedded) -> float:

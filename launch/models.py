@@ -1,10 +1,11 @@
 """A trained backbone, opened for use."""
 
 import shutil
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -39,7 +40,7 @@ NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write;
 _CHUNK = 512  # images that are read at a time
 
 
-class Images(Protocol):
+class Images(typing.Protocol):
     """Images with labels, as ``RecordDataset`` has them."""
 
     def __len__(self) -> int: ...

@@ -17,14 +17,16 @@ def clean(
     dataset: Annotated[Path, typer.Argument(metavar="SET", help="The packed data set.")],
     out: NewFolder,
     run: Run,
-    quantile: Annotated[
-        float,
+    outlier: Annotated[
+        float | None,
         typer.Option(
-            min=0,
+            min=-1,
             max=1,
-            help="An outlier is less like its identity than this quantile of how like a random other one images are.",
+            help="Cosine with its identity below which an image is an outlier. [dim]\\[default: where one more wrong "
+            "image would cost five correct ones][/dim]",
+            show_default=False,
         ),
-    ] = 0.95,
+    ] = None,
     alike: Annotated[
         float | None,
         typer.Option(
@@ -61,7 +63,7 @@ def clean(
         new_folder(out) as partial,
         stored_embeddings(trained, images, where, batch_size, partial / "set.npy") as embedded,
     ):
-        far = outliers(embedded, quantile, device=where)
+        far = outliers(embedded, outlier, device=where)
         chosen = merged_threshold(embedded) if alike is None else alike
         one = merged(embedded, chosen, device=where)
         with progress_bar("splitting") as progress:
@@ -89,9 +91,10 @@ def clean(
         def picture(told: str, *rows: int) -> PairPicture:
             return side_by_side(told, *((images, number) for number in numbers(rows)))
 
-        def outlying(row: int) -> PairPicture:
-            own, other = int(embedded.codes[row]), int(far.code[row])
-            told = f"{name(own)} {far.own[row]:.3f} / {name(other)} {far.other[row]:.3f}"
+        def outlying(place: int) -> PairPicture:
+            row = int(far.rows[place])
+            own, other = int(embedded.codes[row]), int(far.code[place])
+            told = f"{name(own)} {far.own[row]:.3f} / {name(other)} {far.other[place]:.3f}"
             return picture(told, row, typical(embedded, own), typical(embedded, other))
 
         write_review(
@@ -106,7 +109,7 @@ def clean(
             [
                 PairGroup(
                     "Outliers: the image, its identity, the nearest other one; its cosines with them",
-                    [outlying(row) for row in far.rows[:_SHOWN].tolist()],
+                    [outlying(place) for place in range(min(_SHOWN, len(far.rows)))],
                 ),
                 PairGroup(
                     "Two labels that are likely one identity, by their typical images",
@@ -127,8 +130,13 @@ def clean(
     few = int((embedded.counts < FEWEST).sum())
     print(
         f"{len(far.rows):,} of {len(embedded.rows):,} images are likely of another identity: their cosine "
-        f"with their own is below {far.limit:.4f}, as {quantile:.0%} of those with a random other one are"
+        f"with their own is below {far.threshold:.4f}"
     )
+    if outlier is None:
+        print(
+            f"by the cosines of images with a random other identity, about {far.share:.1%} of the images are of "
+            "another one; the threshold stands where one more of these would cost five others"
+        )
     if few:
         print(
             f"{few:,} of {len(embedded.labels):,} labels have less than {FEWEST} images: too few to say which is wrong"

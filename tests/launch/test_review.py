@@ -137,7 +137,7 @@ def test_damaged_images_are_named_and_the_others_keep_their_numbers(
         ("overlap {one} {set} {out} --run {run}", "the set has one identity"),
         ("clean {no} {out} --run {run}", "no such data set"),
         ("clean {set} {set} --run {run}", "exists already"),
-        ("clean {set} {out} --run {run} --quantile 2", "--quantile"),
+        ("clean {set} {out} --run {run} --outlier 2", "--outlier"),
         ("clean {one} {out} --run {run}", "the set has one identity"),
     ],
 )
