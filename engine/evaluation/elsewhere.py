@@ -56,6 +56,9 @@ def rows_of_table(path: Path, found: Found, protocol: Protocol) -> Tensor:
     if found.names is None:
         return found.embeddings  # as many as the table has rows, or the judge says so
     places = {name: place for place, name in enumerate(found.names)}
+    if len(places) < len(found.names):
+        twice = next(name for place, name in enumerate(found.names) if places[name] != place)
+        raise UsageError(f"{path}: names has {twice} twice: give one embedding of each image")
     missing = [name for name in protocol.images if name not in places]
     if missing:
         raise UsageError(

@@ -77,6 +77,8 @@ def closing(run_dir: Path, report: Path, sets: list[str], damage: DamageTally) -
     evaluations = read_json_lines(run_dir / "evaluation.jsonl")
     for name in sets:
         of_set = [line for line in evaluations if line["set"] == name]
+        if not of_set:  # named after the run had come to its end
+            continue
         before = of_set[0] if of_set[0]["step"] == 0 else {}
         leading, first = headline(of_set[-1])[:2], dict(headline(before))
         pairs = "accuracy" in of_set[-1]

@@ -99,6 +99,7 @@ def test_wrong_use_is_told_in_one_line(
     np.savez(tmp_path / "ints.npz", embeddings=np.zeros((24, 4), np.int64))
     np.savez(tmp_path / "short.npz", embeddings=np.zeros((24, 4), np.float32), labels=np.zeros(3, np.int64))
     np.savez(tmp_path / "named.npz", embeddings=np.zeros((2, 4), np.float32), names=np.array(["set#0", "set#1"]))
+    np.savez(tmp_path / "twice.npz", embeddings=np.zeros((3, 4), np.float32), names=np.array(["a", "b", "a"]))
     (tmp_path / "text.npz").write_text("not an array")
     lost = tmp_path / "lost.csv"
     lost.write_text("image,identity\nnowhere.png,1\nset#1,2\n")
@@ -122,6 +123,7 @@ def test_wrong_use_is_told_in_one_line(
             ["evaluate", "--embeddings", str(tmp_path / "named.npz"), "--protocol", find],
             "no embedding of 22 of 24 images",
         ),
+        (["evaluate", "--embeddings", str(tmp_path / "twice.npz"), "--protocol", find], "names has a twice"),
         (["evaluate", "--embeddings", str(tmp_path / "text.npz")], "text.npz"),
         (["evaluate", "--embeddings", str(tmp_path / "none.npz")], "no such file"),
         (["threshold", "--on", find], "give a run or a checkpoint, or --embeddings"),

@@ -69,6 +69,16 @@ def test_a_slow_set_waits_for_the_last_step(folder: Path, tmp_path: Path, capfd:
     assert [line["step"] for line in lines] == [0, 6]
 
 
+def test_a_set_that_is_named_after_the_end_is_not_judged(folder: Path, tmp_path: Path) -> None:
+    config = configuration(folder, tmp_path, schedule={"steps": 2}, evaluation=SMALL)
+    train(1, config)
+    again = configuration(
+        folder, tmp_path, schedule={"steps": 2}, evaluation=SMALL | {"sets": [str(folder / "among.csv")]}
+    )
+    train(1, again)
+    assert read_json_lines(config.run.path / "evaluation.jsonl") == []
+
+
 def test_the_best_checkpoint_by_a_figure_of_a_protocol(folder: Path, tmp_path: Path) -> None:
     section = SMALL | {"sets": [str(folder / "among.csv")]}
     best = {"keep": 1, "best": {"metric": "map_at_r"}}
