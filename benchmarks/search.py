@@ -40,7 +40,7 @@ def measure(gallery: int, probes: int, dim: int, memory: int, tell: Callable[[st
     ids = np.arange(gallery, dtype=np.int64)
     wanted = np.sort(np.random.default_rng(0).permutation(gallery)[:probes])
     queries = unit(held[torch.from_numpy(wanted)] + 1.7 * unit(torch.randn(probes, dim, generator=random)))
-    block = max(1, memory // (24 * 1024))
+    block = max(1, min(memory, 1 << 24) // (24 * 1024))
 
     def products() -> None:
         for begin in range(0, probes, 1024):
