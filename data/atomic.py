@@ -10,7 +10,16 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from uuid import uuid4
 
+from .errors import UsageError
 from .records.manifest import MANIFEST_NAME
+
+
+def make_folder(path: Path) -> None:
+    """Makes the folder and those above it; UsageError where that is impossible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path}: {(error.strerror or str(error)).lower()}: name another folder") from None
 
 
 def unfinished_name(path: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,17 @@ def columns_of(path: Path) -> list[str]:
     if not path.exists():
         raise UsageError(f"{path}: no such table; check the path")
     if path.is_dir() or kind == ".parquet":
-        return list(open_parquet(find_parquet(path)[0]).schema_arrow.names)
+        return _checked(path, list(open_parquet(find_parquet(path)[0]).schema_arrow.names))
     if kind not in _DELIMITERS:
         raise UsageError(f"{path}: a table ends in .csv, .tsv or .parquet, or is a folder of .parquet files")
     with path.open("rb") as file:
         if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise UsageError(f"{path} is UTF-16: save it as UTF-8")
     with _open_csv(path) as file:
-        return next(csv.reader(file, delimiter=_DELIMITERS[kind]), [])
+        try:
+            return _checked(path, next(csv.reader(file, delimiter=_DELIMITERS[kind]), []))
+        except csv.Error as error:
+            raise UsageError(f"{path}: line 1: {error}") from None
 
 
 def rows_of(path: Path, *columns: str) -> Iterator[tuple[Any, ...]]:
@@ -85,10 +88,39 @@ def read_columns(files: list[Path], *columns: str) -> Iterator[tuple[Any, ...]]:
         if missing:
             raise UsageError(f"{file} has no column {missing[0]}, unlike {files[0].name}")
         row = 0
-        for batch in table.iter_batches(columns=list(columns)):
+        for batch in _batches(file, table, columns):
             for values in zip(*(batch.column(column).to_pylist() for column in columns), strict=True):
                 yield f"{file}: row {row}", *values
                 row += 1
+
+
+def write_csv(path: Path, titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table with a line of titles; names of any bytes stay what they are."""
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(titles)
+        writer.writerows(rows)
+
+
+def _batches(file: Path, table: Any, columns: tuple[str, ...]) -> Iterator[Any]:
+    from pyarrow import ArrowException
+
+    batches = table.iter_batches(columns=list(columns))
+    while True:
+        try:
+            batch = next(batches, None)
+        except (ArrowException, OSError) as error:
+            raise UsageError(f"{file} is damaged: {' '.join(str(error).split())}") from None
+        if batch is None:
+            return
+        yield batch
+
+
+def _checked(path: Path, columns: list[str]) -> list[str]:
+    twice = next((name for name in columns if columns.count(name) > 1), None)
+    if twice:
+        raise UsageError(f"{path} has two columns {twice}: rename one")
+    return columns
 
 
 def _open_csv(path: Path) -> Any:

@@ -1,11 +1,12 @@
 """A trained backbone, opened for use."""
 
+import os
 import shutil
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ..data.protocols.table import Protocol
     from ..engine.device import Precision
     from ..engine.evaluation.evaluate import Encoded
-    from ..engine.review import Batch, Embedded
+    from ..engine.review.embedded import Batch, Embedded
 
 Source = Annotated[
     Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder (its latest checkpoint) or one checkpoint.")
@@ -31,6 +32,12 @@ Flip = Annotated[
         help="Add the embedding of the mirror image. [dim]\\[default: as the run's evaluation does][/dim]",
         show_default=False,
     ),
+]
+Samples = Annotated[
+    int, typer.Option("--bootstrap", min=0, metavar="N", help="Draws of identities for the intervals; 0: none.")
+]
+Memory = Annotated[
+    int, typer.Option("--memory", min=1, metavar="MIB", help="Memory of a search, besides embeddings and mates.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images in one forward pass.")]
 Run = Annotated[
@@ -59,41 +66,35 @@ class Trained(NamedTuple):
     precision: "Precision"
     """Of its run, which evaluates in it too."""
 
-    def embed(
-        self, images: "Sequence[Encoded]", device: "torch.device", batch_size: int, *, flip: bool
-    ) -> "torch.Tensor":
+    def reading(
+        self, device: "torch.device", batch_size: int, *, flip: bool | None = None, ranks: int = 1
+    ) -> dict[str, Any]:
+        """How images are read and embedded; as its run does where ``flip`` is None, by one of ``ranks`` processes."""
+        from .machine import usable_cores
+
+        return {
+            "image_size": self.image_size,
+            "device": device,
+            "batch_size": batch_size,
+            "flip": self.flip if flip is None else flip,
+            "threads": max(1, usable_cores() // ranks),
+        }
+
+    def embed(self, images: "Sequence[Encoded]", reading: dict[str, Any]) -> "torch.Tensor":
         """Embeddings of encoded images, float32 [N, D] on the CPU, not normalised, in the precision of its run."""
         from ..engine.evaluation.evaluate import embed_images
-        from .machine import usable_cores
 
-        with self.autocast(device):
-            return embed_images(
-                self.model,
-                images,
-                image_size=self.image_size,
-                device=device,
-                batch_size=batch_size,
-                flip=flip,
-                threads=usable_cores(),
-            )
+        with self.autocast(reading["device"]):
+            return embed_images(self.model, images, **reading)
 
-    def embed_protocol(
-        self, protocol: "Protocol", device: "torch.device", batch_size: int, *, flip: bool | None
-    ) -> "torch.Tensor":
-        """Of a protocol's images, as ``embed``; ``flip`` as its run does where None."""
+    def embed_protocol(self, protocol: "Protocol", reading: dict[str, Any]) -> "torch.Tensor":
+        """Of a protocol's images, aligned where it has landmarks."""
+        from ..data.protocols.images import open_images
         from ..engine.evaluation.protocol import embed_protocol
-        from .machine import usable_cores
 
-        with self.autocast(device):
-            return embed_protocol(
-                self.model,
-                protocol,
-                image_size=self.image_size,
-                device=device,
-                batch_size=batch_size,
-                flip=self.flip if flip is None else flip,
-                threads=usable_cores(),
-            )
+        images = open_images(protocol.images, protocol.folder, protocol.landmarks, self.image_size)
+        with self.autocast(reading["device"]):
+            return embed_protocol(self.model, protocol, images, **reading)
 
     def autocast(self, device: "torch.device") -> "torch.autocast":
         """The arithmetic of its run: what ``pfc evaluate`` and ``pfc embed`` compute in, on any device."""
@@ -118,6 +119,9 @@ def check_new_file(path: Path, *suffixes: str) -> None:
         raise UsageError(f"{path}: the name must end in {' or '.join(suffixes)}")
     if path.exists():
         raise UsageError(f"{path} exists already: name another file, or remove it first")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UsageError(f"{path}: no file can be made in {above}: name another folder")
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -142,7 +146,7 @@ def embedded(
     stderr and left out."""
     import numpy as np
 
-    from ..engine.review import Batch
+    from ..engine.review.embedded import Batch
 
     for start in range(0, len(dataset), _CHUNK):
         stop = min(start + _CHUNK, len(dataset))
@@ -158,7 +162,7 @@ def embedded(
             images.append(image)
         while images:
             try:
-                embeddings = trained.embed(images, device, batch_size, flip=False)
+                embeddings = trained.embed(images, trained.reading(device, batch_size, flip=False))
             except UndecodableImage as error:
                 warn(f"image {numbers[error.place]} is left out: it cannot be decoded: {error.problem}")
                 for one in (numbers, labels, images):
@@ -174,7 +178,7 @@ def stored_embeddings(
     trained: Trained, dataset: Images, device: "torch.device", batch_size: int, file: Path
 ) -> "Iterator[Embedded]":
     """The embeddings of a data set, in ``file`` as long as the block lasts; shows progress."""
-    from ..engine.review import store
+    from ..engine.review.embedded import store
 
     try:
         with progress_bar("embedding") as progress:

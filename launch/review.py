@@ -1,6 +1,5 @@
 """What ``pfc overlap`` and ``pfc clean`` share: names, lists and pictures."""
 
-import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,12 +38,6 @@ class Names:
         """Labels, here and there, of the same saved name."""
         there = {name: label for label, name in enumerate(other.saved) if name}
         return [(label, there[name]) for label, name in enumerate(self.saved) if name in there]
-
-
-def write_csv(path: Path, titles: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table with a line of titles."""
-    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        csv.writer(file).writerows([titles, *rows])
 
 
 def write_lines(path: Path, lines: Iterable[object]) -> None:

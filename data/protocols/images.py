@@ -16,7 +16,7 @@ from ..images import reencode, why_unreadable
 from ..records.dataset import RecordDataset
 from ..records.manifest import printable
 
-_RECORD = re.compile(r"(.+)#(\d+)")  # SET#NUMBER
+_RECORD = re.compile(r"(.+)#(\d{1,18})")  # SET#NUMBER
 
 
 class WhenAsked(Sequence[Any]):
@@ -55,7 +55,7 @@ def open_images(
     missing = []
     for name in names:
         record = _RECORD.fullmatch(name)
-        if record is not None and not (folder / name).exists():
+        if record is not None and not _there(folder / name):
             if record[1] not in sets:
                 sets[record[1]] = RecordDataset.open(folder / record[1])
             dataset, number = sets[record[1]], int(record[2])
@@ -64,7 +64,7 @@ def open_images(
             where.append((dataset, number))
         else:
             path = folder / name
-            if not path.is_file():
+            if not _there(path):
                 missing.append(name)
             where.append(path)
     if missing:
@@ -75,7 +75,10 @@ def open_images(
 
     def read(place: int) -> bytes | np.ndarray:
         at = where[place]
-        encoded = at.read_bytes() if isinstance(at, Path) else at[0].read(at[1])[1]
+        try:
+            encoded = at.read_bytes() if isinstance(at, Path) else at[0].read(at[1])[1]
+        except OSError as error:
+            raise UsageError(f"{printable(names[place])}: {(error.strerror or str(error)).lower()}") from None
         if landmarks is None or size is None or np.isnan(landmarks[place, 0, 0]):
             return encoded
         try:
@@ -84,3 +87,11 @@ def open_images(
             raise UsageError(f"{printable(names[place])} cannot be aligned: {why_unreadable(error)}") from None
 
     return WhenAsked(read, range(len(names)))
+
+
+def _there(path: Path) -> bool:
+    """Also where the name is too long to be any file's."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False

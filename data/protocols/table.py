@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from array import array
 from collections.abc import Iterable, Sequence
@@ -14,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..alignment import landmark_columns, parse_landmarks
-from ..atomic import replacing
+from ..atomic import make_folder, replacing
 from ..errors import UsageError
 from ..records.manifest import printable
-from ..tables import columns_of, rows_of
+from ..tables import columns_of, rows_of, write_csv
 
 ROLES = ("", "gallery", "probe", "query", "distractor")
 """What an image may be; in the arrays its place here. Without a role it is searched for and found."""
@@ -76,11 +75,12 @@ class Pairs:
     same: NDArray[np.bool_]
 
 
-def read_protocol(path: Path, folder: Path | None = None) -> Protocol:
+def read_protocol(path: Path, folder: Path | None = None, *, pairs: bool = True) -> Protocol:
     """Reads a table (.csv, .tsv, .parquet), and the pairs of ``NAME.pairs.*`` beside it.
 
     Args:
         folder: that the images' names are relative to; the table's own by default.
+        pairs: whether to read these.
 
     Raises:
         UsageError: naming the file and the row: a column is missing, a role is unknown, a row stands there twice, a
@@ -110,7 +110,7 @@ def read_protocol(path: Path, folder: Path | None = None) -> Protocol:
         for name, value in zip(chosen, values, strict=True):
             if name == "role" and value not in ROLES:
                 raise UsageError(f"{where}: role {printable(value)}: allowed are {', '.join(ROLES[1:])}, or nothing")
-            if name == "weight":
+            if name == "weight" and value:
                 check_weight(where, value)
             texts[name].append(value)
         landmarks.extend(parse_landmarks(where, cells[len(chosen) :]) if points else ())
@@ -129,14 +129,14 @@ def read_protocol(path: Path, folder: Path | None = None) -> Protocol:
             codes, protocol.names[name] = encode(texts[name])
             setattr(protocol, name, codes)
     if "weight" in texts:
-        protocol.weight = np.array([float(text) for text in texts["weight"]], dtype=np.float32)
+        protocol.weight = np.array([float(text or 1) for text in texts["weight"]], dtype=np.float32)
     if points:
         protocol.landmarks = np.frombuffer(landmarks, dtype=np.float32).reshape(-1, 5, 2)
     check(protocol, path)
     beside = [path.with_name(f"{path.stem}.pairs{kind}") for kind in (path.suffix, ".csv", ".tsv", ".parquet")]
-    pairs = next((one for one in beside if one.is_file()), None)
-    if pairs is not None:
-        protocol.pairs = _read_pairs(pairs, protocol)
+    listed = next((one for one in beside if one.is_file()), None)
+    if pairs and listed is not None:
+        protocol.pairs = _read_pairs(listed, protocol)
     return protocol
 
 
@@ -156,12 +156,12 @@ def write_protocol(
     for one in (path, beside):
         if one.exists():
             raise UsageError(f"{one} exists already: name another file, or remove it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with replacing(path) as table:
-        _write(table, columns, rows)
+        write_csv(table, columns, rows)
         if pairs is not None:
             with replacing(beside) as unfinished:
-                _write(unfinished, PAIR_COLUMNS, pairs)
+                write_csv(unfinished, PAIR_COLUMNS, pairs)
 
 
 def encode(texts: Sequence[str]) -> tuple[Codes, list[str]]:
@@ -188,6 +188,16 @@ def check(protocol: Protocol, path: Path) -> None:
         raise UsageError(f"{path} has probes or queries, but no gallery to find them in")
     if found and not searched:
         raise UsageError(f"{path} has a gallery, but no probe or query to find in it")
+    if protocol.has("distractor") and not searched:
+        raise UsageError(f"{path} has distractors, but no probe or query that they could be taken for")
+    galleries = protocol.gallery
+    if galleries is not None:
+        unnamed = np.flatnonzero((roles == ROLES.index("gallery")) & (galleries < 0))
+        if len(unnamed) and (galleries >= 0).any():
+            row = protocol.images[int(unnamed[0])]
+            raise UsageError(
+                f"{path}: {printable(row)} is of a gallery without a name, beside others with one: name it"
+            )
     if protocol.has("probe") and protocol.has("query"):
         raise UsageError(f"{path} has probes and queries: make a table of each")
     if protocol.template is None:
@@ -196,7 +206,7 @@ def check(protocol: Protocol, path: Path) -> None:
         row = int(np.argmin(protocol.template))
         raise UsageError(f"{path}: {printable(protocol.images[row])} has no template, as the others have")
     _, first, inverse = np.unique(protocol.template, return_index=True, return_inverse=True)
-    for name in ("identity", "role", "camera", "gallery"):
+    for name in ("identity", "role", "camera", "gallery", "group"):
         codes = getattr(protocol, name)
         other = [] if codes is None else np.flatnonzero(codes != codes[first][inverse])
         if len(other):
@@ -214,6 +224,9 @@ def _read_pairs(path: Path, protocol: Protocol) -> Pairs:
     if names is None:
         of, names = "image", list(protocol.images)
     places = {name: place for place, name in enumerate(names)}
+    if len(places) < len(names):
+        twice = next(name for place, name in enumerate(names) if places[name] != place)
+        raise UsageError(f"{path}: {printable(twice)} has two rows in the table: pairs of images need one of each")
     first, second, same = array("q"), array("q"), array("b")
     for where, one, other, flag in rows_of(path, *PAIR_COLUMNS):
         if str(flag) not in ("0", "1", "False", "True"):
@@ -231,21 +244,14 @@ def _read_pairs(path: Path, protocol: Protocol) -> Pairs:
 
 
 def check_weight(where: str, text: str) -> None:
-    """UsageError where it is no finite number from 0 on."""
+    """UsageError where it is no number from 0 on that float32 holds."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value >= 0):
+    if not 0 <= value <= np.finfo(np.float32).max:
         raise UsageError(f"{where}: weight {printable(text)} is no number from 0 on")
 
 
 def _row_alone(where: str) -> str:
     return where.rpartition(": ")[2]
-
-
-def _write(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    with path.open("w", encoding="utf-8", newline="", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(rows)

@@ -1,8 +1,11 @@
 """Embeddings that another program has made, judged by the same code."""
 
+import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -35,10 +38,11 @@ def read_embeddings(path: Path) -> Found:
     try:
         stored: Any = np.load(path)
         arrays = {"embeddings": stored} if isinstance(stored, np.ndarray) else {name: stored[name] for name in stored}
+    except (ValueError, EOFError, BadZipFile, zlib.error) as error:
+        raise UsageError(f"{path} is no .npy or .npz file of numbers, or cut off: {error}") from None
     except OSError as error:
         raise UsageError(f"{path}: {(error.strerror or str(error)).lower()}") from None
-    except ValueError as error:
-        raise UsageError(f"{path} is no .npy or .npz file of numbers: {error}") from None
+    arrays = {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
     found = arrays.get("embeddings")
     if found is None or found.ndim != 2 or not np.issubdtype(found.dtype, np.floating):
         held = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in arrays.items())
@@ -48,7 +52,7 @@ def read_embeddings(path: Path) -> Found:
             raise UsageError(f"{path}: {name} has the shape {list(arrays[name].shape)}, for {len(found):,} embeddings")
     names, labels = arrays.get("names"), arrays.get("labels")
     embeddings = torch.from_numpy(np.ascontiguousarray(found, dtype=np.float32))
-    return Found(embeddings, None if names is None else [str(name) for name in names], labels)
+    return Found(embeddings, None if names is None else [_text(name) for name in names.tolist()], labels)
 
 
 def rows_of_table(path: Path, found: Found, protocol: Protocol) -> Tensor:
@@ -69,12 +73,19 @@ def rows_of_table(path: Path, found: Found, protocol: Protocol) -> Tensor:
 
 
 def protocol_of_labels(path: Path, found: Found) -> Protocol:
-    """Each among all others, by the labels of the file itself."""
+    """Each among all others, by the labels of the file itself; a number below 0, or none, is an unknown one."""
     if found.labels is None:
         raise UsageError(f"{path} has no labels: say what the embeddings are of with --protocol or --pairs")
-    codes, names = encode([str(label) for label in found.labels.tolist()])
+    codes, names = encode([_text(label) for label in found.labels.tolist()])
     images = found.names or [str(number) for number in range(len(codes))]
     return Protocol(path.stem, path.parent, images, codes, np.zeros(len(codes), np.int64), names={"identity": names})
+
+
+def _text(value: Any) -> str:
+    """Of a name or a label; empty for what stands for none."""
+    if isinstance(value, bytes):
+        return os.fsdecode(value)
+    return "" if isinstance(value, int | float) and not value >= 0 else str(value)
 
 
 def judge_pairs(path: Path, found: Found, pairs: Pairs) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .protocol import Judgement
+    from .judgement import Judgement
 
 _TITLES = {
     "accuracy": "accuracy",
@@ -65,6 +65,7 @@ def headline(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     names += [name for name in values if name.startswith("tar_at_far_") and title(name)][-1:]
     if "accuracy" in values:
         names = ["accuracy", "eer", *names[1:]]
+    names = names or [leading_of(values)[0]]
     return [(title(name) or name, shown(values, name)) for name in names]
 
 

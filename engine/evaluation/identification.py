@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from .metrics import cuts
+from .metrics import TIE, cuts
 from .search import Floats, Ints
 
 FPIR_LEVELS = (1e-1, 1e-2, 1e-3)
@@ -42,7 +42,7 @@ def tpir_at_fpir(
     """
     mated = np.isfinite(mate)
     weights = np.ones(len(mate)) if weights is None else weights
-    right, best = mate[mated] > other[mated], mate[mated]
+    right, best = mate[mated] > other[mated] + TIE, mate[mated]
     thresholds = cuts(other[~mated], weights[~mated], levels)
     return {level: _share(right & (best > cut), weights[mated]) for level, cut in thresholds.items()}
 

@@ -6,6 +6,7 @@ Images of one identity are alike, so identities are drawn, not images or pairs, 
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch.distributed as dist
 from numpy.typing import NDArray
 
 from .search import Ints
@@ -17,30 +18,53 @@ Weights = NDArray[np.float64]
 
 
 def over_identities(
-    ids: Sequence[Ints], statistics: Callable[[Weights], dict[str, float]], *, samples: int = SAMPLES, seed: int = 0
+    ids: Sequence[Ints],
+    statistics: Callable[[Weights], dict[str, float]],
+    *,
+    samples: int = SAMPLES,
+    moved: Callable[[], object] = lambda: None,
 ) -> dict[str, tuple[float, float]]:
-    """The percentile interval of each statistic, of 95 %.
+    """The percentile interval of each statistic, of 95 %. The ranks share the draws, and each gets the same.
 
     Args:
         ids: the identities of each item, int64 [n] each: one of a probe, two of a pair; below 0 where unknown, which is
             an identity of its own.
-        statistics: of weights [n], how often each item counts: an identity's number of draws, or the product of two.
+        statistics: of weights [n], how often each item counts: an identity's number of draws; of a pair of two
+            identities the product of theirs.
         samples: how often identities are drawn.
-        seed: of the draws.
+        moved: called at every draw.
     """
-    codes = [np.where(one < 0, one.max(initial=0) + 1 + np.arange(len(one)), one) for one in ids]
+    number, unknown = len(ids[0]), max(int(one.max(initial=-1)) for one in ids) + 1
+    codes = [np.where(one < 0, unknown + place * number + np.arange(number), one) for place, one in enumerate(ids)]
     known, joined = np.unique(np.concatenate(codes), return_inverse=True)
-    places = np.split(joined, np.cumsum([len(one) for one in codes])[:-1])
-    generator = np.random.default_rng(seed)
-    found: dict[str, list[float]] = {}
-    for _ in range(samples):
+    first, *others = np.split(joined, len(ids))
+
+    def once(draw: int) -> dict[str, float]:
+        moved()
+        generator = np.random.default_rng(draw)
         drawn = np.bincount(generator.integers(len(known), size=len(known)), minlength=len(known)).astype(np.float64)
-        weights = np.prod([drawn[place] for place in places], axis=0)
-        for name, value in statistics(weights).items():
-            found.setdefault(name, []).append(value)
+        weights = drawn[first]
+        for place in others:
+            weights = np.where(place == first, weights, weights * drawn[place])
+        return statistics(weights)
+
+    found: dict[str, list[float]] = {}
+    for one in _on_all_ranks(samples, once):
+        for name, value in one.items():
+            if np.isfinite(value):
+                found.setdefault(name, []).append(value)
     tail = 50 * (1 - LEVEL)
     return {
-        name: (float(np.percentile(good, tail)), float(np.percentile(good, 100 - tail)))
+        name: (float(np.percentile(values, tail)), float(np.percentile(values, 100 - tail)))
         for name, values in found.items()
-        if len(good := [value for value in values if np.isfinite(value)])
     }
+
+
+def _on_all_ranks(samples: int, once: Callable[[int], dict[str, float]]) -> list[dict[str, float]]:
+    world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    mine = [once(draw) for draw in range(rank, samples, world_size)]
+    if world_size == 1:
+        return mine
+    parts: list[list[dict[str, float]]] = [[]] * world_size
+    dist.all_gather_object(parts, mine)
+    return [one for part in parts for one in part]

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 from ...data.errors import UsageError
 
+TIE = 1e-6
+"""Cosines that are equal differ by less, by the rounding of products of different shapes."""
 FAR_LEVELS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
 
@@ -116,7 +118,8 @@ def true_accept_rates(
 def cuts(
     scores: NDArray[np.floating], weights: NDArray[np.float64], levels: Iterable[float], *, ordered: bool = False
 ) -> dict[float, float]:
-    """{level: the smallest of ``scores`` that at most this share of their weight is above}; ``ordered``: they fall.
+    """{level: the smallest of ``scores`` that at most this share of their weight is above, and TIE more: what is to be
+    exceeded}; ``ordered``: they fall.
 
     A level that is less than one of them is left out.
     """
@@ -130,7 +133,7 @@ def cuts(
         if allowed >= 1:
             # Those before the first that would be too many are above it, unless they have its score: then they are not.
             place = int(np.searchsorted(sums, allowed, side="right"))
-            found[level] = float(scores[place] if place < len(scores) else np.nextafter(scores[-1], -np.inf))
+            found[level] = float(scores[place]) + TIE if place < len(scores) else -np.inf
     return found
 
 

@@ -1,9 +1,6 @@
 """Judges embeddings by a protocol: which figures, is said by the table's columns (docs/evaluation.md)."""
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,15 +9,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...data.errors import UndecodableImage, UsageError
-from ...data.protocols.images import open_images
-from ...data.protocols.table import ROLES, Protocol
+from ...data.protocols.table import Protocol
 from . import retrieval
-from .evaluate import embed_images
+from .evaluate import Encoded, embed_images
+from .every_pair import histograms
 from .identification import FPIR_LEVELS, RANKS, rank_k, tpir_at_fpir
-from .intervals import SAMPLES, Weights, over_identities
+from .intervals import Weights
+from .items import Items, check_embeddings, identities_of, items_of
+from .judgement import How, Judgement
 from .metrics import FAR_LEVELS, area_and_eer, minimum_detection_cost, power_of_ten, true_accept_rates
-from .search import CPU, MEMORY, Ints, all_pairs, count_others, find_mates, unit
-from .templates import cosines_of, pool
+from .search import Ints, count_others, find_mates
+from .templates import cosines_of
 
 LEVELS = (1e-1, *FAR_LEVELS)
 _CURVE = sorted({*LEVELS, *(10.0 ** (-power / 4) for power in range(25))})
@@ -29,84 +28,14 @@ RECALLS = (1, 10, 100, 1000)
 MOST_SHOWN = 24  # probes with their pictures, in a report
 
 
-@dataclass
-class Judgement:
-    """What a protocol says of embeddings.
-
-    Attributes:
-        set: the protocol's name.
-        counts: how many images, templates, probes, impostor pairs, ... the figures are of.
-        figures: name → value.
-        intervals: name → (low, high), 95 %, by the bootstrap over identities; not of every figure.
-        curves: name → (x, y, low, high), float64 [4, n].
-        worst: the mated probes that another beats by most, as rows of the table: (probe, what it was taken for, its
-            best mate, the two cosines).
-    """
-
-    set: str
-    counts: dict[str, int] = field(default_factory=dict)
-    figures: dict[str, float] = field(default_factory=dict)
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    curves: dict[str, NDArray[np.float64]] = field(default_factory=dict)
-    worst: list[tuple[int, int, int, float, float]] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A flat object, as it stands in evaluation.jsonl: intervals as ``NAME_low`` and ``NAME_high``."""
-        low = {f"{name}_low": interval[0] for name, interval in self.intervals.items()}
-        high = {f"{name}_high": interval[1] for name, interval in self.intervals.items()}
-        return {"set": self.set, **self.counts, **self.figures, **low, **high}
-
-    def add(self, ids: Sequence[Ints], figures: Callable[[Weights | None], dict[str, float]], samples: int) -> None:
-        """Figures of weights, with their intervals; one called ``CURVE:X`` is a point of a curve."""
-        values, intervals = figures(None), over_identities(ids, figures, samples=samples)
-        points: dict[str, list[tuple[float, ...]]] = {}
-        for name, value in values.items():
-            curve, colon, x = name.partition(":")
-            if colon:
-                points.setdefault(curve, []).append((float(x), value, *intervals.pop(name, (np.nan, np.nan))))
-            else:
-                self.figures[name] = value
-        self.intervals |= intervals
-        self.curves |= {name: np.array(of, dtype=np.float64).T for name, of in points.items()}
-
-    def save(self, path: Path) -> None:
-        """Writes all of it as one .npz."""
-        told = {"set": self.set, "counts": self.counts, "figures": self.figures, "intervals": self.intervals}
-        arrays: dict[str, Any] = {f"curve {name}": curve for name, curve in self.curves.items()}
-        np.savez_compressed(path, about=json.dumps(told), worst=np.array(self.worst).reshape(-1, 5), **arrays)
-
-    @staticmethod
-    def load(path: Path) -> "Judgement":
-        with np.load(path) as arrays:
-            told = json.loads(str(arrays["about"]))
-            worst = [(int(a), int(b), int(c), float(x), float(y)) for a, b, c, x, y in arrays["worst"]]
-            curves = {name.removeprefix("curve "): arrays[name] for name in arrays.files if name.startswith("curve ")}
-            return Judgement(**told, curves=curves, worst=worst)
-
-
-@dataclass(frozen=True)
-class How:
-    """How to compute, the same on every rank: where, in how many bytes, and how many samples of the bootstrap."""
-
-    device: torch.device = CPU
-    memory: int = MEMORY
-    samples: int = SAMPLES
-    moved: Callable[[], object] = lambda: None
-
-    @property
-    def search(self) -> dict[str, Any]:
-        return {"device": self.device, "memory": self.memory}
-
-
-def embed_protocol(network: nn.Module, protocol: Protocol, *, image_size: tuple[int, int], **reading: Any) -> Tensor:
-    """The embeddings of a protocol's images, aligned where the table has landmarks, as ``embed_images`` gives them.
+def embed_protocol(network: nn.Module, protocol: Protocol, images: Sequence[Encoded], **reading: Any) -> Tensor:
+    """The embeddings of a protocol's images, as ``embed_images`` gives them.
 
     Raises:
-        UsageError: an image is not there, or cannot be decoded or aligned; it is named.
+        UsageError: an image cannot be read, decoded or aligned; it is named.
     """
-    images = open_images(protocol.images, protocol.folder, protocol.landmarks, image_size)
     try:
-        return embed_images(network, images, image_size=image_size, **reading)
+        return embed_images(network, images, **reading)
     except UndecodableImage as error:
         raise UsageError(
             f"{protocol.name}: {protocol.images[error.place]} cannot be decoded: {error.problem}; leave its row out"
@@ -138,65 +67,15 @@ def judge(protocol: Protocol, embeddings: Tensor, how: How | None = None) -> Jud
         _retrieval(items, result, how, among_themselves=False)
     elif protocol.pairs is None:
         _retrieval(items, result, how, among_themselves=True)
-        _all_to_all(items, result, how)
+        _every_pair(items, result, how)
     return result
-
-
-def check_embeddings(protocol: Protocol, embeddings: Tensor) -> None:
-    """UsageError where there is not one for each image, or one is not finite."""
-    if len(embeddings) != len(protocol):
-        raise UsageError(
-            f"{protocol.name}: {len(embeddings):,} embeddings for {len(protocol):,} images: give one for each "
-            "row of the table, in its order"
-        )
-    broken = (~torch.isfinite(embeddings).all(dim=1)).nonzero()[:, 0].tolist()
-    if broken:
-        raise UsageError(
-            f"{protocol.name}: {len(broken):,} of {len(protocol):,} embeddings are not finite, the first is that of "
-            f"{protocol.images[broken[0]]}"
-        )
-
-
-@dataclass(frozen=True)
-class Items:
-    """What is compared: templates, or images. ``row`` is a row of the table that shows each."""
-
-    unit: Tensor
-    row: Ints
-    identity: Ints
-    role: Ints
-    camera: Ints | None
-    gallery: Ints | None
-    code: Ints
-    """Of a pair's side → the item."""
-
-    def of(self, role: str) -> Ints:
-        return np.flatnonzero(self.role == ROLES.index(role))
-
-
-def items_of(protocol: Protocol, embeddings: Tensor) -> Items:
-    """The images, or their templates; UsageError where a template has no embedding."""
-    if protocol.template is None:
-        every = np.arange(len(protocol))
-        columns = protocol.identity, protocol.role, protocol.camera, protocol.gallery
-        return Items(unit(embeddings), every, *columns, every)
-    try:
-        pooled = pool(embeddings, protocol.template, protocol.media, protocol.weight)
-    except UsageError as error:
-        raise UsageError(f"{protocol.name}: {error}") from None
-    _, row = np.unique(protocol.template, return_index=True)
-    columns = (
-        None if codes is None else codes[row]
-        for codes in (protocol.identity, protocol.role, protocol.camera, protocol.gallery)
-    )
-    return Items(pooled, row, *columns, np.arange(len(row)))  # type: ignore[arg-type]
 
 
 def _verification(items: Items, protocol: Protocol, result: Judgement, how: How) -> None:
     """1:1 by a list of pairs."""
     pairs = protocol.pairs
     assert pairs is not None
-    cosine, same = cosines_of(items.unit, pairs.first, pairs.second), pairs.same
+    cosine, same = cosines_of(items.unit, pairs.first, pairs.second, moved=how.moved), pairs.same
     if same.all() or not same.any():
         kind = "two identities" if same.all() else "one identity"
         raise UsageError(f"{protocol.name}: none of the {len(same):,} pairs shows {kind}: give pairs of both kinds")
@@ -214,22 +93,10 @@ def _verification(items: Items, protocol: Protocol, result: Judgement, how: How)
         points = {f"tar:{level}": rate for level, rate in rates.items()}
         return points | {f"tar_at_far_{power_of_ten(level)}": rates[level] for level in LEVELS if level in rates}
 
-    result.add([ids[pairs.first][order], ids[pairs.second][order]], figures, how.samples)
+    result.add([ids[pairs.first][order], ids[pairs.second][order]], figures, how)
     for level in LEVELS:
         if level in measured:
             result.counts[f"impostors_at_far_{power_of_ten(level)}"] = int(level * impostors + 1e-9)
-
-
-def identities_of(items: Items, first: Ints, second: Ints, same: NDArray[np.bool_]) -> Ints:
-    """Of each item [n]; where the table does not say, those that pairs of one identity join are one."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    if (items.identity >= 0).all():
-        return items.identity
-    number = len(items.identity)
-    joined = coo_array((np.ones(int(same.sum()), dtype=np.int8), (first[same], second[same])), shape=(number, number))
-    return connected_components(joined, directed=False)[1].astype(np.int64)
 
 
 def _identification(items: Items, result: Judgement, how: How) -> None:
@@ -256,7 +123,7 @@ def _identification(items: Items, result: Judgement, how: How) -> None:
         names = [name for name in (each[0] if each else {}) if all(name in one for one in each)]
         return {name: float(np.mean([one[name] for one in each])) for name in names}
 
-    result.add([items.identity[probes]], figures, how.samples)
+    result.add([items.identity[probes]], figures, how)
 
 
 class _Search:
@@ -268,7 +135,7 @@ class _Search:
         queries, ids = items.unit[probes], items.identity[probes]
         held = items.unit[gallery]
         mates = find_mates(queries, ids, held, items.identity[gallery], **how.search)
-        others = count_others(queries, ids, held, items.identity[gallery], mates, moved=how.moved, **how.search)
+        others = count_others(queries, ids, held, items.identity[gallery], mates, **how.search)
         self.mate = mates.best
         self.above = mates.of_best(others.above, 0)
         self.other, taken = others.cosine.copy(), np.where(others.row >= 0, gallery[others.row], -1)
@@ -277,7 +144,7 @@ class _Search:
         for start, stop in _parts(len(distractors)):
             part = distractors[start:stop]
             unknown = np.full(len(part), -1, dtype=np.int64)
-            more = count_others(queries, ids, items.unit[part], unknown, mates, moved=how.moved, **how.search)
+            more = count_others(queries, ids, items.unit[part], unknown, mates, **how.search)
             self.above = self.above + mates.of_best(more.above, 0)
             taken = np.where(more.cosine > self.other, part[more.row], taken)
             self.other = np.maximum(self.other, more.cosine)
@@ -307,7 +174,7 @@ def _against_distractors(items: Items, probes: Ints, distractors: Ints, result: 
     for start, stop in _parts(len(distractors)):
         part = items.unit[distractors[start:stop]]
         unknown = np.full(stop - start, -1, dtype=np.int64)
-        above += count_others(queries, ids, part, unknown, mates, moved=how.moved, **how.search).above
+        above += count_others(queries, ids, part, unknown, mates, **how.search).above
         right[stop] = above == 0
     result.counts |= {"probes": len(probes), "distractors": len(distractors), "searches": len(mates.row)}
 
@@ -318,7 +185,7 @@ def _against_distractors(items: Items, probes: Ints, distractors: Ints, result: 
         found |= {f"rank_1_with_{n}_distractors": rate for n, rate in first.items()}
         return found | {f"rank_{k}": rank_k(k, every, above, weights) for k in RANKS}
 
-    result.add([ids[mates.query]], figures, how.samples)
+    result.add([ids[mates.query]], figures, how)
 
 
 def _retrieval(items: Items, result: Judgement, how: How, *, among_themselves: bool) -> None:
@@ -336,14 +203,15 @@ def _retrieval(items: Items, result: Judgement, how: How, *, among_themselves: b
             one, other = camera[queries[query]], camera[found[row]]
             return (one == other) & (one >= 0)
 
-    ids = items.identity[queries]
-    held, held_ids = items.unit[found], items.identity[found]
-    mates = find_mates(items.unit[queries], ids, held, held_ids, left_out=left_out, **how.search)
+    ids, held_ids = items.identity[queries], items.identity[found]
+    asked = items.unit if among_themselves else items.unit[queries]
+    held = items.unit if among_themselves else items.unit[found]
+    mates = find_mates(asked, ids, held, held_ids, left_out=left_out, **how.search)
     mated = mates.counts > 0
     result.counts |= {"queries": int(mated.sum()), "queries_without_mates": int((~mated).sum()), "gallery": len(found)}
     if not mated.any():
         raise UsageError(f"{result.set}: no query has an image of its identity to find")
-    others = count_others(items.unit[queries], ids, held, held_ids, mates, moved=how.moved, **how.search)
+    others = count_others(asked, ids, held, held_ids, mates, **how.search)
     places = retrieval.places_of(mates, others)
     starts = np.concatenate([[0], np.cumsum(mates.counts[mated])])
     recall, ks = ("recall_at", RECALLS) if among_themselves else ("cmc", RANKS)
@@ -362,14 +230,16 @@ def _retrieval(items: Items, result: Judgement, how: How, *, among_themselves: b
         total = weights.sum()
         return {name: float(values @ weights / total) if total else float("nan") for name, values in each.items()}
 
-    result.add([ids[mated]], figures, how.samples)
+    result.add([ids[mated]], figures, how)
     taken = np.where(others.row >= 0, found[others.row], -1)
     _tell_worst(items, queries, taken, mates.of_best(found[mates.row], -1), others.cosine, mates.best, result)
 
 
-def _all_to_all(items: Items, result: Judgement, how: How) -> None:
-    """1:1 by every pair of two images: a threshold is a bin's edge, and never accepts more than it may."""
-    same, different, _ = all_pairs(items.unit, items.identity, moved=how.moved, **how.search)
+def _every_pair(items: Items, result: Judgement, how: How) -> None:
+    """1:1 by every pair of two images whose identities are known: a threshold is a bin's edge, and never accepts more
+    than it may."""
+    known = np.flatnonzero(items.identity >= 0)
+    same, different = histograms(items.unit[torch.from_numpy(known)], items.identity[known], **how.search)
     if not same.sum() or not different.sum():
         return
     result.counts |= {"pairs": int(same.sum() + different.sum()), "impostor_pairs": int(different.sum())}

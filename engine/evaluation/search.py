@@ -1,8 +1,8 @@
-"""Searches of a gallery by blocks: memory is bounded, the ranks share the queries, nothing is approximate.
+"""Searches of a gallery by blocks: the ranks share the queries, nothing is approximate.
 
 Every figure of identification and retrieval follows from the places of a query's mates (the gallery's images of its
 identity) among the others, so these are counted, and no list of neighbours is kept: there is no k that could be too
-small.
+small. Memory grows with the number of mates, not with queries times gallery.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .metrics import TIE
+
 CPU = torch.device("cpu")
 MEMORY = 1 << 29  # bytes
 _CACHE = 1 << 24  # bytes: blocks that a CPU's cache holds are up to three times as fast
-_QUERIES = 1024  # of a block, at most
-_BYTES = 24  # of a cosine: itself, where it stands among the mates', and a copy of both
+QUERIES = 1024  # of a block, at most
+BYTES = 24  # of a cosine: itself, where it stands among the mates', and a copy of both
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -65,7 +67,8 @@ class Others:
     """What a gallery holds besides a query's mates.
 
     Attributes:
-        above: how many others reach the cosine of each mate, int64 [M]: one with the same cosine counts against it.
+        above: how many others reach the cosine of each mate, int64 [M]: one with the same cosine, or one that is
+            smaller by no more than rounding, counts against it.
         cosine: each query's largest with one of the others, float32 [Q]; −inf where there is none.
         row: the gallery's row of that one, int64 [Q]; −1 where there is none.
     """
@@ -89,6 +92,7 @@ def find_mates(
     left_out: Callable[[Ints, Ints], NDArray[np.bool_]] | None = None,
     device: torch.device = CPU,
     memory: int = MEMORY,
+    moved: Callable[[], object] = lambda: None,
 ) -> Mates:
     """The mates of every query; on every rank the same.
 
@@ -99,6 +103,7 @@ def find_mates(
             not count: itself, or those of the same camera.
         device: where to compute.
         memory: bytes to work in, besides the arguments and the result.
+        moved: called at every block.
     """
     order = np.argsort(gallery_ids, kind="stable")
     first, last = _same(gallery_ids[order], query_ids)
@@ -110,26 +115,28 @@ def find_mates(
         query, row = query[kept], row[kept]
     starts = np.concatenate([[0], np.cumsum(np.bincount(query, minlength=len(counts)))]).astype(np.int64)
 
-    def cosines(start: int, stop: int) -> Floats:
-        """Of the mates of the queries start … stop, by the same products as the others' are."""
-        found = np.zeros(starts[stop] - starts[start], dtype=np.float32)
-        most = max(1, int(counts.max(initial=1)))
-        step = max(1, min(_QUERIES, int((_working(memory, device) / (8 * most)) ** 0.5)))
-        for begin in range(start, stop, step):
-            end = min(begin + step, stop)
-            rows = row[starts[begin] : starts[end]]
-            if not len(rows):
-                continue
-            left = queries[begin:end].to(device)
-            product = left @ gallery[torch.from_numpy(rows)].to(device).T
-            of = torch.from_numpy(query[starts[begin] : starts[end]] - begin).to(device)
-            mine = product[of, torch.arange(len(rows), device=device)]
-            found[starts[begin] - starts[start] : starts[end] - starts[start]] = mine.cpu().numpy()
-        return found
+    most = max(1, int(counts.max(initial=1)))
+    room = working(memory, device) // 2
+    # Rows of the mates, and their products with the queries: 4·D and 4·step bytes for each.
+    step = max(1, min(QUERIES, int((room / (4 * most)) ** 0.5), room // (4 * most * gallery.shape[1])))
 
-    (cosine,) = _shared(len(counts), lambda start, stop: (cosines(start, stop),))
-    falling = np.lexsort((-cosine, query))
-    return Mates(starts, row[falling], cosine[falling])
+    def find(start: int, stop: int) -> tuple[Ints, Floats]:
+        """Rows and cosines of the mates of the queries start … stop."""
+        found = np.zeros(starts[stop] - starts[start], dtype=np.float32)
+        rows = row[starts[start] : starts[stop]].copy()
+        for begin in range(start, stop, step):
+            moved()
+            end = min(begin + step, stop)
+            here = slice(starts[begin] - starts[start], starts[end] - starts[start])
+            product = queries[begin:end].to(device) @ gallery[torch.from_numpy(rows[here])].to(device).T
+            of = query[starts[begin] : starts[end]] - begin
+            mine = product[torch.from_numpy(of).to(device), torch.arange(len(of), device=device)].cpu().numpy()
+            falling = np.argsort(4.0 * of - mine, kind="stable")  # cosines differ by less than 4
+            found[here], rows[here] = mine[falling], rows[here][falling]
+        return rows, found
+
+    rows, cosine = shared(len(counts), find)
+    return Mates(starts, rows, cosine)
 
 
 def count_others(
@@ -148,13 +155,13 @@ def count_others(
     The gallery may be a part of a larger one that ``mates`` are of: ``above`` of the parts adds up.
 
     Args:
-        queries, query_ids, gallery, gallery_ids, device, memory: as of ``find_mates``.
-        moved: called at every block.
+        queries, query_ids, gallery, gallery_ids, device, memory, moved: as of ``find_mates``.
     """
     order = np.argsort(gallery_ids, kind="stable")
     first, last = _same(gallery_ids[order], query_ids)
-    rows_at_once = min(_QUERIES, max(1, len(query_ids)))
-    columns = max(1, min(len(gallery_ids), _working(memory, device) // (_BYTES * rows_at_once)))
+    room = working(memory, device) // BYTES
+    rows_at_once = max(1, min(QUERIES, len(query_ids), room // (int(mates.counts.max(initial=0)) + 1)))
+    columns = max(1, min(len(gallery_ids), room // rows_at_once))
 
     def count(start: int, stop: int) -> tuple[Ints, Floats, Ints]:
         """Of the queries start … stop."""
@@ -162,21 +169,23 @@ def count_others(
         for begin in range(start, stop, rows_at_once):
             end = min(begin + rows_at_once, stop)
             block = _Block(mates, begin, end, device)
-            own = order[_ranges(first[begin:end], (last - first)[begin:end])]
-            own_query = np.repeat(np.arange(end - begin), (last - first)[begin:end])
+            counts = (last - first)[begin:end]
+            own, of = order[_ranges(first[begin:end], counts)], np.repeat(np.arange(end - begin), counts)
+            by_row = np.argsort(own, kind="stable")
+            own, of = own[by_row], of[by_row]
             left = queries[begin:end].to(device)
             for at in range(0, len(gallery_ids), columns):
                 cosines = left @ gallery[at : at + columns].to(device).T
-                here = (own >= at) & (own < at + columns)
-                cosines[torch.from_numpy(own_query[here]), torch.from_numpy(own[here] - at)] = -torch.inf
+                here = slice(*np.searchsorted(own, [at, at + columns]))
+                cosines[torch.from_numpy(of[here]), torch.from_numpy(own[here] - at)] = -torch.inf
                 block.add(cosines, at)
                 moved()
             above.append(block.above())
             best.append(block.best.cpu().numpy())
             who.append(block.who.cpu().numpy())
-        return _joined(above, np.int64), _joined(best, np.float32), _joined(who, np.int64)
+        return joined(above, np.int64), joined(best, np.float32), joined(who, np.int64)
 
-    return Others(*_shared(len(query_ids), count))
+    return Others(*shared(len(query_ids), count))
 
 
 class _Block:
@@ -188,8 +197,8 @@ class _Block:
         self.place = (np.repeat(np.arange(end - begin), counts), _ranges(np.zeros_like(counts), counts))
         rising = torch.full((end - begin, max(1, int(counts.max(initial=1)))), torch.inf)
         rising[self.place] = torch.from_numpy(self.falling)
-        self.rising = rising.sort(dim=1).values.to(device)
-        """The mates' cosines [q, m], then infinity."""
+        self.rising = rising.sort(dim=1).values.to(device) - TIE
+        """What another has to reach: the mates' cosines [q, m], then infinity."""
         self.number = counts
         self.reached = torch.zeros(end - begin, self.rising.shape[1] + 1, dtype=torch.int64, device=device)
         """[q, m + 1]: how many others reach so many of them."""
@@ -228,13 +237,12 @@ def nearest(
     """The k rows of the gallery nearest to each query: cosines float32 [Q, k], falling, and rows int64 [Q, k].
 
     Args:
-        queries, gallery, device, memory: as of ``find_mates``.
+        queries, gallery, device, memory, moved: as of ``find_mates``.
         k: at most the gallery's size.
         own: a row of the gallery for each query that does not count, int64 [Q].
-        moved: called at every block.
     """
-    rows_at_once = min(_QUERIES, max(1, len(queries)))
-    columns = max(k + 1, min(len(gallery), _working(memory, device) // (_BYTES * rows_at_once)))
+    rows_at_once = min(QUERIES, max(1, len(queries)))
+    columns = max(k + 1, min(len(gallery), working(memory, device) // (BYTES * rows_at_once)))
 
     def search(start: int, stop: int) -> tuple[Floats, Ints]:
         cosine, row = [np.zeros((0, k), np.float32)], [np.zeros((0, k), np.int64)]
@@ -256,93 +264,8 @@ def nearest(
             row.append(who.cpu().numpy())
         return np.concatenate(cosine), np.concatenate(row)
 
-    cosine, row = _shared(len(queries), search)
+    cosine, row = shared(len(queries), search)
     return cosine, row
-
-
-def all_pairs(
-    embeddings: Tensor,
-    ids: Ints,
-    *,
-    bins: int = 1 << 18,
-    device: torch.device = CPU,
-    memory: int = MEMORY,
-    moved: Callable[[], object] = lambda: None,
-) -> tuple[Ints, Ints, NDArray[np.float64]]:
-    """Histograms of the cosines of every pair of two images, each pair once, without a list of them.
-
-    Args:
-        embeddings: [N, D], of length 1.
-        ids: int64 [N]; the pairs with one that is below 0 are of two identities.
-        bins: of equal width from −1 to 1.
-        device, memory, moved: as of ``count_others``.
-
-    Returns:
-        how many pairs of one identity and of two are in each bin, int64 [bins], and the bins' edges [bins + 1]. A
-        cosine beyond ±1 by rounding is in the last bin.
-    """
-    known = torch.from_numpy(ids)
-
-    def count(start: int, stop: int) -> tuple[Ints]:
-        found = torch.zeros(2, bins, dtype=torch.int64, device=device)
-        for rows, columns, cosines, once in _triangle(embeddings, start, stop, device, memory):
-            places = ((cosines + 1) * (bins / 2)).long().clamp_(0, bins - 1)
-            same = (known[rows, None] == known[None, columns]) & (known[rows, None] >= 0)
-            places = torch.where(same.to(device), places, places + bins)[once]
-            found += torch.bincount(places, minlength=2 * bins).view(2, bins)
-            moved()
-        return (found.cpu().numpy()[None],)
-
-    (parts,) = _shared(len(ids), count, growing=True)
-    same, different = parts.sum(axis=0)
-    return same, different, np.linspace(-1, 1, bins + 1)
-
-
-def mistaken_pairs(
-    embeddings: Tensor,
-    ids: Ints,
-    threshold: float,
-    *,
-    device: torch.device = CPU,
-    memory: int = MEMORY,
-    moved: Callable[[], object] = lambda: None,
-) -> tuple[Ints, Ints]:
-    """The pairs of two images, rows int64 [P] and [P], that a threshold judges wrongly: of two identities, and as alike
-    as it or more; of one, and less. Arguments as of ``all_pairs``."""
-    known = torch.from_numpy(ids)
-
-    def find(start: int, stop: int) -> tuple[Ints, Ints]:
-        first, second = [], []
-        for rows, columns, cosines, once in _triangle(embeddings, start, stop, device, memory):
-            same = (known[rows, None] == known[None, columns]) & (known[rows, None] >= 0)
-            found = (((cosines >= threshold) != same.to(device)) & once).nonzero().cpu().numpy()
-            first.append(found[:, 0] + rows.start)
-            second.append(found[:, 1] + columns.start)
-            moved()
-        return _joined(first, np.int64), _joined(second, np.int64)
-
-    first, second = _shared(len(ids), find, growing=True)
-    return first, second
-
-
-def _triangle(
-    embeddings: Tensor, start: int, stop: int, device: torch.device, memory: int
-) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Cosines of the rows start … stop with those before them, block by block: rows, columns, the cosines, and which of
-    them count, each pair once."""
-    rows_at_once = min(_QUERIES, max(1, len(embeddings)))
-    columns = max(1, min(len(embeddings), _working(memory, device) // (_BYTES * rows_at_once)))
-    for begin in range(start, stop, rows_at_once):
-        end = min(begin + rows_at_once, stop)
-        left = embeddings[begin:end].to(device)
-        for at in range(0, end, columns):
-            to = min(at + columns, end)
-            once = torch.arange(at, to, device=device) < torch.arange(begin, end, device=device)[:, None]
-            yield slice(begin, end), slice(at, to), left @ embeddings[at:to].to(device).T, once
-
-
-def _working(memory: int, device: torch.device) -> int:
-    return min(memory, _CACHE) if device.type == "cpu" else memory
 
 
 def _same(ordered: Ints, ids: Ints) -> tuple[Ints, Ints]:
@@ -357,12 +280,21 @@ def _ranges(first: Ints, counts: Ints) -> Ints:
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - counts), counts)
 
 
-def _joined(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+def working(memory: int, device: torch.device) -> int:
+    """Bytes of the blocks at work."""
+    return min(memory, _CACHE) if device.type == "cpu" else memory
+
+
+def joined(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    """One array of several, or of none."""
     return np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)
 
 
-def _shared(number: int, work: Callable[[int, int], tuple[np.ndarray, ...]], *, growing: bool = False) -> Iterator:
-    """work(start, stop) of this rank's part of ``number`` items, and what the others found, joined."""
+def shared(number: int, work: Callable[[int, int], tuple[np.ndarray, ...]], *, growing: bool = False) -> Iterator:
+    """work(start, stop) of this rank's part of ``number`` items, and what the others found, joined.
+
+    ``growing``: an item's work grows with its number.
+    """
     world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     bounds = [round(number * (r / world_size) ** (0.5 if growing else 1)) for r in range(world_size + 1)]
     mine = work(bounds[rank], bounds[rank + 1])

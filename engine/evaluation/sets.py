@@ -5,14 +5,16 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from ...data import read_pairs
+from ...data.atomic import replacing
 from ...data.errors import UsageError
-from ...data.protocols.images import open_images
+from ...data.protocols.images import WhenAsked, open_images
 from ...data.protocols.table import read_protocol
 from ..build import decoding_threads, input_size
 from ..config import Config
@@ -20,7 +22,8 @@ from ..ranks.distributed import World
 from ..report.record import SCORES
 from .evaluate import VerificationResult, evaluate_pairs
 from .intervals import SAMPLES
-from .protocol import How, Judgement, embed_protocol, judge
+from .judgement import How, Judgement
+from .protocol import embed_protocol, judge
 
 
 class EvaluationSets:
@@ -38,6 +41,7 @@ class EvaluationSets:
         self._protocols = [read_protocol(Path(path)) for path in config.evaluation.sets]
         for protocol in self._protocols:
             open_images(protocol.images, protocol.folder)  # says what is missing before anything is trained
+        self._images: dict[str, WhenAsked] = {}
         self.names = [one.name for one in (*self._pairs, *self._protocols)]
         for name in self.names:
             if self.names.count(name) > 1:
@@ -68,15 +72,21 @@ class EvaluationSets:
             message: prints a line.
 
         Yields:
-            what was found, and the seconds that it took, the same on every rank.
+            what was found, and the seconds that it took, the same on every rank. A protocol of which an image can no
+            longer be read is told and left out.
+
+        Raises:
+            UsageError: of a protocol that was not evaluated before an image cannot be read.
+            RuntimeError: an embedding is not finite.
         """
         folder = config.run.path / SCORES
 
-        def written(name: str, write: Callable[[Path], object]) -> None:
+        def written(name: str, write: Callable[[IO[bytes]], object]) -> None:
             if world.is_main:
                 with tolerating(folder):
                     folder.mkdir(exist_ok=True)
-                    write(folder / f"{name}-{step:08d}.npz")
+                    with replacing(folder / f"{name}-{step:08d}.npz") as unfinished, unfinished.open("wb") as file:
+                        write(file)
 
         for pairs in self._pairs:
             begun = time.monotonic()
@@ -91,8 +101,24 @@ class EvaluationSets:
                 continue
             begun = time.monotonic()
             world.heartbeat.enter(f"evaluating on {protocol.name}")
-            with autocast():
-                embeddings = embed_protocol(network, protocol, **_reading(config, world))
+            size, first = input_size(config), protocol.name not in self._images
+            if first:
+                self._images[protocol.name] = open_images(protocol.images, protocol.folder, protocol.landmarks, size)
+            try:
+                with autocast():
+                    embeddings = embed_protocol(
+                        network, protocol, self._images[protocol.name], **_reading(config, world)
+                    )
+            except UsageError as error:  # on every rank
+                if first:
+                    raise
+                message(f"warning    {protocol.name} is not evaluated: {error}")
+                continue
+            if not torch.isfinite(embeddings).all():
+                raise RuntimeError(
+                    f"evaluation on {protocol.name!r}: embeddings are not finite, so training has diverged: "
+                    "lower the learning rate, or train with precision float32"
+                )
             how = How(world.device, samples=SAMPLES if last else 0, moved=world.heartbeat.moved)
             judgement = judge(protocol, embeddings, how)
             written(protocol.name, judgement.save)

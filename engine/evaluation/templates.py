@@ -1,5 +1,7 @@
 """Templates: several images and frames of one identity that are compared as one (Whitelam et al. 2017, "IJB-B")."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -41,7 +43,14 @@ def pool(embeddings: Tensor, template: Ints, media: Ints | None = None, weight: 
     return F.normalize(pooled.index_add_(0, torch.from_numpy(template[first]), means), dim=1)
 
 
-def cosines_of(embeddings: Tensor, first: Ints, second: Ints, block: int = 1 << 16) -> Floats:
+def cosines_of(
+    embeddings: Tensor,
+    first: Ints,
+    second: Ints,
+    *,
+    block: int = 1 << 16,
+    moved: Callable[[], object] = lambda: None,
+) -> Floats:
     """Cosines of pairs of rows of [T, D], of length 1, float32 [P]."""
     found = np.empty(len(first), dtype=np.float32)
     if len(first) * 80 > len(embeddings) ** 2:  # all products cost less than reading the rows of each pair
@@ -50,11 +59,13 @@ def cosines_of(embeddings: Tensor, first: Ints, second: Ints, block: int = 1 << 
         starts = range(0, len(embeddings), rows)
         bounds = np.searchsorted(first[order], [*starts, len(embeddings)])
         for start, begin, end in zip(starts, bounds[:-1], bounds[1:], strict=True):
+            moved()
             pairs = order[begin:end]
             products = (embeddings[start : start + rows] @ embeddings.T).numpy()
             found[pairs] = products[first[pairs] - start, second[pairs]]
         return found
     for at in range(0, len(first), block):
+        moved()
         one, other = (embeddings[torch.from_numpy(places[at : at + block])] for places in (first, second))
         found[at : at + block] = (one * other).sum(dim=1).numpy()
     return found

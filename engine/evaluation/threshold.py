@@ -11,12 +11,14 @@ from torch import Tensor
 from ...data.errors import UsageError
 from ...data.pairs.pairs import Pairs
 from ...data.protocols.table import Protocol
+from .every_pair import BINS, bins_of, edges, histograms, mistaken
 from .intervals import Weights, over_identities
-from .protocol import How, check_embeddings, identities_of, items_of
-from .search import Floats, Ints, all_pairs, mistaken_pairs, unit
+from .items import check_embeddings, identities_of, items_of
+from .judgement import How
+from .search import Floats, Ints, unit
 from .templates import cosines_of
 
-_BINS = 1 << 18
+_MOST = 20_000_000  # pairs that a threshold judges wrongly, of which each is kept for the bootstrap
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,10 @@ class Compared:
 
 @dataclass(frozen=True)
 class Scores:
-    """How many pairs of one and of two identities have a cosine in each bin, int64 [bins]; edges [bins + 1]."""
+    """How many pairs of one and of two identities have a cosine in each bin, int64 [BINS]."""
 
     same: Ints
     different: Ints
-    edges: NDArray[np.float64]
 
     @property
     def false_match_rate(self) -> NDArray[np.float64]:
@@ -94,18 +95,33 @@ class Scores:
         return below / self.same.sum()
 
     def threshold(self, fmr: float) -> float:
-        """The smallest edge with a false match rate of at most ``fmr``; UsageError where that is less than one pair."""
+        """The smallest edge with a false match rate of at most ``fmr``.
+
+        Raises:
+            UsageError: that is less than one pair, or too many pairs of two identities have a cosine of 1.
+        """
         impostors = int(self.different.sum())
         if fmr * impostors < 1 - 1e-9:
             raise UsageError(
                 f"a false match rate of {fmr:g} is less than one of {impostors:,} pairs of two identities: "
                 "take a larger set, or a rate that this one can measure"
             )
-        return float(self.edges[int(np.searchsorted(-self.false_match_rate, -fmr * (1 + 1e-9)))])
+        place = int(np.searchsorted(-self.false_match_rate, -fmr * (1 + 1e-9)))
+        if place == BINS:
+            raise UsageError(
+                f"{int(self.different[-1]):,} of {impostors:,} pairs of two identities have a cosine of 1, more than a "
+                f"false match rate of {fmr:g} allows: no threshold tells them apart; look for images under two names"
+            )
+        return float(edges()[place])
+
+    def mistakes(self, threshold: float) -> int:
+        """How many pairs that threshold judges wrongly, about: to a bin."""
+        place = int(np.searchsorted(edges(), threshold))
+        return int(self.different[place:].sum() + self.same[:place].sum())
 
     def moments(self) -> tuple[float, float]:
         """Mean and standard deviation of the cosines of two identities."""
-        middles = (self.edges[:-1] + self.edges[1:]) / 2
+        middles = edges()[:-1] + 1 / BINS
         mean = float(middles @ self.different / self.different.sum())
         return mean, float(((middles - mean) ** 2 @ self.different / self.different.sum()) ** 0.5)
 
@@ -160,23 +176,26 @@ class OperatingPoint:
 def score(compared: Compared, how: How) -> Scores:
     """Histograms of the cosines; UsageError where there are no pairs of one of the kinds."""
     if compared.pairs is None:
-        same, different, edges = all_pairs(compared.unit, compared.identity, bins=_BINS, moved=how.moved, **how.search)
+        same, different = histograms(compared.unit, compared.identity, **how.search)
     else:
-        cosine, kinds = compared.cosines(), compared.pairs[2]
-        edges = np.linspace(-1, 1, _BINS + 1)
-        places = np.clip(((cosine + 1) * (_BINS / 2)).astype(np.int64), 0, _BINS - 1)
-        same, different = (np.bincount(places[chosen], minlength=_BINS) for chosen in (kinds, ~kinds))
+        places, kinds = bins_of(torch.from_numpy(compared.cosines())).numpy(), compared.pairs[2]
+        same, different = (np.bincount(places[chosen], minlength=BINS) for chosen in (kinds, ~kinds))
     for kind, counts in (("one identity", same), ("two identities", different)):
         if not counts.sum():
             raise UsageError(f"{compared.name}: no two images are of {kind}: a threshold needs pairs of both kinds")
-    return Scores(same, different, edges)
+    return Scores(same, different)
 
 
 def operate(compared: Compared, scores: Scores, threshold: float, fmr: float, how: How) -> OperatingPoint:
     """What ``threshold`` gives on a set of which the false match rate ``fmr`` is wanted."""
     identity = compared.identity
     if compared.pairs is None:
-        first, second = mistaken_pairs(compared.unit, identity, threshold, moved=how.moved, **how.search)
+        if scores.mistakes(threshold) > _MOST:
+            raise UsageError(
+                f"{compared.name}: the threshold {threshold:.4f} judges {scores.mistakes(threshold):,} pairs wrongly, "
+                f"more than {_MOST:,}: take a smaller rate, or list pairs beside the table"
+            )
+        first, second = mistaken(compared.unit, identity, threshold, **how.search)
         impostor = identity[first] != identity[second]
     else:
         first, second, same = compared.pairs
@@ -200,7 +219,7 @@ def operate(compared: Compared, scores: Scores, threshold: float, fmr: float, ho
         scores,
         false_matches=len(accepted[0]),
         **rates(np.ones(len(identity))),
-        intervals=over_identities([identity], rates, samples=how.samples),
+        intervals=over_identities([identity], rates, samples=how.samples, moved=how.moved),
         own_threshold=own,
         concentration=_concentration(identity[accepted[0]], identity[accepted[1]], len(np.unique(identity))),
         groups=_by_group(compared, *accepted),

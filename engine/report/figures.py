@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..evaluation.every_pair import edges
 from .record import Scores
 
 if TYPE_CHECKING:
@@ -167,14 +168,14 @@ def rates_over_threshold(points: Sequence["OperatingPoint"], threshold: float) -
 
     def draw(axes: "Axes") -> None:
         for point, colour in zip(points, _colours(len(points)), strict=True):
-            edges = point.scores.edges[:-1]
-            chosen = np.arange(0, len(edges), max(1, len(edges) // MOST_POINTS))
+            thresholds = edges()[:-1]
+            chosen = np.arange(0, len(thresholds), len(thresholds) // MOST_POINTS)
             for rates, style, told in (
                 (point.scores.false_match_rate, "-", "false matches"),
                 (point.scores.false_non_match_rate, "--", "false non-matches"),
             ):
                 seen = chosen[rates[chosen] > 0]
-                axes.plot(edges[seen], rates[seen], color=colour, linestyle=style, label=f"{told}, {point.name}")
+                axes.plot(thresholds[seen], rates[seen], color=colour, linestyle=style, label=f"{told}, {point.name}")
         axes.axvline(threshold, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"threshold {threshold:.4f}")
         axes.set_yscale("log")
         axes.legend(loc="lower left")

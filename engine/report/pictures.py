@@ -3,17 +3,19 @@
 import base64
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...data.errors import UsageError
 from .record import Scores
 
 if TYPE_CHECKING:
     from ...data.pairs.pairs import Pairs
-    from ..evaluation.protocol import Judgement
+    from ..evaluation.judgement import Judgement
 
 LONGEST_SIDE = 112  # pixels of a picture in the report
 
@@ -70,14 +72,11 @@ def _picture(images: Sequence[bytes], scores: Scores, place: int, threshold: flo
 
 def worst_probes(judgement: "Judgement", images: Sequence[bytes | np.ndarray], count: int = 12) -> list[PairGroup]:
     """The probes that another identity beats by most: each, what it was taken for, and its own best image."""
-    pictures = [
-        PairPicture(
-            tuple(picture_uri(bytes(images[row])) for row in (probe, taken, mate)),
-            f"{other:.3f}, its own {own:.3f}",
-            own > other,
-        )
-        for probe, taken, mate, other, own in judgement.worst[:count]
-    ]
+    pictures = []
+    for probe, taken, mate, other, own in judgement.worst[:count]:
+        with suppress(OSError, ValueError, UsageError):  # what was judged may be embeddings, whose images are broken
+            shown = tuple(picture_uri(bytes(images[row])) for row in (probe, taken, mate))
+            pictures.append(PairPicture(shown, f"{other:.3f}, its own {own:.3f}", own > other))
     title = (
         "Probes that were least rightly found: each, the other identity nearest to it, and its own identity's nearest"
     )

@@ -1,17 +1,20 @@
 """What a run directory holds, read back for the report; pieces that are not there yet are simply absent."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from zipfile import BadZipFile
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 
 from ...data.errors import UsageError
-from ..evaluation.protocol import Judgement
+from ..evaluation.judgement import Judgement
 from ..log.telemetry import read_json_lines
+
+T = TypeVar("T")
 
 CONFIG, METRICS, EVALUATION, SCORES = "config.yaml", "metrics.jsonl", "evaluation.jsonl", "evaluation"
 
@@ -49,15 +52,18 @@ class RunRecord:
         return values[:, 0], values[:, 1]
 
     def scores(self, name: str, step: int) -> Scores | None:
-        path = self.directory / SCORES / f"{name}-{step:08d}.npz"
-        if not path.is_file():
-            return None
-        with np.load(path) as arrays:
-            return Scores(arrays["cosine"], arrays["same"])
+        return self._written(name, step, lambda arrays: Scores(arrays["cosine"], arrays["same"]))
 
     def judgement(self, name: str, step: int) -> Judgement | None:
-        path = self.directory / SCORES / f"{name}-{step:08d}.npz"
-        return Judgement.load(path) if path.is_file() else None
+        return self._written(name, step, Judgement.of)
+
+    def _written(self, name: str, step: int, read: Callable[[Any], T]) -> T | None:
+        """None where there is no such file, or none that is whole."""
+        try:
+            with np.load(self.directory / SCORES / f"{name}-{step:08d}.npz") as arrays:
+                return read(arrays)
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            return None
 
 
 def read_run(directory: Path) -> RunRecord:

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from ...data.atomic import replacing
+from ...data.atomic import make_folder, replacing
 from ...data.errors import UsageError
 from ...data.pairs.pairs import Pairs, read_pairs
 from ...data.protocols.images import open_images
 from ...data.protocols.table import read_protocol
 from ...data.records.joint import JointDataset
 from ..evaluation.figures import headline, leading_of, rows_of
-from ..evaluation.protocol import Judgement
+from ..evaluation.judgement import Judgement
 from ..evaluation.threshold import OperatingPoint
 from ..log.telemetry import clock_time
 from . import figures
@@ -113,6 +113,7 @@ def _render(path: Path, **parts: Any) -> None:
     from jinja2 import Environment
 
     page = Environment(autoescape=True).from_string(PAGE).render(**parts)
+    make_folder(path.parent)
     with replacing(path) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
 
@@ -283,7 +284,7 @@ def _images_of(run: RunRecord, name: str, judgement: Judgement) -> Sequence[Any]
     """The images of a protocol, where its table still says what it did."""
     path = next((Path(one) for one in run.setting("evaluation", "sets") or [] if Path(one).stem == name), None)
     try:
-        protocol = read_protocol(path) if path is not None else None
+        protocol = read_protocol(path, pairs=False) if path is not None else None
         if protocol is None or len(protocol) != judgement.counts["images"]:
             return None
         return open_images(protocol.images, protocol.folder)

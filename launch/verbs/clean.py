@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
+from ...data.tables import write_csv
 from ..console import find_device, progress_bar
 from ..models import BatchSize, Device, NewFolder, Run, check_new_folder, new_folder, open_backbone, stored_embeddings
-from ..review import Names, side_by_side, write_csv, write_lines
+from ..review import Names, side_by_side, write_lines
 
 _SHOWN = 30  # of each kind in the report
 
@@ -52,7 +53,8 @@ def clean(
     from ...data import RecordDataset
     from ...engine.report.pictures import PairGroup, PairPicture
     from ...engine.report.write import Tile, write_review
-    from ...engine.review import FEWEST, merged, merged_threshold, outliers, splits, typical
+    from ...engine.review.embedded import typical
+    from ...engine.review.labels import FEWEST, merged, merged_threshold, outliers, splits
 
     check_new_folder(out)
     where = find_device(device)

@@ -31,7 +31,7 @@ def embed(
     where = find_device(device)
     trained = open_backbone(source, where)
     encoded, identified = _open_images(images)
-    embeddings = trained.embed(encoded, where, batch_size, flip=trained.flip if flip is None else flip)
+    embeddings = trained.embed(encoded, trained.reading(where, batch_size, flip=flip))
     unit = normalize(embeddings).numpy()
     if out.suffix == ".npy":
         write_whole(out, lambda path: np.save(path, unit))

@@ -13,7 +13,7 @@ import typer
 
 from ...data.errors import UsageError
 from ..console import find_device, print_table
-from ..models import BatchSize, Device, Flip, check_new_file, open_backbone
+from ..models import BatchSize, Device, Flip, Memory, Samples, check_new_file, open_backbone
 
 if TYPE_CHECKING:
     from ...data import Pairs
@@ -59,10 +59,8 @@ def evaluate(
     report: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Write curves, and the worst probes as pictures, there.")
     ] = None,
-    samples: Annotated[
-        int, typer.Option("--bootstrap", min=0, metavar="N", help="Draws of identities for the intervals; 0: none.")
-    ] = 200,
-    memory: Annotated[int, typer.Option(min=1, metavar="MIB", help="Memory of a search, besides embeddings.")] = 512,
+    samples: Samples = 200,
+    memory: Memory = 512,
     device: Device = "auto",
     nproc: Annotated[
         int,
@@ -99,6 +97,10 @@ def evaluate(
     if embeddings is None:
         if not sets and not protocols:
             raise UsageError("give what to measure on: --pairs FILE.bin or --protocol TABLE")
+        if report is not None and not protocols:
+            raise UsageError(
+                "--report draws what protocols say, and a run's own report its pairs: give --protocol TABLE"
+            )
         assert source is not None
         images = [open_images(one.images, one.folder) for one in protocols]
         network = partial(_Network, source, sets, protocols, device, batch_size, flip)
@@ -123,14 +125,8 @@ def _measure(judge_by: Any, samples: int, memory: int, *, as_json: bool, report:
         results = [found | {"seconds": seconds} for found, seconds in _timed(by.pairs(world, moved))]
         timed = list(_timed(by.protocols(world, How(by.device, memory, samples, moved))))
     if world is None or world.is_main:
-        told = [*results, *(one.to_dict() | {"seconds": seconds} for one, seconds in timed)]
-        judged = [one for one, _ in timed]
-        if report is not None:
-            from ...engine.report.write import write_judgements
-
-            report.parent.mkdir(parents=True, exist_ok=True)
-            write_judgements(report, by.subtitle, list(zip(judged, images or [None] * len(judged), strict=True)))
         if as_json:
+            told = [*results, *(one.to_dict() | {"seconds": seconds} for one, seconds in timed)]
             print(dumps([{**one, "precision": by.precision} for one in told], indent=2))
         else:
             if results:
@@ -139,7 +135,12 @@ def _measure(judge_by: Any, samples: int, memory: int, *, as_json: bool, report:
                 _print_judgement(one, seconds)
             if by.precision not in ("float32", None):
                 print(f"computed in {by.precision}, as in its run")
-            if report is not None:
+        if report is not None:
+            from ...engine.report.write import write_judgements
+
+            judged = [one for one, _ in timed]
+            write_judgements(report, by.subtitle, list(zip(judged, images or [None] * len(judged), strict=True)))
+            if not as_json:
                 print(f"report     {report}")
     return 0
 
@@ -159,12 +160,7 @@ class _Network:
         self.device = find_device(device)
         self._trained = open_backbone(source, self.device)
         self._sets, self._protocols = sets, protocols
-        self._reading = {
-            "image_size": self._trained.image_size,
-            "device": self.device,
-            "batch_size": batch_size,
-            "flip": self._trained.flip if flip is None else flip,
-        }
+        self._choice = (batch_size, flip)
         self.precision, self.subtitle = self._trained.precision, str(source)
 
     def pairs(self, world: Any, moved: Any) -> Any:
@@ -172,20 +168,20 @@ class _Network:
 
         for one in self._sets:
             with self._trained.autocast(self.device):
-                found, _ = evaluate_pairs(
-                    self._trained.model, one, **self._reading, threads=_threads(world), moved=moved
-                )
+                found, _ = evaluate_pairs(self._trained.model, one, **self._reading(world, moved))
             yield found.to_dict()
 
     def protocols(self, world: Any, how: "How") -> Any:
-        from ...engine.evaluation.protocol import embed_protocol, judge
+        from ...engine.evaluation.protocol import judge
 
         for protocol in self._protocols:
-            with self._trained.autocast(self.device):
-                found = embed_protocol(
-                    self._trained.model, protocol, **self._reading, threads=_threads(world), moved=how.moved
-                )
+            found = self._trained.embed_protocol(protocol, self._reading(world, how.moved))
             yield judge(protocol, found, how)
+
+    def _reading(self, world: Any, moved: Any) -> dict[str, Any]:
+        batch_size, flip = self._choice
+        ranks = world.size if world is not None else 1
+        return {**self._trained.reading(self.device, batch_size, flip=flip, ranks=ranks), "moved": moved}
 
 
 class _Elsewhere:
@@ -224,12 +220,6 @@ def _images_or_none(protocol: "Protocol") -> Any:
         return open_images(protocol.images, protocol.folder)
     except UsageError:
         return None
-
-
-def _threads(world: Any) -> int:
-    from ..machine import usable_cores
-
-    return max(1, usable_cores() // (world.size if world is not None else 1))
 
 
 def _timed(found: Iterable[Any]) -> Iterator[tuple[Any, float]]:

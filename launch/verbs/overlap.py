@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
+from ...data.tables import write_csv
 from ..console import find_device, progress_bar
 from ..models import BatchSize, Device, NewFolder, Run, check_new_folder, new_folder, open_backbone, stored_embeddings
-from ..review import Names, PairImages, side_by_side, write_csv, write_lines
+from ..review import Names, PairImages, side_by_side, write_lines
 
 _SHOWN = 60  # pairs in the report, of identities and of images
 _RARE = 0.01  # share of TRAIN's identities that may reach the threshold with another of TRAIN
@@ -45,7 +46,8 @@ def overlap(
     from ...data import RecordDataset, read_pairs
     from ...engine.report.pictures import PairGroup, PairPicture
     from ...engine.report.write import Tile, write_review
-    from ...engine.review import Duplicate, Shared, between, duplicates, halves, shared_identities
+    from ...engine.review.embedded import halves
+    from ...engine.review.overlap import Duplicate, Shared, between, duplicates, shared_identities
 
     check_new_folder(out)
     where = find_device(device)

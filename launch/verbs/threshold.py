@@ -8,7 +8,7 @@ import typer
 
 from ...data.errors import UsageError
 from ..console import find_device, print_table
-from ..models import BatchSize, Device, Flip, check_new_file, open_backbone
+from ..models import BatchSize, Device, Flip, Memory, Samples, check_new_file, open_backbone
 
 if TYPE_CHECKING:
     from ...data import Pairs
@@ -37,10 +37,8 @@ def threshold(
     report: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Draw the rates, and the calibration.")
     ] = None,
-    samples: Annotated[
-        int, typer.Option("--bootstrap", min=0, metavar="N", help="Draws of identities for the intervals; 0: none.")
-    ] = 200,
-    memory: Annotated[int, typer.Option(min=1, metavar="MIB", help="Memory of a search, besides embeddings.")] = 512,
+    samples: Samples = 200,
+    memory: Memory = 512,
     device: Device = "auto",
     batch_size: BatchSize = 128,
     flip: Flip = None,
@@ -52,7 +50,7 @@ def threshold(
     identity, or every two templates. Where the table has a column group, false matches are counted within each group
     too. A threshold is good for people and images like those it was chosen on: check it on a set like yours.
     """
-    from ...engine.evaluation.protocol import How
+    from ...engine.evaluation.judgement import How
     from ...engine.evaluation.threshold import explain, operate, score
 
     sets = [on, *(check or [])]
@@ -75,7 +73,8 @@ def threshold(
     trained = open_backbone(source, where) if source is not None else None
     points, chosen = [], 0.0
     for place, one in enumerate(opened):
-        compared = _compared(one, trained, where, batch_size, flip, embeddings[place] if embeddings else None)
+        reading = trained.reading(where, batch_size, flip=flip) if trained is not None else {}
+        compared = _compared(one, trained, reading, embeddings[place] if embeddings else None)
         scores = score(compared, how)
         if not place:
             chosen = scores.threshold(fmr)
@@ -84,7 +83,6 @@ def threshold(
     if report is not None:
         from ...engine.report.write import write_threshold
 
-        report.parent.mkdir(parents=True, exist_ok=True)
         lines = [f"{name}: {line}" for name, of in told.items() for line in of]
         write_threshold(report, str(source or embeddings), chosen, fmr, points, lines)
     if json:
@@ -136,18 +134,14 @@ def _opened(path: Path, *, images: bool) -> "Pairs | Protocol":
     return protocol
 
 
-def _compared(
-    one: "Pairs | Protocol", trained: Any, device: Any, batch_size: int, flip: bool | None, file: Path | None
-) -> "Compared":
+def _compared(one: "Pairs | Protocol", trained: Any, reading: dict[str, Any], file: Path | None) -> "Compared":
     from ...data import Pairs
     from ...engine.evaluation.elsewhere import read_embeddings, rows_of_table
     from ...engine.evaluation.threshold import Compared
 
     if isinstance(one, Pairs):
-        if file is not None:
-            return Compared.of_pairs(one, read_embeddings(file).embeddings)
-        embeddings = trained.embed(one.images, device, batch_size, flip=trained.flip if flip is None else flip)
-        return Compared.of_pairs(one, embeddings)
-    if file is not None:
-        return Compared.of_protocol(one, rows_of_table(file, read_embeddings(file), one))
-    return Compared.of_protocol(one, trained.embed_protocol(one, device, batch_size, flip=flip))
+        found = trained.embed(one.images, reading) if file is None else read_embeddings(file).embeddings
+        return Compared.of_pairs(one, found)
+    if file is None:
+        return Compared.of_protocol(one, trained.embed_protocol(one, reading))
+    return Compared.of_protocol(one, rows_of_table(file, read_embeddings(file), one))

@@ -10,20 +10,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from pfc.data.errors import UsageError
-from pfc.engine.review import (
-    Batch,
-    Embedded,
-    between,
-    duplicates,
-    halves,
-    merged,
-    merged_threshold,
-    outlier_threshold,
-    outliers,
-    shared_identities,
-    splits,
-    store,
-)
+from pfc.engine.review.embedded import Batch, Embedded, halves, store
+from pfc.engine.review.labels import merged, merged_threshold, outlier_threshold, outliers, splits
+from pfc.engine.review.overlap import between, duplicates, shared_identities
 
 D, NOISE = 64, 0.08  # a cosine of about 0.7 of two images of one identity, of 0 ± 0.125 of two identities
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -101,6 +102,10 @@ def test_wrong_use_is_told_in_one_line(
     np.savez(tmp_path / "named.npz", embeddings=np.zeros((2, 4), np.float32), names=np.array(["set#0", "set#1"]))
     np.savez(tmp_path / "twice.npz", embeddings=np.zeros((3, 4), np.float32), names=np.array(["a", "b", "a"]))
     (tmp_path / "text.npz").write_text("not an array")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "nan.npz").read_bytes()[:300])
+    with ZipFile(tmp_path / "other.npz", "w") as archive:
+        archive.writestr("readme.txt", "no array")
     lost = tmp_path / "lost.csv"
     lost.write_text("image,identity\nnowhere.png,1\nset#1,2\n")
     for arguments, told in (
@@ -125,6 +130,14 @@ def test_wrong_use_is_told_in_one_line(
         ),
         (["evaluate", "--embeddings", str(tmp_path / "twice.npz"), "--protocol", find], "names has a twice"),
         (["evaluate", "--embeddings", str(tmp_path / "text.npz")], "text.npz"),
+        (["evaluate", "--embeddings", str(tmp_path / "empty.npz")], "empty.npz is no .npy or .npz file"),
+        (["evaluate", "--embeddings", str(tmp_path / "cut.npz")], "cut.npz is no .npy or .npz file"),
+        (["evaluate", "--embeddings", str(tmp_path / "other.npz")], "other.npz has no array embeddings"),
+        (
+            ["evaluate", run, "--pairs", str(folder / "pairs.bin"), "--report", str(tmp_path / "r.html")],
+            "give --protocol",
+        ),
+        (["evaluate", run, "--protocol", find, "--report", find + "/r.html"], "name another folder"),
         (["evaluate", "--embeddings", str(tmp_path / "none.npz")], "no such file"),
         (["threshold", "--on", find], "give a run or a checkpoint, or --embeddings"),
         (["threshold", run, "--on", find, "--fmr", "0"], "--fmr 0: no threshold promises that"),
@@ -132,3 +145,29 @@ def test_wrong_use_is_told_in_one_line(
         (["threshold", run, "--on", find, "--check", find], "two sets are called 'find'"),
     ):
         assert_wrong_use(capsys, arguments, told)
+
+
+def test_labels_that_stand_for_nobody_and_names_of_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    np.savez(tmp_path / "e.npz", embeddings=rows, labels=np.array([0, 0, 1, 1, -1, -1]))
+    assert main(["evaluate", "--embeddings", str(tmp_path / "e.npz"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["queries"] == 4
+    np.savez(tmp_path / "n.npz", embeddings=rows, names=np.array([f"i{i}".encode() for i in range(6)]))
+    (tmp_path / "t.csv").write_text("image,identity\n" + "".join(f"i{i},{i // 2}\n" for i in range(6)))
+    given = ["--embeddings", str(tmp_path / "n.npz"), "--protocol", str(tmp_path / "t.csv")]
+    assert main(["evaluate", *given, "--report", str(tmp_path / "r.html"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["queries"] == 6
+
+
+def test_a_broken_picture_costs_the_report_alone_that_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(6):
+        (tmp_path / f"i{i}").write_bytes(b"no picture")
+    rows = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    np.save(tmp_path / "e.npy", rows)
+    (tmp_path / "t.csv").write_text("image,identity\n" + "".join(f"i{i},{i // 2}\n" for i in range(6)))
+    given = ["--embeddings", str(tmp_path / "e.npy"), "--protocol", str(tmp_path / "t.csv")]
+    assert main(["evaluate", *given, "--report", str(tmp_path / "r.html")]) == 0
+    assert "Recall@1" in capsys.readouterr().out
+    assert "Recall@1" in (tmp_path / "r.html").read_text()

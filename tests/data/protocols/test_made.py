@@ -14,7 +14,8 @@ from pfc.data.packing.writer import ShardedWriter
 from pfc.data.protocols import made, published
 from pfc.data.protocols.images import open_images
 from pfc.data.protocols.table import ROLES, Protocol, read_protocol
-from pfc.engine.evaluation.protocol import How, judge
+from pfc.engine.evaluation.judgement import How
+from pfc.engine.evaluation.protocol import judge
 from tests.data.packing.packed import jpeg
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from pfc.data.alignment import LANDMARK_COLUMNS
 from pfc.data.errors import UsageError
+from pfc.data.protocols.images import open_images
 from pfc.data.protocols.table import ROLES, read_protocol, write_protocol
 
 HEADER = ("image", "identity", "template", "media", "camera", "gallery", "role", "weight", "group", *LANDMARK_COLUMNS)
@@ -121,7 +122,12 @@ def test_pairs_of_images_where_there_are_no_templates(tmp_path: Path) -> None:
         ("image,weight\na,1\nb,heavy\n", "t.csv: line 3: weight heavy is no number from 0 on"),
         ("image,weight\na,-1\n", "t.csv: line 2: weight -1 is no number from 0 on"),
         ("image,weight\na,inf\n", "t.csv: line 2: weight inf is no number from 0 on"),
-        ("image,weight\na,\n", "t.csv: line 2: weight  is no number from 0 on"),
+        ("image,weight\na,1e39\n", "t.csv: line 2: weight 1e39 is no number from 0 on"),
+        ("image,template,group\na,1,x\nb,1,y\n", "t.csv: template 1 has two groups"),
+        ("image,role\na,\nb,distractor\n", "t.csv has distractors, but no probe or query"),
+        ("image,role,gallery\na,gallery,G\nb,gallery,\nc,probe,\n", "t.csv: b is of a gallery without a name"),
+        ("image,image\na,b\n", "t.csv has two columns image: rename one"),
+        ('image,"role\na,b\n' + "x" * 140_000, "t.csv: line 1: field larger than field limit"),
         ("image,x1,y1\na,1,2\n", "t.csv has landmarks, but no column x2: five points are x1, y1, ..., x5, y5"),
         (f"image,{','.join(LANDMARK_COLUMNS)}\na,1,2,3,4,5,6,7,8,9,\n", "t.csv: line 2 has no y5: give all ten"),
         (f"image,{','.join(LANDMARK_COLUMNS)}\na,1,2,3,4,5,6,7,8,9,x\n", "t.csv: line 2: y5 x is no number"),
@@ -188,3 +194,39 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path) -> None
 
     assert refusal(write_protocol, tmp_path / "deep" / "t.csv", ["image"], [["a"]], failing()) == "no more"
     assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_an_empty_weight_is_one(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("image,template,weight\na,1,\nb,1,0.5\n")
+    protocol = read_protocol(tmp_path / "t.csv")
+    assert protocol.weight is not None
+    assert protocol.weight.tolist() == [1, 0.5]
+
+
+def test_pairs_of_an_image_with_two_rows_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("image,role\na,probe\na,gallery\nb,gallery\n")
+    (tmp_path / "t.pairs.csv").write_text("first,second,same\na,b,1\n")
+    assert "a has two rows in the table" in refusal(read_protocol, tmp_path / "t.csv")
+    assert read_protocol(tmp_path / "t.csv", pairs=False).pairs is None
+
+
+def test_names_that_are_no_files_names_are_missing_images(tmp_path: Path) -> None:
+    for name in ("x" * 300, "photo#" + "9" * 30):
+        assert "1 of 1 images are not there" in refusal(open_images, [name], tmp_path)
+
+
+def test_a_damaged_parquet_file_is_one_line(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "t.parquet"
+    parquet.write_table(pyarrow.table({"image": [f"{i}.png" for i in range(5000)]}), path)
+    content = bytearray(path.read_bytes())
+    content[40:4000] = bytes(3960)
+    path.write_bytes(content)
+    assert refusal(read_protocol, path).startswith(f"{path} is damaged: ")
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "name another folder" in refusal(write_protocol, tmp_path / "file" / "t.csv", ["image"], [["a"]])

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from pfc.benchmarks.ranks import OwnMemory
 from pfc.data.errors import UsageError
 from pfc.data.protocols.table import ROLES, Pairs, Protocol
+from pfc.engine.evaluation.items import identities_of, items_of
+from pfc.engine.evaluation.judgement import How
 from pfc.engine.evaluation.metrics import power_of_ten
-from pfc.engine.evaluation.protocol import How, judge
+from pfc.engine.evaluation.protocol import judge
 from pfc.engine.evaluation.search import find_mates, nearest
 from pfc.engine.evaluation.templates import cosines_of, pool
 from tests.ranks import run_ranks
@@ -323,3 +326,84 @@ def test_what_cannot_be_judged():
     nobody.identity[nobody.role == ROLES.index("gallery")] += 10
     with pytest.raises(UsageError, match="no probe has its identity in the gallery"):
         judge(nobody, embeddings_of("distinct", 8, 0), SMALL)
+
+
+@pytest.mark.parametrize("dim", [2, 64, 128, 512])
+@pytest.mark.parametrize("number", [7, 41, 333, 1030])
+def test_a_network_that_maps_everything_to_one_point_finds_nothing(dim, number):
+    """Equal cosines of products of different shapes differ by their rounding, which must not decide."""
+    point = torch.randn(1, dim, generator=torch.Generator().manual_seed(dim)).repeat(number, 1)
+    identity = np.arange(number) // 2
+    among = Protocol("a", Path(), [str(i) for i in range(number)], identity, np.zeros(number, np.int64))
+    figures = judge(among, point, How(samples=0)).figures
+    assert figures["recall_at_1"] == (1.0 if number < 3 else 0.0)
+    assert all(value == 0 for name, value in figures.items() if name.startswith("tar_at_far"))
+
+    gallery = number // 2
+    role = np.where(np.arange(number) < gallery, ROLES.index("gallery"), ROLES.index("probe"))
+    identity = np.where(np.arange(number) < gallery, np.arange(number), (np.arange(number) - gallery) * 2)
+    search = Protocol("s", Path(), [str(i) for i in range(number)], identity, role)
+    figures = judge(search, point, How(samples=0)).figures
+    assert figures["rank_1"] == 0
+    assert all(value == 0 for name, value in figures.items() if name.startswith("tpir"))
+
+    pairs = among
+    first, second = np.triu_indices(min(number, 60), 1)
+    pairs.pairs = Pairs(first, second, first // 2 == second // 2)
+    figures = judge(pairs, point, How(samples=0)).figures
+    assert all(value == 0 for name, value in figures.items() if name.startswith("tar_at_far"))
+
+
+def test_pairs_of_the_unknown_are_no_impostors():
+    protocol = protocol_of(60, 9)
+    embeddings = embeddings_of("distinct", 60, 0)
+    alone = judge(protocol, embeddings, SMALL)
+    unknown = protocol_of(100, 9)
+    unknown.identity[:60], unknown.identity[60:] = protocol.identity, -1
+    both = judge(unknown, torch.cat([embeddings, embeddings[:40]]), SMALL)
+    assert both.counts["impostor_pairs"] == alone.counts["impostor_pairs"]
+    assert both.figures["tar_at_far_1e-1"] == alone.figures["tar_at_far_1e-1"]
+    assert both.counts["gallery"] == 100  # a search may find them
+
+
+def test_a_figure_that_is_not_measured_has_no_interval():
+    """95 non-mated probes measure no FPIR of 0.01; draws in which they are more than 100 do."""
+    random = np.random.default_rng(16)
+    role = np.array([1] * 20 + [2] * 20 + [2] * 95)
+    identity = np.concatenate([np.arange(20), np.arange(20), 100 + np.arange(95)])
+    protocol = Protocol("p", Path(), [str(i) for i in range(135)], identity, role)
+    embeddings = torch.from_numpy(random.normal(size=(135, 8)).astype(np.float32))
+    result = judge(protocol, embeddings, How(samples=60))
+    assert "tpir_at_fpir_1e-1" in result.intervals
+    assert set(result.intervals) <= set(result.figures)
+    assert not [name for name in result.to_dict() if ":" in name]
+
+
+def test_templates_that_overflow_are_refused():
+    protocol = protocol_of(4, 2)
+    protocol.template = np.arange(4)
+    protocol.weight = np.full(4, 3e38, np.float32)
+    with pytest.raises(UsageError, match="too large for float32"):
+        judge(protocol, torch.full((4, 2), 100.0), SMALL)
+
+
+def test_known_identities_stay_known_where_others_are_not():
+    """Items 0 and 1 are one by the table, 2 and 3 by a pair, 3 and 1 by another: all are one; 4 is alone."""
+    protocol = protocol_of(5, 1)
+    protocol.identity = np.array([7, 7, -1, -1, -1])
+    items = items_of(protocol, torch.eye(5))
+    ids = identities_of(items, np.array([2, 3, 4]), np.array([3, 1, 0]), np.array([True, True, False]))
+    assert len(set(ids[:4])) == 1
+    assert ids[4] != ids[0]
+
+
+@pytest.mark.parametrize("each", [8, 500, 2000])
+def test_memory_grows_with_the_mates_alone(each):
+    """4,000 images of few or many a identity: besides seventy bytes a mate, what was allowed."""
+    identity = np.arange(4000) // each
+    embeddings = torch.randn(4000, 32, generator=torch.Generator().manual_seed(each))
+    protocol = Protocol("m", Path(), [str(i) for i in range(4000)], identity, np.zeros(4000, np.int64))
+    allowed = 16 << 20
+    with OwnMemory() as own:
+        judge(protocol, embeddings, How(memory=allowed, samples=0))
+    assert own.peak < 3 * allowed + 70 * 4000 * each

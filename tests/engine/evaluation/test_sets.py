@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
+from pfc.data import RecordDataset
 from pfc.data.protocols.table import write_protocol
 from pfc.engine.log.telemetry import read_json_lines
-from tests.engine.runs import IDENTITIES, PER_IDENTITY, configuration, pack, train
+from pfc.engine.report.write import write_report
+from tests.engine.runs import IDENTITIES, PER_IDENTITY, configuration, new_trainer, pack, train
+from tests.ranks import run_ranks
 
 SMALL = {"every_steps": 2, "batch_size": 32}
 
@@ -53,8 +57,6 @@ def test_protocols_are_judged_on_all_ranks_in_training(folder: Path, tmp_path: P
     assert re.search(r"<td>Recall@1</td><td>\d", page)
     (folder / "among.csv").rename(folder / "gone.csv")
     try:
-        from pfc.engine.report.write import write_report
-
         write_report(tmp_path / "1" / "test")
     finally:
         (folder / "gone.csv").rename(folder / "among.csv")
@@ -107,3 +109,47 @@ def test_a_figure_that_is_not_measured_cannot_choose_the_best(folder: Path, tmp_
     config = configuration(folder, tmp_path, evaluation=section, checkpoint={"best": {"metric": "rank_1"}})
     with pytest.raises(RuntimeError, match="rank_1 is not measured on 'among', but recall_at_1, "):
         train(1, config)
+
+
+@pytest.fixture
+def photos(folder: Path, tmp_path: Path) -> Path:
+    """A protocol of image files."""
+    dataset = RecordDataset.open(folder / "train")
+    for image in range(12):
+        (tmp_path / f"{image}.jpg").write_bytes(bytes(dataset.read(image)[1]))
+    write_protocol(tmp_path / "photos.csv", ["image", "identity"], ((f"{i}.jpg", i // 4) for i in range(12)))
+    return tmp_path / "photos.csv"
+
+
+def evaluated_twice(tree: dict[str, Any], lost: str) -> list[str]:
+    """On a rank: evaluates, loses an image, trains and evaluates again; what was told."""
+    trainer, told = new_trainer(tree), []
+    trainer.telemetry.message = told.append  # type: ignore[method-assign]
+    try:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            Path(lost).unlink()
+        dist.barrier()
+        trainer.train_step()
+        trainer.train_step()
+        return told
+    finally:
+        trainer.close()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_image_that_vanishes_does_not_end_the_run(photos: Path, folder: Path, tmp_path: Path, ranks: int) -> None:
+    section = {"every_steps": 2, "batch_size": 4, "sets": [str(photos)]}
+    config = configuration(folder, tmp_path / "runs", schedule={"steps": 4}, evaluation=section)
+    for told in run_ranks(ranks, evaluated_twice, config.model_dump(), str(tmp_path / "11.jpg")):
+        assert "photos is not evaluated: 11.jpg: no such file or directory" in " ".join(told)
+    assert [line["step"] for line in read_json_lines(config.run.path / "evaluation.jsonl")] == [0]
+
+
+def test_a_cut_file_of_figures_does_not_stop_the_report(folder: Path, tmp_path: Path) -> None:
+    section = SMALL | {"sets": [str(folder / "among.csv")], "pairs": [str(folder / "pairs.bin")]}
+    config = configuration(folder, tmp_path, schedule={"steps": 2}, evaluation=section)
+    train(1, config)
+    for path in (config.run.path / "evaluation").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    assert "Recall@1 on among" in write_report(config.run.path).read_text()

@@ -10,7 +10,7 @@ import torch
 from pfc.data.errors import UsageError
 from pfc.data.pairs.pairs import Pairs as VerificationPairs
 from pfc.data.protocols.table import Pairs, Protocol
-from pfc.engine.evaluation.protocol import How
+from pfc.engine.evaluation.judgement import How
 from pfc.engine.evaluation.threshold import Compared, explain, operate, score
 from tests.ranks import run_ranks
 
@@ -130,3 +130,18 @@ def test_what_has_no_threshold():
     embeddings[3] = torch.nan
     with pytest.raises(UsageError, match="1 of 70 embeddings are not finite"):
         point_of(protocol, embeddings, 0.1)
+
+
+def test_duplicates_under_two_names_leave_no_threshold():
+    protocol, embeddings = set_of(seed=8)
+    embeddings[protocol.identity <= 2] = embeddings[0].clone()
+    with pytest.raises(UsageError, match=r"pairs of two identities have a cosine of 1, more than .* 0\.01 allows"):
+        point_of(protocol, embeddings, 0.01)
+    _, point = point_of(protocol, embeddings, 0.01, 0.9)
+    assert point.own_threshold is None
+
+
+def test_a_threshold_that_judges_too_many_pairs_wrongly_is_refused(monkeypatch):
+    monkeypatch.setattr("pfc.engine.evaluation.threshold._MOST", 100)
+    with pytest.raises(UsageError, match=r"judges [\d,]+ pairs wrongly, more than 100: take a smaller rate"):
+        point_of(*set_of(seed=9), 0.3)
