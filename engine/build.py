@@ -2,7 +2,9 @@
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +21,10 @@ from ..partial_fc import PartialFC, RowAdagrad, RowAdamW, RowOptimizer, RowSGD
 from ..partial_fc.kernels.products import ComputeDtype
 from . import device as devices
 from .backbones import build_backbone
+from .backbones.recompute import recompute
 from .config import Adagrad, AdamW, BalancedSampling, BlockSampling, Config, Generated
+from .ema import Average
+from .groups import Treatment, optimizer_groups, treatments
 from .ranks.distributed import World
 
 Dataset = RecordDataset | JointDataset | GeneratedDataset
@@ -59,6 +64,8 @@ class Parts:
     """What is trained, and by what; on one rank."""
 
     network: nn.Module
+    average: Average | None
+    treatments: Mapping[str, Treatment]
     head: PartialFC
     backbone_optimizer: torch.optim.Optimizer
     head_optimizer: RowOptimizer
@@ -74,20 +81,42 @@ def build_parts(config: Config, world: World, *, initialise: bool = True, class_
     """
     network = build_network(config, world)
     head = build_head(config, world, initialise=initialise, class_weights=class_weights)
+    found = treatments(network, config.optimizer)
     return Parts(
         network,
+        Average(network, config.backbone.ema) if config.backbone.ema is not None else None,
+        found,
         head,
-        build_backbone_optimizer(config, network, head),
+        build_backbone_optimizer(config, network, head, found),
         build_head_optimizer(config, head),
         torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16"),
     )
 
 
-def build_network(config: Config, world: World) -> nn.Module:
+def new_network(config: Config, image_size: tuple[int, int], *, apart_from: Path | None = None) -> nn.Module:
+    """The backbone that the configuration names, with random weights, on the CPU.
+
+    Args:
+        apart_from: the folder of the run that the configuration comes with: no code in it is run, nor any that it
+            points to (``run.code``), only what is on the Python path or in the current folder.
+    """
     section = config.backbone
     network = build_backbone(
-        section.name, embedding_dim=section.embedding_dim, image_size=input_size(config), **section.options
-    ).to(world.device)
+        section.name,
+        embedding_dim=section.embedding_dim,
+        image_size=image_size,
+        folder=config.run.code if apart_from is None else None,
+        apart_from=apart_from,
+        **section.options,
+    )
+    if section.recompute:
+        recompute(network)
+    return network
+
+
+def build_network(config: Config, world: World) -> nn.Module:
+    section = config.backbone
+    network = new_network(config, input_size(config)).to(world.device)
     if section.sync_bn:
         if world.device.type == "cpu":
             raise UsageError("backbone.sync_bn: torch has it on GPUs only; on a CPU take a backbone with norm: group")
@@ -194,7 +223,9 @@ class _Initialising:
             print(f"initialising centers: {done:,} of this rank's {rows:,}", flush=True)
 
 
-def build_backbone_optimizer(config: Config, network: nn.Module, head: PartialFC) -> torch.optim.Optimizer:
+def build_backbone_optimizer(
+    config: Config, network: nn.Module, head: PartialFC, found: Mapping[str, Treatment]
+) -> torch.optim.Optimizer:
     """Fused, on CPUs too: it reads on the device whether a step is to be skipped (``found_inf``). What the head's
     objective learns besides the centers is in a group of its own, without weight decay.
 
@@ -203,7 +234,7 @@ def build_backbone_optimizer(config: Config, network: nn.Module, head: PartialFC
     """
     section = config.optimizer.backbone
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": parameters}]
+    groups = optimizer_groups(network, found)
     if learned := head.objective_state.learned():
         groups.append({"params": learned, "weight_decay": 0.0})
         parameters = [*parameters, *learned]

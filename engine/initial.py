@@ -1,5 +1,6 @@
 """The beginning of a run from what another one learned: its backbone, and if wanted its centers."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -7,11 +8,13 @@ from torch import Tensor
 
 from ..data.errors import UsageError
 from . import checkpoint, label_map
+from .backbones.from_timm import TimmBackbone
 from .build import Parts
 from .config import Config
 from .torch_files import TorchFile
 
 _CENTERS = "head/centers"
+_SHOWN = 4  # names, where there are many
 
 
 def begin(config: Config, parts: Parts, labels: bytes | None) -> list[str]:
@@ -34,13 +37,9 @@ def begin(config: Config, parts: Parts, labels: bytes | None) -> list[str]:
             raise UsageError(
                 f"init.centers: {path} is a file of weights without centers; give a run or checkpoint, or centers: new"
             )
-        _take_backbone(parts, _weights(path), path)
-        return [f"begins     with the backbone of {path}, new centers"]
+        return [f"begins     with the backbone of {path}{_take_file(parts, path, section.partial)}, new centers"]
     source = checkpoint.find(path)
-    wanted = {name: entry.size for name, entry in source.shapes().items() if name.startswith("backbone/")}
-    _check_shapes(parts, {name.removeprefix("backbone/"): size for name, size in wanted.items()}, source.path)
-    checkpoint.load(source, checkpoint.network_tensors(parts.network))
-    told = f"begins     with the backbone of {source.path}"
+    told = f"begins     with the backbone of {source.path}{_take_backbone(parts, source, section.partial)}"
     if section.centers == "new":
         return [f"{told}, new centers"]
     _check_centers(parts, source)
@@ -68,21 +67,66 @@ def _weights(path: Path) -> dict[str, Tensor]:
     return file.tensors()
 
 
-def _take_backbone(parts: Parts, weights: dict[str, Tensor], path: Path) -> None:
-    weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    _check_shapes(parts, {name: value.shape for name, value in weights.items()}, path)
-    parts.network.load_state_dict(weights)
+def _take_file(parts: Parts, path: Path, partial: bool) -> str:
+    weights = {name.removeprefix("module."): value for name, value in _weights(path).items()}
+    here = parts.network.state_dict()
+    if isinstance(parts.network, TimmBackbone) and not here.keys() & weights.keys():
+        weights = parts.network.translate(weights)
+    taken, told = _fitting(here, {name: value.shape for name, value in weights.items()}, path, partial)
+    parts.network.load_state_dict({name: weights[name] for name in taken}, strict=False)
+    _begin_average(parts)
+    return told
 
 
-def _check_shapes(parts: Parts, there: dict[str, torch.Size], path: Path) -> None:
-    here = {name: value.shape for name, value in parts.network.state_dict().items()}
-    for name in dict.fromkeys([*here, *there]):
-        if here.get(name) != there.get(name):
-            told = [str(list(size)) if size is not None else "missing" for size in (there.get(name), here.get(name))]
-            raise UsageError(
-                f"init.path: {path} is another network: {name} is {told[0]} there and {told[1]} here; set backbone as "
-                "it was trained"
-            )
+def _take_backbone(parts: Parts, source: checkpoint.Found, partial: bool) -> str:
+    there = {name: entry.size for name, entry in source.shapes().items()}
+    prefix = checkpoint.AVERAGE if any(name.startswith(checkpoint.AVERAGE) for name in there) else checkpoint.BACKBONE
+    sizes = {name.removeprefix(prefix): size for name, size in there.items() if name.startswith(prefix)}
+    taken, told = _fitting(parts.network.state_dict(), sizes, source.path, partial)
+    tensors = checkpoint.network_tensors(parts.network, prefix)
+    checkpoint.load(source, {f"{prefix}{name}": tensors[f"{prefix}{name}"] for name in taken})
+    _begin_average(parts)
+    return told
+
+
+def _begin_average(parts: Parts) -> None:
+    if parts.average is not None:
+        parts.average.restart(parts.network)
+
+
+def _fitting(
+    network: Mapping[str, Tensor], there: Mapping[str, torch.Size], path: Path, partial: bool
+) -> tuple[list[str], str]:
+    """The names that are to be loaded, and what is told of the others."""
+    here = {name: value.shape for name, value in network.items()}
+    taken = [name for name in here if here[name] == there.get(name)]
+    others = [name for name in dict.fromkeys([*here, *there]) if here.get(name) != there.get(name)]
+    if not others:
+        return taken, ""
+    if not partial:
+        told = [
+            str(list(size)) if size is not None else "missing" for size in (there.get(others[0]), here.get(others[0]))
+        ]
+        raise UsageError(
+            f"init.path: {path} is another network: {others[0]} is {told[0]} there and {told[1]} here; set backbone as "
+            "it was trained, or init.partial: true to take what fits"
+        )
+    if not taken:
+        raise UsageError(
+            f"init.path: nothing in {path} fits this backbone: it has {', '.join(list(there)[:3])}, ..., the backbone "
+            f"{', '.join(list(here)[:3])}, ..."
+        )
+    kinds = {
+        "not there": [name for name in others if name not in there],
+        "of another shape": [name for name in others if name in here and name in there],
+        "not used": [name for name in others if name not in here],
+    }
+    shown = [
+        f"{kind}: {', '.join(names[:_SHOWN])}{f' and {len(names) - _SHOWN} more' * (len(names) > _SHOWN)}"
+        for kind, names in kinds.items()
+        if names
+    ]
+    return taken, f" ({len(taken)} of {len(here)} tensors; {'; '.join(shown)})"
 
 
 def _check_centers(parts: Parts, source: checkpoint.Found) -> None:

@@ -78,6 +78,6 @@ def set_rates(config: Config, parts: Parts, step: int, total_steps: int) -> floa
         (parts.head_optimizer, optimizers.head.lr),
     ):
         for group in optimizer.param_groups:
-            group["lr"] = peak * factor
+            group["lr"] = peak * factor * group.get("share", 1.0)
     parts.head.sample_rate = sample_rate_at(step / total_steps, head.sample_rate, head.sample_rate_schedule)
     return optimizers.backbone.lr * factor

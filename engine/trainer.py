@@ -16,6 +16,8 @@ from .diagnosis import NotFinite, diagnose
 from .evaluation.sets import EvaluationSets
 from .log import lines
 from .log.damage import DamageTally
+from .log.loggers import open_loggers
+from .log.profile import StepProfile
 from .log.telemetry import Telemetry, Throughput
 from .ranks import distributed
 from .ranks.distributed import World
@@ -76,6 +78,7 @@ class Trainer:
         self.run_dir = config.run.path
         self.dataset = build.open_dataset(config)
         self.sets = EvaluationSets(config)
+        self.loggers = open_loggers(config)
         self.start = agree(config, world, resume)
         self.config = config = build.completed(config, self.dataset)
         self.images_per_step = config.images_per_step(world.size)
@@ -111,6 +114,8 @@ class Trainer:
             self.rollback = Rollback(config.spike, self.run_dir, state.get("rollbacks", 0), self.telemetry.message)
         self.damage = DamageTally(self.run_dir, state, world.is_main, self.telemetry.message)
         self.throughput = Throughput()
+        self.profile = StepProfile(config.log.profile, self.run_dir, world)
+        self.finished = False
         self.loss_sum = torch.zeros((), device=world.device)
         self.loss_count = 0
         self.save_wanted = False
@@ -124,7 +129,9 @@ class Trainer:
             self.telemetry.message(line)
         for line in told:
             self.telemetry.message(line)
-        self.saving = Saving(config, parts, world, labels, self.sets.names, self.telemetry.message)
+        self.saving = Saving(
+            config, parts, world, labels, self.sets.names, self.telemetry.message, self.telemetry.checkpoint
+        )
         if self.step == 0:
             self.evaluate()
         self.throughput.restart()
@@ -132,8 +139,9 @@ class Trainer:
     def train_step(self) -> None:
         """One optimizer step, and whatever is due after it."""
         config = self.config
+        self.profile.begin(self.step + 1)
         rate = set_rates(config, self.parts, self.step, self.total_steps)
-        self.training_step.backbone.train()
+        self.training_step.begin(self.step)
         self.batches.clear()
         self.first_head_step = self.head.steps
         for micro in range(config.optimizer.accumulate):
@@ -157,6 +165,8 @@ class Trainer:
         if self.saving.due(self.step) or done:
             self.save()
         self.saving.saver.poll()
+        with self.telemetry.tolerating(self.run_dir / "profile"):
+            self.profile.end(self.step)
 
     def consult(self, most: int = 0) -> signal.Signals | None:
         """What the ranks decide together after every ``run.consult_every_steps``: the host waits for all of them.
@@ -195,8 +205,9 @@ class Trainer:
 
     def evaluate(self) -> None:
         """What the sets say, by all ranks."""
+        average = self.parts.average
         for result, seconds in self.sets.evaluate(
-            self.network,
+            self.network if average is None else average.network,
             self.config,
             self.world,
             step=self.step,
@@ -234,6 +245,7 @@ class Trainer:
                 report = write_report(self.run_dir)
                 for line in lines.closing(self.run_dir, report, self.sets.names, self.damage):
                     self.telemetry.message(line)
+        self.finished = True
         if (problem := self.saving.saver.last_problem) is None:
             return 0
         self.telemetry.message(
@@ -243,7 +255,9 @@ class Trainer:
 
     def close(self) -> None:
         self.saving.saver.close()
-        self.telemetry.close()
+        with self.telemetry.tolerating(self.run_dir / "profile"):
+            self.profile.close()
+        self.telemetry.close(finished=self.finished)
         self.loader.close()
 
     def _end_if_still_skipping(self) -> None:
@@ -276,8 +290,7 @@ class Trainer:
         self.step = state["step"]
         self.loss_sum.zero_()
         self.loss_count = 0
-        self.telemetry.close()
-        self.telemetry = self._telemetry()
+        self.telemetry.rollback(self.step)
         self.throughput.restart()
 
     def _telemetry(self) -> Telemetry:
@@ -286,8 +299,10 @@ class Trainer:
             total_steps=self.total_steps,
             world_size=self.world.size,
             is_main=self.world.is_main,
+            rank=self.world.rank,
             resumed_step=self.step,
-            tensorboard=self.config.log.tensorboard,
+            hooks=self.loggers,
+            config=self.config.model_dump(),
         )
 
     def _steps_of_run(self) -> int:

@@ -13,6 +13,7 @@ from ..data.errors import UsageError
 from . import device as devices
 from .build import Parts
 from .config import Config
+from .groups import freeze, rest
 from .ranks.distributed import World
 
 # Each rank keeps the BatchNorm statistics of its own batches; evaluation and checkpoints take rank 0's. Newer torch
@@ -33,7 +34,7 @@ class TrainingStep:
         skipped_steps: how many were skipped before.
 
     Attributes:
-        backbone: the network, data-parallel.
+        backbone: the network, data-parallel; as it is where none of it is trained.
         skipped_steps: steps that changed nothing because the loss or a gradient was not finite, int64 [] on the device.
         skipped_in_a_row: the last of them without another step in between, int64 [] on the device.
         loss: of the last step, [].
@@ -48,12 +49,31 @@ class TrainingStep:
         self._losses: list[Tensor] = []
         self.loss = torch.zeros((), device=world.device)
         torch.backends.cudnn.benchmark = True  # images have one size: the search for the fastest convolutions pays
-        section = config.backbone
-        self.channels_last = devices.channels_last(section.channels_last, world.device)
+        self.channels_last = devices.channels_last(config.backbone.channels_last, world.device)
+        self._compress = config.backbone.payload_dtype == "bf16" and world.size > 1
+        self._step = 0
+        self._parallel: DistributedDataParallel | None = None
+        self.backbone: nn.Module = parts.network
+
+    def begin(self, step: int) -> None:
+        """Makes the network ready for the step of this number, from 0: in training mode, and what is frozen is."""
+        self._step, network = step, self.parts.network
+        if freeze(network, self.parts.treatments, step) or self.backbone is network:
+            self._make_parallel()
+        self.backbone.train()
+        rest(network, self.parts.treatments, step)
+
+    def _make_parallel(self) -> None:
+        """Anew whenever other parameters are trained: DistributedDataParallel exchanges those that it was made with."""
+        network, section = self.parts.network, self.config.backbone
+        self._parallel = None  # its hooks go first
+        self.backbone = network
+        if not any(parameter.requires_grad for parameter in network.parameters()):
+            return
         self._parallel = DistributedDataParallel(
-            parts.network, gradient_as_bucket_view=True, static_graph=section.static_graph, **_NO_BUFFER_SYNC
+            network, gradient_as_bucket_view=True, static_graph=section.static_graph, **_NO_BUFFER_SYNC
         )
-        if section.payload_dtype == "bf16" and world.size > 1:
+        if self._compress:
             try:
                 self._parallel.register_comm_hook(None, bf16_compress_hook)
             except TypeError as error:
@@ -61,7 +81,7 @@ class TrainingStep:
                     f"backbone.payload_dtype: bf16 is not in this PyTorch ({error}): leave it out"
                 ) from None
         # Compiled around DDP, which lets the compiler cut the graph where DDP's buckets are full and exchanged.
-        self.backbone: nn.Module = torch.compile(self._parallel) if section.compile else self._parallel  # type: ignore
+        self.backbone = torch.compile(self._parallel) if section.compile else self._parallel  # type: ignore
 
     def micro_batch(self, images: Tensor, labels: Tensor, *, last: bool) -> Tensor:
         """Forward and backward of one micro-batch; returns its loss [], detached.
@@ -73,7 +93,7 @@ class TrainingStep:
         """
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with nullcontext() if last else self._parallel.no_sync():
+        with nullcontext() if last or self._parallel is None else self._parallel.no_sync():
             self.heartbeat.enter("forward pass of the backbone")
             with self.autocast():
                 embeddings = self.backbone(images)
@@ -97,7 +117,7 @@ class TrainingStep:
         parts.scaler.unscale_(parts.backbone_optimizer)
         parts.scaler.unscale_(parts.head_optimizer)
         gradients = [parameter.grad for parameter in parts.network.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients).to(self.device)  # of nothing it is on the CPU
         if clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parts.network.parameters(), clip_norm, norm)
         assert parts.head.gradient_scale.grad is not None
@@ -111,6 +131,8 @@ class TrainingStep:
             optimizer.zero_grad()
         if parts.scaler.is_enabled():
             parts.scaler.update()
+        if parts.average is not None:
+            parts.average.update(parts.network, self._step + 1)
         return norm
 
     def skipped_lately(self) -> int:

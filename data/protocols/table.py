@@ -249,7 +249,7 @@ def check_weight(where: str, text: str) -> None:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value <= np.finfo(np.float32).max:
+    if not 0 <= value <= float(np.finfo(np.float32).max):
         raise UsageError(f"{where}: weight {printable(text)} is no number from 0 on")
 
 

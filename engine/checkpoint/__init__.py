@@ -6,10 +6,12 @@ written under a temporary name and renamed when it is complete, so whatever has 
 """
 
 from .directory import CONFIG, LABELS, Best, find, find_all, find_latest, go_back, load_backbone
-from .reading import Found, load, network_tensors, read_pieces
+from .reading import AVERAGE, BACKBONE, Found, load, network_tensors, read_pieces
 from .writing import Content, Piece, agreed, from_first_rank, save_alone, write
 
 __all__ = [
+    "AVERAGE",
+    "BACKBONE",
     "CONFIG",
     "LABELS",
     "Best",

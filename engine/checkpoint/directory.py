@@ -16,10 +16,9 @@ from typing import Any, Literal
 from torch import nn
 
 from ...data.errors import UsageError
-from ..backbones import build_backbone
-from ..build import input_size
+from ..build import input_size, new_network
 from ..config import Config, load_config
-from .reading import STATE, Found, load, network_tensors
+from .reading import AVERAGE, BACKBONE, STATE, Found, load, network_tensors
 
 FOLDER, CONFIG, LABELS = "checkpoints", "config.yaml", "labels.json"
 LATEST, BEST = "latest", "best"
@@ -107,18 +106,18 @@ class Best:
 
 
 def load_backbone(run_or_checkpoint: Path) -> tuple[nn.Module, Config]:
-    """The trained network in evaluation mode, on the CPU, and the configuration of its run.
+    """The trained network in evaluation mode, on the CPU, and the configuration of its run; with the average of its
+    weights, where the run keeps one.
 
     Args:
         run_or_checkpoint: a run's directory (its latest checkpoint is taken) or a checkpoint's.
     """
     found = find(run_or_checkpoint)
     config = load_config(found.path / CONFIG)
-    section = config.backbone
-    network = build_backbone(
-        section.name, embedding_dim=section.embedding_dim, image_size=input_size(config), **section.options
-    )
-    load(found, network_tensors(network))
+    run_dir = found.path.parent.parent if found.path.parent.name == FOLDER else found.path
+    network = new_network(config, input_size(config), apart_from=run_dir)
+    averaged = config.backbone.ema is not None and any(name.startswith(AVERAGE) for name in found.shapes())
+    load(found, network_tensors(network, AVERAGE if averaged else BACKBONE))
     return network.eval(), config
 
 

@@ -19,7 +19,7 @@ from ..build import Parts
 from ..config import Config
 from ..ranks.distributed import World
 from . import state as run_state
-from .directory import EVALUATION, Best, check_space, find_all, find_latest, name_of
+from .directory import EVALUATION, FOLDER, Best, check_space, find_all, find_latest, name_of
 from .writing import Content, agreed, from_first_rank, write
 
 _CPU = torch.device("cpu")
@@ -36,6 +36,7 @@ class Saving:
         labels: the label map of the data set.
         sets: names of the verification sets.
         message: prints a line, on one rank.
+        saved: hears of every complete checkpoint: its step, and its folder.
 
     Raises:
         UsageError: there is no room for checkpoints, or what makes one the best is not measured.
@@ -49,6 +50,7 @@ class Saving:
         labels: bytes | None,
         sets: Sequence[str],
         message: Callable[[str], None],
+        saved: Callable[[int, Path], None] = lambda step, folder: None,
     ) -> None:
         self._config, self._parts, self._world, self._labels = config, parts, world, labels
         section, self._run_dir = config.checkpoint, config.run.path
@@ -60,6 +62,7 @@ class Saving:
             best=self.best,
             asynchronous=section.asynchronous,
             message=message,
+            saved=saved,
             device=world.device,
         )
         champion = self.best.of(find_all(self._run_dir)) if self.best is not None else None
@@ -164,6 +167,7 @@ class Saver:
         device: where this rank computes.
         asynchronous: whether training goes on while they are written.
         message: prints a line, on one rank.
+        saved: hears of every complete checkpoint: its step, and its folder.
 
     Attributes:
         failed: how many saves came to nothing.
@@ -179,10 +183,11 @@ class Saver:
         best: Best | None,
         asynchronous: bool,
         message: Callable[[str], None],
+        saved: Callable[[int, Path], None] = lambda step, folder: None,
         device: torch.device = _CPU,
     ) -> None:
         self._run_dir, self._keep, self._best, self._device = run_dir, keep, best, device
-        self._asynchronous, self._message = asynchronous, message
+        self._asynchronous, self._message, self._saved = asynchronous, message, saved
         self._group: dist.ProcessGroup | None = None
         if asynchronous:
             self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_TIMEOUT))
@@ -270,6 +275,7 @@ class Saver:
     def _finished(self, step: int, problem: str | None) -> None:
         self.last_problem = problem
         if problem is None:
+            self._saved(step, self._run_dir / FOLDER / name_of(step))
             return
         self.failed += 1
         good = find_latest(self._run_dir)

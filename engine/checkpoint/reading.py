@@ -135,9 +135,12 @@ def read_pieces(found: Found, name: str) -> Iterator[tuple[int, Tensor]]:
         yield (index.offset[0] if index.offset else 0), rows
 
 
-def network_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """The weights and buffers under the names that they have in a checkpoint."""
-    return {f"backbone/{name}": value for name, value in network.state_dict().items()}
+BACKBONE, AVERAGE = "backbone/", "ema/"
+
+
+def network_tensors(network: nn.Module, prefix: str = BACKBONE) -> dict[str, Tensor]:
+    """The weights and buffers under the names that they have in a checkpoint; of their average with ``AVERAGE``."""
+    return {f"{prefix}{name}": value for name, value in network.state_dict().items()}
 
 
 def _unreadable(path: Path, error: BaseException) -> Exception:

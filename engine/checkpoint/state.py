@@ -18,7 +18,7 @@ from ..config.loading import shown
 from ..initial import check_labels
 from ..ranks.distributed import World
 from .directory import CONFIG
-from .reading import Found, load, network_tensors
+from .reading import AVERAGE, Found, load, network_tensors
 from .writing import Content, Piece
 
 _OPTIMIZER = "backbone_optimizer/"
@@ -106,10 +106,18 @@ def restore(
         for name in of_objective:
             tensors.pop(name)
         changed.append("begins     with a new state of the objective: the checkpoint has none")
+    averages = [name for name in tensors if name.startswith(AVERAGE)]
+    begin_average = bool(averages) and not any(name in saved for name in averages)
+    if begin_average:
+        for name in averages:
+            tensors.pop(name)
+        changed.append("begins     with a new average of the weights: the checkpoint has none")
     _check(found, tensors)
     seed_generators(config.run.seed, world.rank, state["step"])
     for name, value in load(found, tensors, (f"rng/{world.rank}/",)).items():
         device.set_rng_state(name.rpartition("/")[2], value, world.device)
+    if begin_average and parts.average is not None:
+        parts.average.restart(parts.network)
     parts.head.steps = state["head_steps"]
     if parts.scaler.is_enabled() and state["scaler"]:  # a run in another precision had none
         parts.scaler.load_state_dict(state["scaler"])
@@ -141,8 +149,10 @@ def _backbone_tensors(parts: Parts) -> dict[str, Tensor]:
     objective = parts.head.objective_state
     learned = {f"{_OBJECTIVE}{name}": parameter for name, parameter in objective.named_parameters()}
     state = {f"{_OBJECTIVE}{name}": value.detach() for name, value in objective.state_dict().items()}
+    average = parts.average
     return (
         network_tensors(parts.network)
+        | (network_tensors(average.network, AVERAGE) if average is not None else {})
         | state
         | {
             f"{_OPTIMIZER}{name}/{key}": value
@@ -178,8 +188,8 @@ FIXED = {
 }
 """Keys that must be as they were, with the reason. Everything else may change, and is told where it does."""
 
-_WITHOUT_MEANING = ("run.name", "run.dir", "init", "checkpoint.check_labels")
-_WHOLE = ("backbone.options", "data.order", "head.objective")
+_WITHOUT_MEANING = ("run.name", "run.dir", "init", "run.code", "checkpoint.check_labels")
+_WHOLE = ("backbone.options", "optimizer.groups", "data.order", "head.objective")
 
 
 def changes(before: Config, now: Config, checkpoint: Path, *, begun: bool) -> list[str]:

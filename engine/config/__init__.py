@@ -5,7 +5,17 @@ values are refused with the path of the key, what was found and what is allowed.
 """
 
 from .loading import load_config, parse_config
-from .sections import Adagrad, AdamW, BalancedSampling, BlockSampling, Config, Generated, Objective, Spike
+from .sections import (
+    Adagrad,
+    AdamW,
+    BalancedSampling,
+    BlockSampling,
+    Config,
+    Generated,
+    Objective,
+    Optimizer,
+    Spike,
+)
 
 __all__ = [
     "Adagrad",
@@ -15,6 +25,7 @@ __all__ = [
     "Config",
     "Generated",
     "Objective",
+    "Optimizer",
     "Spike",
     "load_config",
     "parse_config",

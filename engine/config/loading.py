@@ -30,7 +30,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise UsageError(f"{path}: expected sections such as data: and schedule:, found {shown(tree)}")
     for override in overrides or []:
         _apply(tree, override)
-    return parse_config(tree, source=str(path))
+    config = parse_config(tree, source=str(path))
+    if config.run.code is None and any(":" in name for name in config.names_of_code):
+        config = config.model_copy(update={"run": config.run.model_copy(update={"code": str(path.absolute().parent)})})
+    return config
 
 
 def parse_config(tree: dict[str, Any], *, source: str = "configuration") -> Config:

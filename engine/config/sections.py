@@ -154,7 +154,7 @@ class Data(Section):
 
 class Backbone(Section):
     name: str = "mobilefacenet"
-    """A registered network: see docs/backbones.md."""
+    """A registered network, timm/NAME, or MODULE:FUNCTION of your own: see docs/backbones.md."""
     embedding_dim: Count = 512
     """Length of the embedding, D."""
     options: dict[str, Any] = {}
@@ -169,6 +169,18 @@ class Backbone(Section):
     """The network does the same in every step, so DistributedDataParallel plans its exchange once."""
     payload_dtype: Literal["bf16"] | None = None
     """What the backbone's gradients travel in between the ranks; their own type when absent."""
+    recompute: bool = False
+    """Keep the input of each block alone, and compute its activations again in the backward pass: less memory, a third
+    more time (activation checkpointing)."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of a moving average of the weights, such as 0.999, which is then what is evaluated and exported; none when
+    absent."""
+
+    @model_validator(mode="after")
+    def _compiled_alone(self) -> "Backbone":
+        if self.recompute and self.compile:
+            raise ValueError("recompute and compile: torch.compile decides itself what it keeps; give one of them")
+        return self
 
 
 class Objective(BaseModel):
@@ -302,9 +314,29 @@ class Adagrad(Section):
     weight_decay: NonNegative = 0.0
 
 
+class Group(Section):
+    """Parameters of the backbone that are trained in another way. Of several groups that say something of a parameter,
+    the last one counts, key by key."""
+
+    names: str | Annotated[list[str], Field(min_length=1)] = "*"
+    """Of the parameters, * standing for any part: "blocks.0.*", or a list."""
+    vectors: bool | None = None
+    """true: of them only biases, and the weights of norms and PReLUs; false: only the others; all when absent."""
+    lr: NonNegative | None = None
+    """Share of optimizer.backbone.lr."""
+    layer_decay: Rate | None = None
+    """By how much less the rate is in each block than in the one behind it."""
+    weight_decay: NonNegative | None = None
+    """In place of optimizer.backbone.weight_decay."""
+    frozen_until: CountOrZero | Literal["end"] | None = None
+    """Not trained before this step."""
+
+
 class Optimizer(Section):
     backbone: Annotated[SGD | AdamW, Field(discriminator="name")] = SGD(name="sgd")
     head: Annotated[SGD | AdamW | Adagrad, Field(discriminator="name")] = SGD(name="row_sgd")
+    groups: list[Group] = []
+    """Parameters of the backbone that are trained in another way: see docs/backbones.md."""
     accumulate: Count = 1
     """Micro-batches per step; their gradients are averaged."""
     clip_norm: Positive | None = None
@@ -409,11 +441,40 @@ class Checkpoint(Section):
     """Refuse to go on with the centers of other identities than the data set's, where both are known by name."""
 
 
+class Logger(BaseModel):
+    """``name`` of a logger, and its options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    name: str
+
+
 class Log(Section):
     every_steps: Count = 20
     """Steps between lines of metrics.jsonl and of the progress."""
-    tensorboard: bool = True
-    """Write TensorBoard's files as well."""
+    loggers: list[Annotated[Logger, BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v)]] = [
+        Logger(name="tensorboard")
+    ]
+    """Who else hears of the run: tensorboard, wandb, mlflow, or MODULE:CLASS of your own: see docs/logging.md."""
+    profile: Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None
+    """First and last step to measure operation by operation, with torch.profiler; none when absent."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tensorboard_switch(cls, tree: Any) -> Any:
+        """``tensorboard: false`` of older configurations."""
+        if isinstance(tree, dict) and isinstance(tree.get("tensorboard"), bool):
+            tree = dict(tree)
+            if not tree.pop("tensorboard"):
+                loggers = tree.get("loggers", [])
+                if isinstance(loggers, list):
+                    tree["loggers"] = [one for one in loggers if one != "tensorboard"]
+        return tree
+
+    @model_validator(mode="after")
+    def _first_to_last(self) -> "Log":
+        if self.profile is not None and self.profile[0] > self.profile[1]:
+            raise ValueError(f"profile: found {self.profile}, allowed: [first step, last step]")
+        return self
 
 
 class Run(Section):
@@ -425,6 +486,8 @@ class Run(Section):
     """Seed of everything random: centers, weights, the order of samples, class samples, flips."""
     timeout_seconds: Annotated[float, Field(ge=1)] = 600.0
     """A run that stands still for so long ends, and says which rank everyone waited for: see docs/failures.md."""
+    code: str | None = None
+    """Folder of the modules that this configuration names (MODULE:NAME); its own when absent."""
     consult_every_steps: Count | None = None
     """Steps between the ranks' questions to each other whether to stop, save or go back; each waits for the slowest. 1
     on a CPU, 10 on GPUs, when absent."""
@@ -439,6 +502,8 @@ class Init(Section):
 
     path: str | None = None
     """A run, a checkpoint, or a file of the backbone's weights (.safetensors, or a state_dict in .pt)."""
+    partial: bool = False
+    """Take of the backbone what fits by name and shape, and tell what does not; else all of it must fit."""
     centers: Literal["new", "keep", "by_name"] = "new"
     """The centers: new ones; those of the same identities; or those that the names of the identities lead to."""
 
@@ -481,6 +546,11 @@ class Config(Section):
                 f"{self.head.storage}; leave it false: the checkpoint is streamed from there"
             )
         return self
+
+    @property
+    def names_of_code(self) -> list[str]:
+        """What may be MODULE:NAME."""
+        return [self.backbone.name, *(logger.name for logger in self.log.loggers)]
 
     def images_per_step(self, world_size: int) -> int:
         """Images of all ranks in one optimizer step."""

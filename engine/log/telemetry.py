@@ -1,11 +1,11 @@
-"""What a run tells about itself: the progress line, metrics.jsonl, evaluation.jsonl and TensorBoard."""
+"""What a run tells about itself, and to whom: the progress line, metrics.jsonl and evaluation.jsonl, and its hooks."""
 
 import json
 import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-Values = Mapping[str, Any]  # numbers (float, int, bool) and strings; numbers go to TensorBoard too
+from .hooks import Hook, RunInfo, Values
 
 
 class Throughput:
@@ -96,17 +96,21 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Telemetry:
-    """Everything that a run tells, told by one rank; on the others every method does nothing.
+    """Everything that a run tells: to its files and the progress line, and to the hooks that are given.
+
+    Made by every rank; on all but one it tells nothing, but to hooks that want to hear on every rank.
 
     Args:
         run_dir: the run's directory; made if missing.
         total_steps: steps of the whole run, for the percentage and the time left.
         world_size: number of ranks, for the speed of one rank.
         is_main: whether this rank tells. True on exactly one.
+        rank: this one.
         resumed_step: the last step that was finished before this process began; what the files hold of later steps
             is dropped, because these steps are done again.
         console: where lines go; by default standard output, coloured on a terminal and plain in a file or pipe.
-        tensorboard: whether to write ``run_dir/tensorboard``.
+        hooks: what else hears of the run, the same on every rank.
+        config: of the run, complete, for the hooks.
     """
 
     def __init__(
@@ -116,51 +120,46 @@ class Telemetry:
         total_steps: int,
         world_size: int,
         is_main: bool,
+        rank: int = 0,
         resumed_step: int = 0,
         console: Console | None = None,
-        tensorboard: bool = True,
+        hooks: Sequence[Hook] = (),
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self.is_main = is_main
-        self._run_dir = run_dir
         self._refused: set[Path] = set()
-        if not is_main:
-            return
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._total_steps = total_steps
-        self._world_size = world_size
+        self._failed: set[Hook] = set()
         self._console = console or Console(highlight=False)
-        self._metrics = MetricsLog(run_dir / "metrics.jsonl", resumed_step)
-        self._evaluation = MetricsLog(run_dir / "evaluation.jsonl", resumed_step)
-        self._board = _open_tensorboard(run_dir / "tensorboard", resumed_step, self.message) if tensorboard else None
-        spent = (self._metrics.last or {}).get("elapsed_seconds") or 0.0
-        self._begin = time.monotonic() - spent
-        self._points: deque[tuple[float, int]] = deque(maxlen=20)  # (time, step) of the last logged steps
+        run = RunInfo(run_dir, config or {}, total_steps, world_size, rank, resumed_step, self.message, self.tolerating)
+        self._hooks: list[Hook] = []
+        if is_main:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._files = Files()
+            self._files.start(run)
+            self._hooks += [self._files, Progress(self._print)]
+            spent = (self._files.metrics.last or {}).get("elapsed_seconds") or 0.0
+            self._begin = time.monotonic() - spent
+        for hook in [*self._hooks[1:], *(hook for hook in hooks if is_main or hook.every_rank)]:
+            if self._told(hook, hook.start, run) and hook not in self._hooks:
+                self._hooks.append(hook)
 
-    def log(self, step: int, values: Values, *, line: bool = True) -> None:
-        """Records what was measured in step ``step``.
-
-        ``values`` goes to metrics.jsonl, with ``elapsed_seconds`` (of training, interruptions left out) added, and its
-        numbers to TensorBoard. The progress line shows ``loss``, ``lr``, ``images_per_second`` and ``data_share``, as
-        many of them as there are; ``line=False`` leaves it out.
-        """
-        if not self.is_main:
-            return
-        now = time.monotonic()
-        with self.tolerating(self._metrics.path):
-            self._metrics.write(step, {**values, "elapsed_seconds": round(now - self._begin, 3)})
-        self._to_tensorboard(step, values, "train/")
-        self._points.append((now, step))
-        if line:
-            self._print(progress_line(step, self._total_steps, values, self._world_size, self._seconds_left(step)))
+    def log(self, step: int, values: Values) -> None:
+        """Tells what was measured in step ``step``, with ``elapsed_seconds`` (of training, interruptions left out)."""
+        if self.is_main:
+            values = {**values, "elapsed_seconds": round(time.monotonic() - self._begin, 3)}
+        self._tell("step", step, values)
 
     def evaluation(self, step: int, values: Values) -> None:
-        """Records one evaluation, a flat object with ``set`` (the data set's name) and numbers, in evaluation.jsonl
-        and TensorBoard. It prints nothing."""
-        if not self.is_main:
-            return
-        with self.tolerating(self._evaluation.path):
-            self._evaluation.write(step, values)
-        self._to_tensorboard(step, values, f"evaluation/{values.get('set', '')}/")
+        """Tells of one evaluation, a flat object with ``set`` (the data set's name) and numbers. It prints nothing."""
+        self._tell("evaluation", step, values)
+
+    def checkpoint(self, step: int, folder: Path) -> None:
+        """Tells of a complete checkpoint."""
+        self._tell("checkpoint", step, folder)
+
+    def rollback(self, step: int) -> None:
+        """The run goes back to the state after this step."""
+        self._tell("rollback", step)
 
     def message(self, text: str) -> None:
         """Prints one line of text."""
@@ -177,33 +176,90 @@ class Telemetry:
                 self._refused.add(path)
                 self.message(f"warning    {path}: {error.strerror}: it will not be complete; training goes on")
 
-    def close(self) -> None:
-        """Closes the files; may be called more than once."""
-        if not self.is_main:
-            return
-        self._metrics.close()
-        self._evaluation.close()
-        if self._board is not None:
-            with self.tolerating(self._run_dir / "tensorboard"):
-                self._board.close()
+    def close(self, *, finished: bool = False) -> None:
+        """The end, of all steps or of this process alone; may be called more than once."""
+        hooks, self._hooks = self._hooks, []
+        for hook in hooks:
+            self._told(hook, hook.end, finished)
+
+    def _tell(self, what: str, *arguments: Any) -> None:
+        for hook in self._hooks:
+            self._told(hook, getattr(hook, what), *arguments)
+
+    def _told(self, hook: Hook, call: Callable[..., None], *arguments: Any) -> bool:
+        """Whether the hook took it; what it raises is told once."""
+        try:
+            call(*arguments)
+        except Exception as error:
+            if hook not in self._failed:
+                self._failed.add(hook)
+                reason = " ".join(str(error).split()) or "no reason given"
+                self.message(
+                    f"warning    {type(hook).__name__}, in {call.__name__}: {type(error).__name__}: {reason}; training "
+                    "goes on"
+                )
+            return False
+        return True
+
+    def _print(self, text: Text) -> None:
+        with suppress(OSError):  # standard output may be a file on the disk that is full
+            self._console.print(text, soft_wrap=True)
+
+
+class Files(Hook):
+    """metrics.jsonl and evaluation.jsonl, on disk as soon as something is told."""
+
+    def start(self, run: RunInfo) -> None:
+        self.run = run
+        self._open(run.resumed_step)
+
+    def _open(self, resumed_step: int) -> None:
+        self.metrics = MetricsLog(self.run.directory / "metrics.jsonl", resumed_step)
+        self.evaluations = MetricsLog(self.run.directory / "evaluation.jsonl", resumed_step)
+
+    def step(self, step: int, values: Values) -> None:
+        with self.run.tolerating(self.metrics.path):
+            self.metrics.write(step, values)
+
+    def evaluation(self, step: int, values: Values) -> None:
+        with self.run.tolerating(self.evaluations.path):
+            self.evaluations.write(step, values)
+
+    def rollback(self, step: int) -> None:
+        self.end(False)
+        self._open(step)
+
+    def end(self, finished: bool) -> None:
+        self.metrics.close()
+        self.evaluations.close()
+
+
+class Progress(Hook):
+    """The line that shows ``loss``, ``lr``, ``images_per_second`` and ``data_share``, as many as there are.
+
+    Args:
+        show: prints a line.
+    """
+
+    def __init__(self, show: Callable[[Text], None]) -> None:
+        self._show = show
+        self._points: deque[tuple[float, int]] = deque(maxlen=20)  # (time, step) of the last lines
+
+    def start(self, run: RunInfo) -> None:
+        self.run = run
+
+    def step(self, step: int, values: Values) -> None:
+        self._points.append((time.monotonic(), step))
+        self._show(progress_line(step, self.run.total_steps, values, self.run.world_size, self._seconds_left(step)))
+
+    def rollback(self, step: int) -> None:
+        self._points.clear()
 
     def _seconds_left(self, step: int) -> float | None:
         (first_time, first_step), (last_time, last_step) = self._points[0], self._points[-1]
         if last_step <= first_step:
             return None
-        return (last_time - first_time) / (last_step - first_step) * (self._total_steps - step)
-
-    def _to_tensorboard(self, step: int, values: Values, prefix: str) -> None:
-        if self._board is None:
-            return
-        with self.tolerating(self._run_dir / "tensorboard"):
-            for key, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(prefix + key, value, step)
-
-    def _print(self, text: Text) -> None:
-        with suppress(OSError):  # standard output may be a file on the disk that is full
-            self._console.print(text, soft_wrap=True)
+        return (last_time - first_time) / (last_step - first_step) * (self.run.total_steps - step)
 
 
 def progress_line(step: int, total_steps: int, values: Values, world_size: int, seconds_left: float | None) -> Text:
@@ -249,12 +305,3 @@ def _json_line(values: Values) -> str:
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
     }
     return json.dumps(finite, allow_nan=False) + "\n"
-
-
-def _open_tensorboard(directory: Path, resumed_step: int, message: Callable[[str], None]) -> Any | None:
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one rank needs it
-    except ImportError:
-        message("TensorBoard is not installed, so no tensorboard/ is written (pip install tensorboard)")
-        return None
-    return SummaryWriter(str(directory), purge_step=resumed_step + 1 if resumed_step else None)

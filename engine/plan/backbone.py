@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from .. import device as devices
-from ..backbones import build_backbone
+from ..build import new_network
 from ..config import AdamW, Config
 
 
@@ -57,9 +57,7 @@ def dry_run(config: Config, image_size: tuple[int, int]) -> BackboneCost:
     section = config.backbone
     device = torch.device("cpu")  # of the fake tensors: backward needs a device that this torch has
     with FakeTensorMode():
-        network = build_backbone(
-            section.name, embedding_dim=section.embedding_dim, image_size=image_size, **section.options
-        )
+        network = new_network(config, image_size)
         network.train()
         images = torch.empty(config.data.batch_size, 3, *image_size)
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -74,7 +72,7 @@ def dry_run(config: Config, image_size: tuple[int, int]) -> BackboneCost:
     everything = sum(one.nbytes for one in [*network.parameters(), *network.buffers()])
     return BackboneCost(
         parameters=parameters,
-        other=everything - parameters,
+        other=everything - parameters + (everything if section.ema is not None else 0),
         state=int(parameters * _states(config)),
         images=images.nbytes,
         activations=activations,

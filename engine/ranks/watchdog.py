@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +36,8 @@ class Heartbeat:
 
     def __init__(self) -> None:
         self.step, self.phase, self.phases, self.moments, self.on_files = 0, "starting", 0, 0, True
+        self.listener: Callable[[str], None] | None = None
+        """Hears of every phase, where somebody wants to."""
 
     def enter(self, phase: str, step: int | None = None, *, on_files: bool = False) -> None:
         """A new phase of the work begins, on every rank in the same order.
@@ -47,6 +50,8 @@ class Heartbeat:
         self.phase, self.on_files = phase, on_files
         self.step = self.step if step is None else step
         self.phases += 1
+        if self.listener is not None:
+            self.listener(phase)
 
     def moved(self) -> None:
         """The phase goes on; how often a rank says so need not be what the others do."""

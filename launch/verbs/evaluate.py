@@ -157,6 +157,9 @@ class _Network:
         batch_size: int,
         flip: bool | None,
     ) -> None:
+        from ...data.loading.dali import import_dali
+
+        import_dali()  # now: it is not part of the first set's seconds
         self.device = find_device(device)
         self._trained = open_backbone(source, self.device)
         self._sets, self._protocols = sets, protocols

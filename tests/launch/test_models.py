@@ -243,3 +243,37 @@ def test_a_bf16_run_is_evaluated_and_embedded_in_bf16(
     assert capsys.readouterr().out.endswith("computed in bf16, as in its run\n")
     assert main(["embed", str(half), str(folder / "set"), str(tmp_path / "out.npy")]) == 0
     assert used == {(True, torch.bfloat16)}
+
+
+def test_a_run_of_a_module_beside_its_configuration(folder: Path, tmp_path: Path):
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    for one in (project, elsewhere):
+        one.mkdir()
+    (project / "own_net.py").write_text(
+        "from torch import nn\n"
+        "def net(embedding_dim, image_size, bias: bool = True):\n"
+        "    features = 3 * image_size[0] * image_size[1]\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(features, embedding_dim, bias=bias))\n"
+    )
+    (project / "own.yaml").write_text(
+        f"run: {{name: own, dir: {tmp_path / 'runs'}}}\ndata: {{train: {folder / 'set'}, batch_size: 4}}\n"
+        "backbone: {name: 'own_net:net', embedding_dim: 8, options: {bias: false}}\nschedule: {steps: 2}\n"
+        "log: {tensorboard: false}\n"
+    )
+    trained = pfc("train", project / "own.yaml", "--nproc", "2", folder=elsewhere)
+    assert (trained.exit_code, trained.error) == (0, "")
+    pairs = ("--pairs", folder / "pairs.bin")
+    found = pfc("evaluate", tmp_path / "runs" / "own", *pairs, folder=project)
+    assert (found.exit_code, found.error) == (0, "")
+    again = pfc("train", project / "own.yaml", "schedule.steps=3", "--nproc", "1", folder=elsewhere)
+    assert (again.exit_code, again.error) == (0, "")
+    lost = pfc("evaluate", tmp_path / "runs" / "own", *pairs, folder=elsewhere)
+    assert lost.exit_code == 2
+    assert lost.error == (
+        "pfc: backbone.name: no module own_net in the current folder or on the Python path: run pfc in the folder that "
+        "it is in, or set PYTHONPATH to it\n"
+    )
+    (tmp_path / "runs" / "own" / "own_net.py").write_text("raise SystemExit('a stranger has run this')")
+    refused = pfc("evaluate", ".", *pairs, folder=tmp_path / "runs" / "own")
+    assert refused.exit_code == 2
+    assert "own_net.py comes with the checkpoint, and no code in one is run" in refused.error

@@ -4,6 +4,7 @@ import json
 import pytest
 from rich.console import Console
 
+from pfc.engine.log.loggers.tensorboard import TensorBoard
 from pfc.engine.log.telemetry import MetricsLog, Telemetry, Throughput, clock_time, progress_line, read_json_lines
 
 
@@ -13,7 +14,7 @@ def steps(path):
 
 def telemetry(run_dir, output, *, terminal=False, **options):
     console = Console(file=output, force_terminal=terminal, highlight=False, width=40)
-    options = {"total_steps": 20_000, "world_size": 2, "is_main": True, "tensorboard": False, **options}
+    options = {"total_steps": 20_000, "world_size": 2, "is_main": True, **options}
     return Telemetry(run_dir, console=console, **options)
 
 
@@ -65,12 +66,11 @@ def test_the_progress_line_in_a_file_is_plain_and_on_one_line(tmp_path):
     output = io.StringIO()
     run = telemetry(tmp_path, output)
     run.log(1200, {"loss": 12.34561, "lr": 0.098, "images_per_second": 812.4, "data_share": 0.031})
-    run.log(1250, {"loss": 11.0, "lr": 0.098}, line=False)
     run.message("saved [bold] to " + "x" * 60)
     lines = output.getvalue().splitlines()
     assert lines[0].startswith("step  1,200/20,000     6%   loss 12.3456   lr 0.0980   812 img/s (406/rank)   data 3%")
     assert lines[1:] == ["saved [bold] to " + "x" * 60]
-    assert steps(tmp_path / "metrics.jsonl") == [1200, 1250]
+    assert steps(tmp_path / "metrics.jsonl") == [1200]
 
 
 def test_the_progress_line_on_a_terminal_is_coloured(tmp_path):
@@ -111,7 +111,7 @@ def test_throughput_counts_images_and_the_share_of_waiting_per_window():
 
 def test_other_ranks_write_and_print_nothing(tmp_path):
     output = io.StringIO()
-    run = telemetry(tmp_path / "run", output, is_main=False, tensorboard=True)
+    run = telemetry(tmp_path / "run", output, is_main=False, hooks=[TensorBoard()])
     run.log(1, {"loss": 1.0})
     run.evaluation(1, {"set": "a", "accuracy": 1.0})
     run.message("hello")
@@ -121,7 +121,7 @@ def test_other_ranks_write_and_print_nothing(tmp_path):
 
 
 def test_tensorboard_gets_the_numbers(tmp_path):
-    run = telemetry(tmp_path, io.StringIO(), tensorboard=True)
+    run = telemetry(tmp_path, io.StringIO(), hooks=[TensorBoard()])
     run.log(3, {"loss": 1.25, "note": "text"})
     run.evaluation(3, {"set": "held out", "accuracy": 0.75})
     run.close()
@@ -130,13 +130,17 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(3, 1.25)]
-    assert set(events.Tags()["scalars"]) == {"train/loss", "evaluation/held out/accuracy"}
+    assert set(events.Tags()["scalars"]) == {
+        "train/loss",
+        "train/elapsed_seconds",
+        "evaluation/held out/accuracy",
+    }
 
 
 def test_a_missing_tensorboard_is_told_once_and_does_not_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     output = io.StringIO()
-    run = telemetry(tmp_path, output, tensorboard=True)
+    run = telemetry(tmp_path, output, hooks=[TensorBoard()])
     run.log(3, {"loss": 1.25})
     run.close()
     assert output.getvalue().count("pip install tensorboard") == 1

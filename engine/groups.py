@@ -1,0 +1,127 @@
+"""Parameters of the backbone that are trained in another way: other rates, no weight decay, frozen for a time."""
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from ..data.errors import UsageError
+from .config import Optimizer
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """How one parameter is trained.
+
+    Attributes:
+        lr: share of the backbone's learning rate.
+        weight_decay: its own.
+        frozen_until: steps for which it stays as it is; infinity for ever.
+    """
+
+    lr: float
+    weight_decay: float
+    frozen_until: float = 0
+
+
+def treatments(network: nn.Module, section: Optimizer) -> dict[str, Treatment]:
+    """Of every parameter of the network that is trained, by its name, as ``optimizer.groups`` says.
+
+    Raises:
+        UsageError: a group names no parameter.
+    """
+    parameters = {name: value for name, value in network.named_parameters() if value.requires_grad}
+    found = dict.fromkeys(parameters, Treatment(1.0, section.backbone.weight_decay))
+    blocks = block_numbers(network)
+    for place, group in enumerate(section.groups):
+        patterns = [group.names] if isinstance(group.names, str) else group.names
+        for pattern in patterns:
+            if not fnmatch.filter(parameters, pattern):
+                some = ", ".join(list(parameters)[:4])
+                raise UsageError(
+                    f"optimizer.groups[{place}].names: {pattern!r} names no parameter of this backbone; names are such "
+                    f"as {some} (* stands for any part)"
+                )
+        named = {name for pattern in patterns for name in fnmatch.filter(parameters, pattern)}
+        if group.vectors is not None:
+            named = {name for name in named if (parameters[name].ndim <= 1) == group.vectors}
+        deepest = max((blocks[name] for name in parameters), default=0)
+        for name in named:
+            lr = group.lr
+            if group.layer_decay is not None:
+                lr = (1.0 if lr is None else lr) * group.layer_decay ** (deepest - blocks[name])
+            changed: dict[str, Any] = {
+                "lr": lr,
+                "weight_decay": group.weight_decay,
+                "frozen_until": math.inf if group.frozen_until == "end" else group.frozen_until,
+            }
+            found[name] = replace(found[name], **{key: value for key, value in changed.items() if value is not None})
+    return found
+
+
+def block_numbers(network: nn.Module) -> dict[str, int]:
+    """In which block each parameter is, in the order of the network: the stem, block by block, and what follows them.
+
+    A block is what has the first number in the parameters' names (``layer1.0``, ``blocks.3``), or what the network's
+    own ``block_numbers`` says.
+    """
+    own: Mapping[str, int] | None = network.block_numbers() if hasattr(network, "block_numbers") else None  # type: ignore
+    if own is not None:
+        return dict(own)
+    numbers: dict[str, int] = {}
+    number, before = 0, None
+    for name, _ in network.named_parameters():
+        block = _block_of(name.split("."))
+        if before is not None and block != before:
+            number += 1
+        numbers[name], before = number, block
+    return numbers
+
+
+def _block_of(parts: Sequence[str]) -> str:
+    """``layer1.0`` of layer1.0.conv1.weight; nothing of conv1.weight."""
+    for place, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: place + 1])
+    return ""
+
+
+def optimizer_groups(network: nn.Module, found: Mapping[str, Treatment]) -> list[dict[str, Any]]:
+    """torch.optim's groups: parameters that have their rate and weight decay in common; ``share`` of the rate."""
+    parameters = dict(network.named_parameters())
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, one in found.items():
+        groups.setdefault((one.lr, one.weight_decay), []).append(parameters[name])
+    return [
+        {"params": members, "share": share, "weight_decay": weight_decay}
+        for (share, weight_decay), members in groups.items()
+    ]
+
+
+def freeze(network: nn.Module, found: Mapping[str, Treatment], step: int) -> bool:
+    """Freezes and thaws for the step of this number, from 0; whether anything changed.
+
+    What is frozen gets no gradient. BatchNorm of which all is frozen keeps its statistics too: see ``rest``.
+    """
+    changed = False
+    for name, parameter in network.named_parameters():
+        if name in found:
+            trained = step >= found[name].frozen_until
+            changed |= parameter.requires_grad != trained
+            parameter.requires_grad_(trained)
+    return changed
+
+
+def rest(network: nn.Module, found: Mapping[str, Treatment], step: int) -> None:
+    """Puts the modules of which every parameter is frozen in eval mode: no dropout, no new statistics."""
+    frozen = {name for name, one in found.items() if step < one.frozen_until}
+    if not frozen:
+        return
+    for prefix, module in network.named_modules():
+        names = [f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters()]
+        names = [name for name in names if name in found]
+        if names and frozen.issuperset(names):
+            module.eval()
