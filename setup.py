@@ -5,7 +5,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
-FOLDERS = ("partial_fc", "data", "engine", "launch", "benchmarks")
+FOLDERS = ("partial_fc", "data", "engine", "launch", "benchmarks", "configs")
 
 # data/ is installed as pfc.data, and so on: the tree stays flat, and nothing called "data" lands in site-packages.
 packages = [f"pfc.{name}" for top in FOLDERS for name in (top, *(f"{top}.{sub}" for sub in find_packages(top)))]
@@ -28,6 +28,16 @@ compiled = [
 compiled.append(
     Extension("pfc.data.loading._plain", ["data/loading/plain.c"], extra_compile_args=["-O3"], optional=True)
 )
+
+extras = {
+    "export": ["onnx", "onnxruntime", "onnxscript"],
+    "parquet": ["pyarrow"],
+    "align": ["scikit-image>=0.26"],
+    "timm": ["timm>=1.0"],
+    "wandb": ["wandb"],
+    "mlflow": ["mlflow-skinny"],
+}
+extras["all"] = [requirement for extra in extras.values() for requirement in extra]
 
 setup(
     name="pfc",
@@ -72,12 +82,7 @@ setup(
             "japanize-matplotlib",
             "fonttools",
         ],
-        "export": ["onnx", "onnxruntime", "onnxscript"],
-        "parquet": ["pyarrow"],
-        "align": ["scikit-image>=0.26"],
-        "timm": ["timm>=1.0"],
-        "wandb": ["wandb"],
-        "mlflow": ["mlflow-skinny"],
+        **extras,
         "dev": [
             "pytest",
             "pytest-xdist",
@@ -87,6 +92,8 @@ setup(
             "timm>=1.0",
             "wandb",
             "mlflow-skinny",
+            "lightning",
+            "accelerate",
             "ruff",
             "pyright[nodejs]",
             "build",

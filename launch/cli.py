@@ -22,6 +22,7 @@ from .verbs import (
     evaluate,
     export,
     inspect,
+    new,
     overlap,
     pack,
     plan,
@@ -38,6 +39,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train.train)
+app.add_typer(new.app, name="new")
 app.command()(plan.plan)
 app.add_typer(pack.app, name="pack")
 app.command()(inspect.inspect)

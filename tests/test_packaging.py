@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("partial_fc", "data", "engine", "launch", "benchmarks")
+ROOMS = ("partial_fc", "data", "engine", "launch", "benchmarks", "configs")
 
 
 @pytest.fixture(scope="module")

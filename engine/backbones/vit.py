@@ -104,7 +104,7 @@ class VisionTransformer(nn.Module):
             raise UsageError(f"backbone.options.mask: {mask} of {patches} patches leaves none")
         self.mask = mask
         self.patch_embed = PatchEmbedding(patch, width)
-        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.zeros(1, patches, width), std=0.02))
+        self.pos_embed = nn.Parameter(nn.init.normal_(torch.zeros(1, patches, width), std=0.02))
         # Not trained where nothing is masked: DistributedDataParallel wants a gradient of all that is.
         self.mask_token = nn.Parameter(nn.init.normal_(torch.zeros(1, 1, width), std=0.02), requires_grad=mask > 0)
         self.blocks = nn.ModuleList(Block(width, heads, drop_path * i / max(1, depth - 1)) for i in range(depth))
@@ -117,7 +117,7 @@ class VisionTransformer(nn.Module):
         )
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

@@ -2,16 +2,19 @@
 
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ...data.errors import UsageError
 from .. import device as devices
 from ..build import new_network
 from ..config import AdamW, Config
@@ -53,17 +56,33 @@ class BackboneCost:
 
 
 def dry_run(config: Config, image_size: tuple[int, int]) -> BackboneCost:
-    """Forward and backward of one micro-batch of ``data.batch_size`` images under the run's autocast."""
+    """Forward and backward of one micro-batch of ``data.batch_size`` images under the run's autocast.
+
+    Raises:
+        UsageError: the network looks at numbers, which fake tensors do not have.
+    """
+    try:
+        return _dry_run(config, image_size)
+    except DataDependentOutputException as error:
+        raise UsageError(
+            f"backbone.name: {config.backbone.name} decides by the numbers in its tensors ({error}), so it cannot be "
+            "planned: plan with another backbone of its size"
+        ) from None
+
+
+def _dry_run(config: Config, image_size: tuple[int, int]) -> BackboneCost:
     section = config.backbone
     device = torch.device("cpu")  # of the fake tensors: backward needs a device that this torch has
-    with FakeTensorMode():
-        network = new_network(config, image_size)
+    network = new_network(config, image_size)  # a real one: some look at numbers as they are built
+    mode = FakeTensorMode()
+    _made_fake(network, mode)
+    with mode:
         network.train()
         images = torch.empty(config.data.batch_size, 3, *image_size)
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         for parameter in trained:  # a gradient goes into DistributedDataParallel's bucket as soon as it is there
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        with _Watch() as watch:
+        with _Watch([*network.parameters(), *network.buffers(), images]) as watch:
             with devices.autocast(config.precision, device):
                 embeddings: Tensor = network(images)
             activations, operations = watch.live, dict(watch.operations)
@@ -81,6 +100,18 @@ def dry_run(config: Config, image_size: tuple[int, int]) -> BackboneCost:
     )
 
 
+def _made_fake(network: nn.Module, mode: FakeTensorMode) -> None:
+    """Puts fake tensors in the place of the network's own."""
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fake = mode.from_tensor(parameter.detach())
+                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = mode.from_tensor(buffer)
+
+
 def _states(config: Config) -> int:
     """How many numbers the backbone's optimizer keeps for a parameter."""
     section = config.optimizer.backbone
@@ -94,16 +125,19 @@ def _drop_gradient(parameter: nn.Parameter) -> None:
 class _Watch(TorchDispatchMode):
     """Counts the bytes of all tensors that were made inside and still exist, and each operation's work.
 
+    Args:
+        before: tensors that are there already; their views are not new.
+
     Attributes:
         live: bytes now; peak: at most.
         operations: see ``BackboneCost``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before: Sequence[Tensor]) -> None:
         super().__init__()
         self.live = self.peak = 0
         self.operations: Counter[tuple[float, float]] = Counter()
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in before)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}

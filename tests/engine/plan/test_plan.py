@@ -94,6 +94,40 @@ def test_the_dry_run_keeps_what_a_real_forward_pass_keeps() -> None:
     assert cost.peak > cost.activations
 
 
+@pytest.mark.parametrize("name", ["vit_t", "timm/vit_tiny_patch16_224"])
+def test_transformers_can_be_planned_and_recomputed_ones_keep_less(name: str) -> None:
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    tree = {"data": {"train": "nowhere", "batch_size": 4}, "schedule": {"steps": 1}}
+    backbone = {"name": name, "embedding_dim": 64, "options": {"drop_path" + "_rate" * name.startswith("timm"): 0.1}}
+    plain, less, averaged = (
+        dry_run(parse_config({**tree, "backbone": {**backbone, **more}}), (64, 48))
+        for more in ({}, {"recompute": True}, {"ema": 0.99})
+    )
+    assert less.activations < 0.4 * plain.activations
+    assert less.flops == plain.flops
+    assert averaged.other >= plain.other + plain.parameters
+    assert (less.parameters, averaged.activations) == (plain.parameters, plain.activations)
+
+
+def test_a_network_that_looks_at_its_numbers_cannot_be_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "looking_net.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, dim, size):\n"
+        "        super().__init__()\n"
+        "        self.fc = nn.Linear(3 * size[0] * size[1], dim)\n"
+        "    def forward(self, x):\n"
+        "        return self.fc(x.flatten(1)) if x.sum() > 0 else self.fc(-x.flatten(1))\n"
+        "def net(embedding_dim, image_size):\n"
+        "    return Net(embedding_dim, image_size)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    tree = {"data": {"train": "nowhere"}, "schedule": {"steps": 1}, "backbone": {"name": "looking_net:net"}}
+    with pytest.raises(UsageError, match=r"backbone\.name: looking_net:net decides by the numbers in its tensors"):
+        dry_run(parse_config(tree), (8, 8))
+
+
 @pytest.mark.parametrize("storage", ["device", "host"])
 @pytest.mark.parametrize("keep", [None, 1 << 24])
 def test_the_largest_number_of_identities_is_the_largest(storage: Any, keep: int | None) -> None:

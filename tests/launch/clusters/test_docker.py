@@ -12,7 +12,7 @@ from dockerfile_parse import DockerfileParser
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[3]
-ROOMS = ("partial_fc", "data", "engine", "launch", "benchmarks")
+ROOMS = ("partial_fc", "data", "engine", "launch", "benchmarks", "configs")
 
 
 def recipe() -> DockerfileParser:
