@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data import GeneratedDataset, GeneratedLoader, JointDataset, Loader, RecordDataset, TrainLoader
 from ..data.errors import UsageError
@@ -21,6 +22,7 @@ from ..partial_fc import PartialFC, RowAdagrad, RowAdamW, RowOptimizer, RowSGD
 from ..partial_fc.kernels.products import ComputeDtype
 from . import device as devices
 from .backbones import build_backbone
+from .backbones.from_timm import TimmBackbone
 from .backbones.recompute import recompute
 from .config import Adagrad, AdamW, BalancedSampling, BlockSampling, Config, Generated
 from .ema import Average
@@ -98,7 +100,7 @@ def new_network(config: Config, image_size: tuple[int, int], *, apart_from: Path
 
     Args:
         apart_from: the folder of the run that the configuration comes with: no code in it is run, nor any that it
-            points to (``run.code``), only what is on the Python path or in the current folder.
+            points to (``run.code``), only what is on the Python path.
     """
     section = config.backbone
     network = build_backbone(
@@ -120,10 +122,29 @@ def build_network(config: Config, world: World) -> nn.Module:
     if section.sync_bn:
         if world.device.type == "cpu":
             raise UsageError("backbone.sync_bn: torch has it on GPUs only; on a CPU take a backbone with norm: group")
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        network = synchronised(network)
     if devices.channels_last(section.channels_last, world.device):
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
+
+
+def synchronised(network: nn.Module) -> nn.Module:
+    """The network with BatchNorm statistics over all ranks.
+
+    Raises:
+        UsageError: it has a BatchNorm of another kind, whose own work torch's conversion would lose.
+    """
+    if isinstance(network, TimmBackbone):  # whose BatchNorms are also activations
+        from timm.layers import convert_sync_batchnorm  # pyright: ignore[reportPrivateImportUsage]
+
+        return convert_sync_batchnorm(network)
+    for name, module in network.named_modules():
+        if isinstance(module, _BatchNorm) and type(module).__module__ != _BatchNorm.__module__:
+            raise UsageError(
+                f"backbone.sync_bn: {name} is a {type(module).__name__}, which would become a plain SyncBatchNorm: "
+                "leave sync_bn out"
+            )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
 
 def products_name(config: Config) -> Literal["float32", "tf32", "bf16"]:

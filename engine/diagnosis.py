@@ -104,7 +104,7 @@ def _look(step: TrainingStep, batch: Batch, place: int) -> list[Finding]:
 
         return hook
 
-    parts.network.train()
+    step.train()
     with ExitStack() as hooks:
         for name, module in parts.network.named_modules():
             if not any(module.children()):

@@ -19,12 +19,12 @@ class Average:
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.network = copy.deepcopy(network).requires_grad_(False).eval()
         self.decay = decay
-        self._own = list(self.network.state_dict().values())
+        self._own = _tensors(self.network)
 
     def update(self, network: nn.Module, step: int) -> None:
         """Takes in the weights after that step. A step that was skipped has changed nothing, and does no harm."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        new = list(network.state_dict().values())
+        new = _tensors(network)
         moving = [(own, one) for own, one in zip(self._own, new, strict=True) if own.is_floating_point()]
         own, values = map(list[Tensor], zip(*moving, strict=True))
         with torch.no_grad():
@@ -36,3 +36,8 @@ class Average:
     def restart(self, network: nn.Module) -> None:
         """Begins anew, from these weights."""
         self.network.load_state_dict(network.state_dict())
+
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    """Weights and buffers, each once, also where modules share them."""
+    return [*(parameter.data for parameter in network.parameters()), *network.buffers()]

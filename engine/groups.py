@@ -2,13 +2,14 @@
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from ..data.errors import UsageError
+from .backbones.recompute import repeated
 from .config import Optimizer
 
 
@@ -63,30 +64,23 @@ def treatments(network: nn.Module, section: Optimizer) -> dict[str, Treatment]:
 
 
 def block_numbers(network: nn.Module) -> dict[str, int]:
-    """In which block each parameter is, in the order of the network: the stem, block by block, and what follows them.
-
-    A block is what has the first number in the parameters' names (``layer1.0``, ``blocks.3``), or what the network's
-    own ``block_numbers`` says.
+    """In which block each parameter is: 0 for what comes before the blocks, then one number a block, and one more for
+    what follows the last. Blocks are those of ``recompute.repeated``, or what the network's own ``block_numbers`` says.
     """
     own: Mapping[str, int] | None = network.block_numbers() if hasattr(network, "block_numbers") else None  # type: ignore
     if own is not None:
         return dict(own)
+    blocks = list(repeated(network))
+    places = {id(parameter): place for place, block in enumerate(blocks, 1) for parameter in block.parameters()}
     numbers: dict[str, int] = {}
-    number, before = 0, None
-    for name, _ in network.named_parameters():
-        block = _block_of(name.split("."))
-        if before is not None and block != before:
-            number += 1
-        numbers[name], before = number, block
+    current = 0
+    for name, parameter in network.named_parameters():
+        if id(parameter) in places:
+            current = places[id(parameter)]
+            numbers[name] = current
+        else:
+            numbers[name] = current + (current == len(blocks) > 0)
     return numbers
-
-
-def _block_of(parts: Sequence[str]) -> str:
-    """``layer1.0`` of layer1.0.conv1.weight; nothing of conv1.weight."""
-    for place, part in enumerate(parts):
-        if part.isdigit():
-            return ".".join(parts[: place + 1])
-    return ""
 
 
 def optimizer_groups(network: nn.Module, found: Mapping[str, Treatment]) -> list[dict[str, Any]]:
@@ -104,7 +98,7 @@ def optimizer_groups(network: nn.Module, found: Mapping[str, Treatment]) -> list
 def freeze(network: nn.Module, found: Mapping[str, Treatment], step: int) -> bool:
     """Freezes and thaws for the step of this number, from 0; whether anything changed.
 
-    What is frozen gets no gradient. BatchNorm of which all is frozen keeps its statistics too: see ``rest``.
+    What is frozen gets no gradient. BatchNorm of which all is frozen keeps its statistics too: see ``resting``.
     """
     changed = False
     for name, parameter in network.named_parameters():
@@ -115,13 +109,15 @@ def freeze(network: nn.Module, found: Mapping[str, Treatment], step: int) -> boo
     return changed
 
 
-def rest(network: nn.Module, found: Mapping[str, Treatment], step: int) -> None:
-    """Puts the modules of which every parameter is frozen in eval mode: no dropout, no new statistics."""
+def resting(network: nn.Module, found: Mapping[str, Treatment], step: int) -> list[nn.Module]:
+    """The modules of which every parameter is frozen in that step: no dropout there, and no new statistics."""
     frozen = {name for name, one in found.items() if step < one.frozen_until}
     if not frozen:
-        return
+        return []
+    modules = []
     for prefix, module in network.named_modules():
         names = [f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters()]
         names = [name for name in names if name in found]
         if names and frozen.issuperset(names):
-            module.eval()
+            modules.append(module)
+    return modules

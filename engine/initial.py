@@ -71,7 +71,12 @@ def _take_file(parts: Parts, path: Path, partial: bool) -> str:
     weights = {name.removeprefix("module."): value for name, value in _weights(path).items()}
     here = parts.network.state_dict()
     if isinstance(parts.network, TimmBackbone) and not here.keys() & weights.keys():
-        weights = parts.network.translate(weights)
+        try:
+            weights = parts.network.translate(weights)
+        except Exception as error:  # timm's own conversion, of a file that is no model of this kind
+            raise UsageError(
+                f"init.path: {path} does not hold weights of this model: {type(error).__name__}: {error}"
+            ) from None
     taken, told = _fitting(here, {name: value.shape for name, value in weights.items()}, path, partial)
     parts.network.load_state_dict({name: weights[name] for name in taken}, strict=False)
     _begin_average(parts)

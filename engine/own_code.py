@@ -17,7 +17,8 @@ def load(key: str, name: str, *, folder: str | Path | None = None, apart_from: P
     Args:
         key: of the configuration, for messages.
         folder: where MODULE is, if it is neither on the Python path nor in the current folder.
-        apart_from: a folder that comes from elsewhere, of which no code shall run.
+        apart_from: a folder that comes from elsewhere, of which no code shall run: MODULE must be on the Python path
+            then.
 
     Raises:
         UsageError: there is no such module or name in it, or importing the module fails.
@@ -25,20 +26,22 @@ def load(key: str, name: str, *, folder: str | Path | None = None, apart_from: P
     module_name, _, wanted = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), wanted)):
         raise UsageError(f"{key}: found {name!r}; write MODULE:NAME")
-    for place in (str(folder or ""), os.getcwd()):
+    for place in (str(folder or ""), os.getcwd()) if apart_from is None else ():
         if place and place not in sys.path:
             sys.path.append(place)  # for good: the module's own imports may come later
-    top = module_name.partition(".")[0]
+    parts = module_name.split(".")
+    packages = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
     try:
-        if apart_from is not None:
-            _check_apart(key, top, apart_from)
-        module = importlib.import_module(module_name)
+        for package in packages:  # finding one imports those that it is in
+            if apart_from is not None:
+                _check_apart(key, package, apart_from)
+            module = importlib.import_module(package)
     except ModuleNotFoundError as error:
-        if error.name not in (top, module_name):
+        if error.name not in packages:
             raise UsageError(f"{key}: {module_name} imports {error.name}, which is not installed") from error
+        where = f" in {folder or 'the current folder'} or" if apart_from is None else ""
         raise UsageError(
-            f"{key}: no module {module_name} in {folder or 'the current folder'} or on the Python path: run pfc in the "
-            "folder that it is in, or set PYTHONPATH to it"
+            f"{key}: no module {module_name}{where} on the Python path: set PYTHONPATH to the folder that it is in"
         ) from None
     except UsageError:
         raise

@@ -1,6 +1,8 @@
 """The training loop: build everything from the configuration, step, tell, save, evaluate."""
 
 import signal
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -108,33 +110,36 @@ class Trainer:
         )
         self.total_steps = self._steps_of_run()
         self.telemetry = self._telemetry()
-        self.spikes = self.rollback = None
-        if config.spike is not None:
-            self.spikes = SpikeWatch(config.spike)
-            self.rollback = Rollback(config.spike, self.run_dir, state.get("rollbacks", 0), self.telemetry.message)
-        self.damage = DamageTally(self.run_dir, state, world.is_main, self.telemetry.message)
-        self.throughput = Throughput()
-        self.profile = StepProfile(config.log.profile, self.run_dir, world)
-        self.finished = False
-        self.loss_sum = torch.zeros((), device=world.device)
-        self.loss_count = 0
-        self.save_wanted = False
-        self.consult_every = consult_every(config.run.consult_every_steps, world.device)
-        if world.is_main:
-            (self.run_dir / REQUEUE).unlink(missing_ok=True)
-            (self.run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        for line in lines.opening(
-            config, self.dataset, self.loader.epoch_size, self.network, world, self.total_steps, self.start.found
-        ):
-            self.telemetry.message(line)
-        for line in told:
-            self.telemetry.message(line)
-        self.saving = Saving(
-            config, parts, world, labels, self.sets.names, self.telemetry.message, self.telemetry.checkpoint
-        )
-        if self.step == 0:
-            self.evaluate()
-        self.throughput.restart()
+        with ExitStack() as undo:
+            undo.callback(self.telemetry.close)  # unless all of the following is there
+            self.spikes = self.rollback = None
+            if config.spike is not None:
+                self.spikes = SpikeWatch(config.spike)
+                self.rollback = Rollback(config.spike, self.run_dir, state.get("rollbacks", 0), self.telemetry.message)
+            self.damage = DamageTally(self.run_dir, state, world.is_main, self.telemetry.message)
+            self.throughput = Throughput()
+            self.profile = StepProfile(config.log.profile, self.run_dir, world)
+            self.finished = False
+            self.loss_sum = torch.zeros((), device=world.device)
+            self.loss_count = 0
+            self.save_wanted = False
+            self.consult_every = consult_every(config.run.consult_every_steps, world.device)
+            if world.is_main:
+                (self.run_dir / REQUEUE).unlink(missing_ok=True)
+                (self.run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+            for line in lines.opening(
+                config, self.dataset, self.loader.epoch_size, self.network, world, self.total_steps, self.start.found
+            ):
+                self.telemetry.message(line)
+            for line in told:
+                self.telemetry.message(line)
+            self.saving = Saving(
+                config, parts, world, labels, self.sets.names, self.telemetry.message, self.telemetry.checkpoint
+            )
+            if self.step == 0:
+                self.evaluate()
+            self.throughput.restart()
+            undo.pop_all()
 
     def train_step(self) -> None:
         """One optimizer step, and whatever is due after it."""
@@ -165,8 +170,7 @@ class Trainer:
         if self.saving.due(self.step) or done:
             self.save()
         self.saving.saver.poll()
-        with self.telemetry.tolerating(self.run_dir / "profile"):
-            self.profile.end(self.step)
+        self._profile(self.profile.end, self.step)
 
     def consult(self, most: int = 0) -> signal.Signals | None:
         """What the ranks decide together after every ``run.consult_every_steps``: the host waits for all of them.
@@ -255,10 +259,16 @@ class Trainer:
 
     def close(self) -> None:
         self.saving.saver.close()
-        with self.telemetry.tolerating(self.run_dir / "profile"):
-            self.profile.close()
+        self._profile(self.profile.close)
         self.telemetry.close(finished=self.finished)
         self.loader.close()
+
+    def _profile(self, what: Callable[..., None], *arguments: int) -> None:
+        """A profile that cannot be written is told."""
+        try:
+            what(*arguments)
+        except Exception as error:
+            self.telemetry.message(f"warning    log.profile: {type(error).__name__}: {error}; training goes on")
 
     def _end_if_still_skipping(self) -> None:
         """Raises NotFinite unless a later step was a good one: a GPU told of the steps up to the last question."""
@@ -290,6 +300,7 @@ class Trainer:
         self.step = state["step"]
         self.loss_sum.zero_()
         self.loss_count = 0
+        self._profile(self.profile.close)
         self.telemetry.rollback(self.step)
         self.throughput.restart()
 

@@ -13,7 +13,7 @@ from ..data.errors import UsageError
 from . import device as devices
 from .build import Parts
 from .config import Config
-from .groups import freeze, rest
+from .groups import freeze, resting
 from .ranks.distributed import World
 
 # Each rank keeps the BatchNorm statistics of its own batches; evaluation and checkpoints take rank 0's. Newer torch
@@ -51,17 +51,25 @@ class TrainingStep:
         torch.backends.cudnn.benchmark = True  # images have one size: the search for the fastest convolutions pays
         self.channels_last = devices.channels_last(config.backbone.channels_last, world.device)
         self._compress = config.backbone.payload_dtype == "bf16" and world.size > 1
-        self._step = 0
+        self._step, self._begun, self._all_used = 0, False, False
+        self._resting: list[nn.Module] = []
         self._parallel: DistributedDataParallel | None = None
         self.backbone: nn.Module = parts.network
 
     def begin(self, step: int) -> None:
         """Makes the network ready for the step of this number, from 0: in training mode, and what is frozen is."""
         self._step, network = step, self.parts.network
-        if freeze(network, self.parts.treatments, step) or self.backbone is network:
+        if freeze(network, self.parts.treatments, step) or not self._begun:
+            self._resting = resting(network, self.parts.treatments, step)
             self._make_parallel()
+            self._begun, self._all_used = True, False
+        self.train()
+
+    def train(self) -> None:
+        """Training mode, but for what is frozen."""
         self.backbone.train()
-        rest(network, self.parts.treatments, step)
+        for module in self._resting:
+            module.eval()
 
     def _make_parallel(self) -> None:
         """Anew whenever other parameters are trained: DistributedDataParallel exchanges those that it was made with."""
@@ -101,8 +109,21 @@ class TrainingStep:
             loss = self.parts.head(embeddings, labels)
             self.heartbeat.enter("backward pass")
             self.parts.scaler.scale(loss / self.config.optimizer.accumulate).backward()
+        if last and not self._all_used:
+            self._check_that_all_are_used()
         self._losses.append(loss.detach())
         return loss.detach()
+
+    def _check_that_all_are_used(self) -> None:
+        """DistributedDataParallel waits for every parameter's gradient; in the next step it would say that one is
+        missing, by a number."""
+        self._all_used = True
+        unused = [name for name, one in self.parts.network.named_parameters() if one.requires_grad and one.grad is None]
+        if unused:
+            raise UsageError(
+                f"backbone: its output does not depend on {', '.join(unused[:4])}{', ...' * (len(unused) > 4)}: leave "
+                "such parameters out of the network, or freeze them with optimizer.groups (frozen_until: end)"
+            )
 
     def update(self) -> Tensor:
         """Applies the gradients, or on every rank nothing where they or the loss are not finite.

@@ -67,15 +67,16 @@ class TimmBackbone(nn.Module):
         try:
             with torch.no_grad():
                 found = self.model.eval()(torch.zeros(1, 3, *image_size))
-        except (RuntimeError, AssertionError, ValueError) as error:
+        except Exception as error:  # each model has its own way to say so
             reason = " ".join(str(error).split())
             height, width = image_size
             raise UsageError(f"backbone.name: the model cannot take images of {height}×{width}: {reason}") from None
         finally:
             self.model.train(training)
-        if found.ndim != 2:
+        if not isinstance(found, Tensor) or found.ndim != 2:
+            given = list(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
             raise UsageError(
-                f"backbone.name: the model gives {list(found.shape)} for an image, not one row of features: set "
+                f"backbone.name: the model gives {given} for an image, not one row of features: set "
                 "its pooling, such as options: {global_pool: avg}"
             )
         return found.shape[1]
@@ -114,7 +115,7 @@ def build(name: str, *, embedding_dim: int, image_size: tuple[int, int], norm: N
             if "img_size" not in str(error):
                 raise
             model = timm.create_model(model_name, **common)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # whatever a model makes of an option that it does not know
         reason = " ".join(str(error).split())
         raise UsageError(f"backbone: timm cannot build {model_name} for {image_size}, {options}: {reason}") from None
     return TimmBackbone(model, image_size, embedding_dim, norm)

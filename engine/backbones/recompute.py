@@ -61,7 +61,9 @@ def _without_statistics(block: nn.Module) -> Iterator[None]:
     norms = [one for one in block.modules() if isinstance(one, _BatchNorm) and one.track_running_stats]
     counted = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        norm.momentum = 0.0
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked = norm.num_batches_tracked.clone()
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError, validate_call
+from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from torch import nn
 
 from ...data.errors import UsageError
@@ -77,7 +78,7 @@ def build_backbone(
     )
     try:
         parameters = inspect.signature(factory).parameters
-    except ValueError:  # of some that are written in C
+    except (ValueError, TypeError):  # no function, or one that is written in C
         parameters = {}
     if any(given not in parameters for given in _GIVEN):
         raise UsageError(
@@ -97,6 +98,11 @@ def build_backbone(
         where = ".".join(str(part) for part in first["loc"])
         section = "backbone.options" if where in options else "backbone"
         raise UsageError(f"{section}.{where}: found {first['input']!r}; {first['msg']}") from None
+    except (PydanticUserError, PydanticSchemaGenerationError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(
+            f"backbone.name: {name}: options are numbers, strings, lists, and annotated as such: {reason}"
+        ) from None
     if not isinstance(network, nn.Module):
         raise UsageError(f"backbone.name: {name} gives a {type(network).__name__}, not a torch.nn.Module")
     return network

@@ -114,7 +114,8 @@ def load_backbone(run_or_checkpoint: Path) -> tuple[nn.Module, Config]:
     """
     found = find(run_or_checkpoint)
     config = load_config(found.path / CONFIG)
-    run_dir = found.path.parent.parent if found.path.parent.name == FOLDER else found.path
+    path = found.path.resolve()
+    run_dir = path.parent.parent if path.parent.name == FOLDER else path
     network = new_network(config, input_size(config), apart_from=run_dir)
     averaged = config.backbone.ema is not None and any(name.startswith(AVERAGE) for name in found.shapes())
     load(found, network_tensors(network, AVERAGE if averaged else BACKBONE))

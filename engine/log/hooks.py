@@ -42,7 +42,7 @@ class Hook:
     """Hears of a run; a subclass overrides what it wants to hear. Options of the configuration go to ``__init__``.
 
     Called on the first rank alone, in order, between steps: the run waits for it, so do not wait for a network here.
-    What a hook raises is told once, and the run goes on; only an exception in ``start`` of a new process ends it.
+    What a hook raises is told once, and the run goes on; a hook that fails in ``start`` hears no more.
     """
 
     every_rank = False

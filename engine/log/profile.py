@@ -37,6 +37,7 @@ class StepProfile:
             if self._world.device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
             self._profiler = profile(activities=activities, profile_memory=True, acc_events=True)
+            self._done = []
             self._profiler.start()
             self._world.heartbeat.listener = self._enter
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -126,7 +127,7 @@ class Telemetry:
         hooks: Sequence[Hook] = (),
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        self.is_main = is_main
+        self.is_main, self._rank = is_main, rank
         self._refused: set[Path] = set()
         self._failed: set[Hook] = set()
         self._console = console or Console(highlight=False)
@@ -194,10 +195,11 @@ class Telemetry:
             if hook not in self._failed:
                 self._failed.add(hook)
                 reason = " ".join(str(error).split()) or "no reason given"
-                self.message(
-                    f"warning    {type(hook).__name__}, in {call.__name__}: {type(error).__name__}: {reason}; training "
-                    "goes on"
-                )
+                text = f"{type(hook).__name__}, in {call.__name__}: {type(error).__name__}: {reason}; training goes on"
+                if self.is_main:
+                    self.message(f"warning    {text}")
+                else:
+                    print(f"pfc: rank {self._rank}: {text}", file=sys.stderr, flush=True)
             return False
         return True
 
@@ -226,8 +228,11 @@ class Files(Hook):
             self.evaluations.write(step, values)
 
     def rollback(self, step: int) -> None:
-        self.end(False)
-        self._open(step)
+        with self.run.tolerating(self.run.directory):
+            before = self.metrics, self.evaluations
+            self._open(step)
+            for one in before:
+                one.close()
 
     def end(self, finished: bool) -> None:
         self.metrics.close()

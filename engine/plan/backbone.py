@@ -1,5 +1,6 @@
 """A dry run of the backbone's step on fake tensors: what it keeps, what it computes, what it moves; nothing is real."""
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from ...data.errors import UsageError
 from .. import device as devices
 from ..build import new_network
 from ..config import AdamW, Config
+from ..groups import treatments
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ class BackboneCost:
         activations: what autograd keeps from the forward pass to the backward pass.
         peak: most that is there at once in either pass, beyond parameters, gradients and images.
         operations: (floating-point operations, bytes read and written) → how many operations of the forward pass have
-            them. The backward pass does twice of each.
+            them.
+        average: of the averaged weights.
+        backward: how many times of each operation the backward pass does; once more where activations are recomputed.
     """
 
     parameters: int
@@ -42,6 +46,8 @@ class BackboneCost:
     activations: int
     peak: int
     operations: dict[tuple[float, float], int]
+    average: int = 0
+    backward: int = 2
 
     @property
     def flops(self) -> float:
@@ -74,6 +80,9 @@ def _dry_run(config: Config, image_size: tuple[int, int]) -> BackboneCost:
     section = config.backbone
     device = torch.device("cpu")  # of the fake tensors: backward needs a device that this torch has
     network = new_network(config, image_size)  # a real one: some look at numbers as they are built
+    for name, one in treatments(network, config.optimizer).items():
+        if one.frozen_until == math.inf:
+            network.get_parameter(name).requires_grad_(False)
     mode = FakeTensorMode()
     _made_fake(network, mode)
     with mode:
@@ -86,17 +95,20 @@ def _dry_run(config: Config, image_size: tuple[int, int]) -> BackboneCost:
             with devices.autocast(config.precision, device):
                 embeddings: Tensor = network(images)
             activations, operations = watch.live, dict(watch.operations)
-            embeddings.backward(torch.empty_like(embeddings))
+            if trained:
+                embeddings.backward(torch.empty_like(embeddings))
     parameters = sum(one.nbytes for one in trained)
     everything = sum(one.nbytes for one in [*network.parameters(), *network.buffers()])
     return BackboneCost(
         parameters=parameters,
-        other=everything - parameters + (everything if section.ema is not None else 0),
+        other=everything - parameters,
         state=int(parameters * _states(config)),
         images=images.nbytes,
         activations=activations,
         peak=watch.peak,
         operations=operations,
+        average=everything if section.ema is not None else 0,
+        backward=(3 if section.recompute else 2) if trained else 0,
     )
 
 

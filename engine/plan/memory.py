@@ -151,8 +151,8 @@ def plan_memory(setup: Setup, machine: Machine, backbone: BackboneCost, *, copie
     buffers = max(kept_activations, backbone.peak, head.update) - backbone.activations
     rows = head.centers, head.state
     where = {"device": "device", "host": "host", "file": "disk"}[setup.storage]
-    of_network = 2 * backbone.parameters + backbone.other + backbone.state
-    saved = sum(rows) + backbone.parameters + backbone.state if copied else 0
+    of_network = 2 * backbone.parameters + backbone.other + backbone.average + backbone.state
+    saved = sum(rows) + backbone.parameters + backbone.average + backbone.state if copied else 0
     parts = [
         Part("centers", **{where: rows[0]}),
         Part("row state", **{where: rows[1]}),

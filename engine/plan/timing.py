@@ -119,7 +119,8 @@ def step_time(
     touched = sum(size * count for (_, size), count in backbone.operations.items())
     gather, numbers, *before, scatter, gradients = exchanges
     forward, update = head_phases(setup, machine)
-    backward = 2 * passes * once
+    again = backbone.backward
+    backward = again * passes * once
     optimizer = 3 * backbone.parameters + 2 * backbone.state
     phases = [
         Phase("backbone forward", passes * flops, passes * touched, passes * once),
@@ -128,13 +129,13 @@ def step_time(
         Phase("sum the samples' numbers", 0, numbers.sent * passes, numbers.seconds),
         *(Phase(one.name, 0, one.sent * passes, one.seconds) for one in before),
         Phase("scatter gradients", 0, scatter.sent * passes, scatter.seconds),
-        Phase("backbone backward", 2 * passes * flops, 2 * passes * touched, backward),
+        Phase("backbone backward", again * passes * flops, again * passes * touched, backward),
         # In buckets, as the last backward pass goes on.
-        Phase("rest of the backbone's exchange", 0, gradients.sent, max(0.0, gradients.seconds - 2 * once)),
+        Phase("rest of the backbone's exchange", 0, gradients.sent, max(0.0, gradients.seconds - again * once)),
         Phase("backbone optimizer", 0, optimizer, optimizer / machine.bandwidth),
         update,
     ]
-    operations = 3 * passes * sum(backbone.operations.values())
+    operations = (1 + again) * passes * sum(backbone.operations.values())
     if machine.gpu:
         launched = machine.overhead * passes + operations * machine.launch
         phases.append(Phase("launches on the host", 0, 0, launched, beside=True))

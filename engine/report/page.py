@@ -7,9 +7,15 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }} – pfc report</title>
 <style>
-:root { color-scheme: light; --ink: #24292f; --soft: #57606a; --line: #dde1e6; --right: #1a7f4b; --wrong: #b3261e; }
+:root { color-scheme: light dark; --ink: #24292f; --soft: #57606a; --line: #dde1e6; --right: #1a7f4b; --wrong: #b3261e;
+        --paper: #fff; --code: #f6f8fa; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e8eb; --soft: #9aa4af; --line: #363c44; --right: #4cc38a; --wrong: #ff8379; --paper: #14171b;
+          --code: #1c2127; }
+  .figures img { filter: invert(0.91) hue-rotate(180deg); }
+}
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1120px; padding: 32px 24px 64px; color: var(--ink); background: #fff;
+body { margin: 0 auto; max-width: 1120px; padding: 32px 24px 64px; color: var(--ink); background: var(--paper);
        font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 26px; margin: 0; }
 h2 { font-size: 19px; margin: 44px 0 12px; padding-bottom: 6px; border-bottom: 1px solid var(--line); }
@@ -25,7 +31,7 @@ figure { margin: 0; }
 .figures figure { border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; }
 .figures figcaption { font-weight: 600; margin-bottom: 4px; }
 .figures img { width: 100%; display: block; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin-bottom: 18px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; font-size: 13px; color: var(--soft); }
@@ -35,7 +41,7 @@ tr.soft td { color: var(--soft); }
 .pairs img { height: 76px; border-radius: 3px; border: 1px solid var(--line); }
 .pairs figcaption { font-size: 13px; font-variant-numeric: tabular-nums; }
 .right { color: var(--right); } .wrong { color: var(--wrong); font-weight: 600; }
-pre { background: #f6f8fa; border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; overflow-x: auto;
+pre { background: var(--code); border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; overflow-x: auto;
       font: 13px/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 @media print { .figures figure, .pairs figure { break-inside: avoid; } }
 </style>
@@ -82,8 +88,8 @@ the folds. With flip: the embedding of the mirror image is added to the image's 
 {%- if set.rows %}
 <p class="soft">{{ set.about }}</p>
 <div class="scroll"><table>
-<tr><th>figure</th><th>value</th><th>95 % interval</th><th>untrained</th><th>impostors</th></tr>
-{%- for row in set.rows %}
+<tr>{% for head in set.rows[0] %}<th>{{ head }}</th>{% endfor %}</tr>
+{%- for row in set.rows[1:] %}
 <tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {%- endfor %}
 </table></div>

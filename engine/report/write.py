@@ -47,7 +47,7 @@ class SetSection:
     note: str = ""
     about: str = ""
     rows: list[tuple[str, ...]] = field(default_factory=list)
-    """Of a protocol: figure, value, interval, the untrained network's, impostors behind it."""
+    """Of a protocol, the heads first: figure, value, and what there is of the others."""
 
 
 def write_report(run_dir: Path) -> Path:
@@ -259,7 +259,8 @@ def _protocol_section(
     judgement: Judgement, images: Sequence[Any] | None, untrained: dict[str, Any] | None = None
 ) -> SetSection:
     about, found = rows_of(judgement)
-    rows = [
+    rows = [("figure", "value", "95 % interval", "untrained", "impostors")]
+    rows += [
         (
             one.title,
             _percent(one.value),
@@ -269,6 +270,7 @@ def _protocol_section(
         )
         for one in found
     ]
+    told = [place for place in range(len(rows[0])) if any(row[place] for row in rows[1:])]
     return SetSection(
         judgement.set,
         None,
@@ -276,7 +278,7 @@ def _protocol_section(
         groups=worst_probes(judgement, images) if images is not None else [],
         note="" if images is not None or not judgement.worst else "Pictures are left out: there are no images.",
         about=about,
-        rows=rows,
+        rows=[tuple(row[place] for place in told) for row in rows],
     )
 
 

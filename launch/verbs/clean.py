@@ -130,14 +130,12 @@ def clean(
             ],
         )
     few = int((embedded.counts < FEWEST).sum())
-    print(
-        f"{len(far.rows):,} of {len(embedded.rows):,} images are likely of another identity: their cosine "
-        f"with their own is below {far.threshold:.4f}"
-    )
+    below = f": their cosine with their own is below {far.threshold:.4f}" if far.threshold > -1 else ""
+    print(f"{len(far.rows):,} of {len(embedded.rows):,} images are likely of another identity{below}")
     if outlier is None:
         print(
             f"by the cosines of images with a random other identity, about {far.share:.1%} of the images are of "
-            "another one; the threshold stands where one more of these would cost five others"
+            "another one" + ("; the threshold stands where one more of these would cost five others" if below else "")
         )
     if few:
         print(

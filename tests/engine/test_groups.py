@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pfc.data.errors import UsageError
 from pfc.engine.backbones import build_backbone
 from pfc.engine.backbones.recompute import recompute, repeated
+from pfc.engine.build import synchronised
 from pfc.engine.checkpoint import find, load_backbone
 from pfc.engine.config import Config, Optimizer
 from pfc.engine.ema import Average
@@ -57,22 +58,27 @@ def test_later_groups_say_more_key_by_key() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "stem", "first", "last"),
+    ("name", "numbers"),
     [
-        ("iresnet18", "conv1.weight", "layer1.0.conv1.weight", "fc.weight"),
-        ("vit_t", "pos_embed", "blocks.0.attn.qkv.weight", "feature.3.weight"),
+        ("iresnet18", {"conv1.weight": 0, "layer1.0.conv1.weight": 1, "layer4.1.bn1.bias": 8, "fc.weight": 9}),
+        (
+            "vit_t",
+            {"pos_embed": 0, "blocks.0.attn.qkv.weight": 1, "blocks.11.mlp.fc2.bias": 12, "feature.0.weight": 13},
+        ),
+        ("small", {"layers.0.weight": 0, "layers.3.layers.0.weight": 1, "layers.5.prelu.weight": 3, "fc.weight": 4}),
+        ("timm/resnet10t", {"model.conv1.0.weight": 0, "model.layer1.0.conv1.weight": 1, "fc.weight": 5}),
     ],
 )
-def test_rates_fall_block_by_block_towards_the_stem(name: str, stem: str, first: str, last: str) -> None:
-    with torch.device("meta"):
-        network = build_backbone(name, embedding_dim=16, image_size=(36, 36))
-    numbers = block_numbers(network)
-    assert numbers[stem] == 0
-    assert numbers[first] == 1
-    assert numbers[last] == max(numbers.values())
-    found = treatments(network, Optimizer.model_validate(of({"layer_decay": 0.5})["optimizer"]))
-    assert found[last].lr == 1
-    assert found[first].lr == 0.5 ** (numbers[last] - 1)
+def test_rates_fall_block_by_block_towards_the_stem(name: str, numbers: dict[str, int]) -> None:
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    network = build_backbone(name, embedding_dim=16, image_size=(36, 36))
+    found = block_numbers(network)
+    assert {key: found[key] for key in numbers} == numbers
+    last = max(numbers.values())
+    assert max(found.values()) == last
+    rates = treatments(network, Optimizer.model_validate(of({"layer_decay": 0.5})["optimizer"]))
+    assert {key: rates[key].lr for key in numbers} == {key: 0.5 ** (last - number) for key, number in numbers.items()}
 
 
 def steps(tree: dict[str, Any], number: int) -> list[dict[str, Tensor]]:
@@ -300,3 +306,48 @@ def test_a_partial_start_takes_what_fits_and_tells_the_rest(folder: Path, tmp_pa
         assert value.shape != first[name].shape or torch.equal(value, first[name]), name
     (told,) = run_ranks(1, told_at_start, partial.model_dump())
     assert "tensors; of another shape: fc.weight, fc.bias, features.weight, features.bias), new centers" in told
+
+
+def test_a_network_with_an_unused_parameter_is_told_by_name(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "idle_net.py").write_text(
+        "from torch import nn\n"
+        "def net(embedding_dim, image_size):\n"
+        "    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size[0] * image_size[1], embedding_dim))\n"
+        "    network.idle = nn.Linear(2, 2)\n"
+        "    network.forward = lambda x, n=network: n[1](n[0](x))\n"
+        "    return network\n"
+    )
+    own = {"run": {"name": "test", "dir": str(tmp_path), "code": str(tmp_path)}}
+    config = configuration(folder, tmp_path, backbone={"name": "idle_net:net", "options": {}}, **own)
+    with pytest.raises(RuntimeError, match=r"UsageError: backbone: .* does not depend on idle\.weight, idle\.bias"):
+        run(2, config, 1)
+    frozen = {"groups": [{"names": "idle.*", "frozen_until": "end"}]}
+    run(
+        2, configuration(folder, tmp_path, backbone={"name": "idle_net:net", "options": {}}, optimizer=frozen, **own), 2
+    )
+
+
+def test_statistics_over_all_ranks_keep_what_a_network_computes() -> None:
+    pytest.importorskip("timm")
+    network = build_backbone("timm/mobilenetv3_small_050", embedding_dim=8, image_size=(32, 32)).eval()
+    converted = synchronised(copy.deepcopy(network)).eval()
+    assert any(isinstance(one, nn.SyncBatchNorm) for one in converted.modules())
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(network(images), nn.Module.__call__(converted, images))
+
+    class Odd(nn.BatchNorm2d):
+        pass
+
+    with pytest.raises(UsageError, match=r"sync_bn: 1 is a Odd, which would become a plain SyncBatchNorm"):
+        synchronised(nn.Sequential(nn.Conv2d(3, 3, 3), Odd(3)))
+
+
+def test_shared_weights_are_averaged_once() -> None:
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    network[1].weight = network[0].weight
+    average = Average(network, 0.9)
+    before = average.network[0].weight.clone()
+    with torch.no_grad():
+        network[0].weight += 1
+    average.update(network, 1000)
+    torch.testing.assert_close(average.network[1].weight, before + 0.1)

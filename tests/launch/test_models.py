@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -245,7 +246,9 @@ def test_a_bf16_run_is_evaluated_and_embedded_in_bf16(
     assert used == {(True, torch.bfloat16)}
 
 
-def test_a_run_of_a_module_beside_its_configuration(folder: Path, tmp_path: Path):
+def test_a_run_of_a_module_beside_its_configuration(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
     for one in (project, elsewhere):
         one.mkdir()
@@ -263,17 +266,46 @@ def test_a_run_of_a_module_beside_its_configuration(folder: Path, tmp_path: Path
     trained = pfc("train", project / "own.yaml", "--nproc", "2", folder=elsewhere)
     assert (trained.exit_code, trained.error) == (0, "")
     pairs = ("--pairs", folder / "pairs.bin")
-    found = pfc("evaluate", tmp_path / "runs" / "own", *pairs, folder=project)
-    assert (found.exit_code, found.error) == (0, "")
     again = pfc("train", project / "own.yaml", "schedule.steps=3", "--nproc", "1", folder=elsewhere)
     assert (again.exit_code, again.error) == (0, "")
-    lost = pfc("evaluate", tmp_path / "runs" / "own", *pairs, folder=elsewhere)
+    lost = pfc("evaluate", tmp_path / "runs" / "own", *pairs, folder=project)
     assert lost.exit_code == 2
     assert lost.error == (
-        "pfc: backbone.name: no module own_net in the current folder or on the Python path: run pfc in the folder that "
-        "it is in, or set PYTHONPATH to it\n"
+        "pfc: backbone.name: no module own_net on the Python path: set PYTHONPATH to the folder that it is in\n"
     )
-    (tmp_path / "runs" / "own" / "own_net.py").write_text("raise SystemExit('a stranger has run this')")
-    refused = pfc("evaluate", ".", *pairs, folder=tmp_path / "runs" / "own")
-    assert refused.exit_code == 2
-    assert "own_net.py comes with the checkpoint, and no code in one is run" in refused.error
+    monkeypatch.syspath_prepend(project)
+    assert main(["evaluate", str(tmp_path / "runs" / "own"), "--pairs", str(folder / "pairs.bin")]) == 0
+    sys.modules.pop("own_net")
+
+
+@pytest.mark.parametrize("name", ["own_net", "runs.own.own_net", "runs.own.checkpoints.own_net"])
+@pytest.mark.parametrize("at", ["", "runs/own", "runs/own/checkpoints"])
+def test_no_code_that_comes_with_a_checkpoint_is_run(
+    run_dir: Path,
+    folder: Path,
+    tmp_path: Path,
+    name: str,
+    at: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """A stranger's run, whose configuration names a module that lies in it; also where the Python path leads there."""
+    run = tmp_path / "runs" / "own"
+    shutil.copytree(run_dir, run)
+    for place in (run, run / "checkpoints"):
+        (place / "own_net.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (checkpoint,) = (run / "checkpoints").glob("step-*")
+    config = (checkpoint / "config.yaml").read_text()
+    (checkpoint / "config.yaml").write_text(config.replace("name: small", f"name: {name}:net"))
+    here = tmp_path / at
+    source = str(checkpoint.relative_to(here))
+    monkeypatch.chdir(here)
+    for on_path in (False, True):
+        if on_path:
+            monkeypatch.syspath_prepend(here)
+        assert main(["evaluate", source, "--pairs", str(folder / "pairs.bin")]) == 2
+        assert not (tmp_path / "ran").exists()
+    if (here / name.replace(".", "/")).with_suffix(".py").exists():
+        assert "comes with the checkpoint, and no code in one is run" in capsys.readouterr().err
+    for package in ("runs", "runs.own", "runs.own.checkpoints"):
+        sys.modules.pop(package, None)

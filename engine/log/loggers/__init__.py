@@ -1,5 +1,7 @@
 """Where a run may be logged besides its own files: one file each, imported when it is named."""
 
+import importlib
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,16 +23,22 @@ def open_loggers(config: Config) -> Sequence[Hook]:
     for place, one in enumerate(config.log.loggers):
         key, name = f"log.loggers[{place}]", one.name
         if name in _OURS:
-            kind = load(f"{key}", f"{__name__}.{name}:{_OURS[name]}")
+            kind = getattr(importlib.import_module(f".{name}", __name__), _OURS[name])
         elif ":" in name:
-            kind = load(f"{key}", name, folder=config.run.code)
+            kind = load(key, name, folder=config.run.code)
         else:
             raise UsageError(f"{key}: found {name!r}; allowed: {', '.join(_OURS)}, or MODULE:CLASS of your own")
         if not (isinstance(kind, type) and issubclass(kind, Hook)):
             raise UsageError(f"{key}: {name} is no subclass of pfc.engine.log.hooks.Hook")
         options: dict[str, Any] = dict(one.model_extra or {})
         try:
-            hooks.append(kind(**options))
+            inspect.signature(kind).bind(**options)
         except TypeError as error:
             raise UsageError(f"{key}: {name} does not take {options}: {error}") from None
+        try:
+            hooks.append(kind(**options))
+        except UsageError:
+            raise
+        except Exception as error:
+            raise UsageError(f"{key}: {name}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     return hooks

@@ -24,11 +24,12 @@ class MLflow(Hook):
             from mlflow import MlflowClient
         except ImportError:
             raise UsageError("log.loggers: mlflow is not installed: pip install 'pfc[mlflow]'") from None
-        self.client, self.experiment = MlflowClient(tracking_uri), experiment
+        self.new_client, self.uri, self.experiment = MlflowClient, tracking_uri, experiment
 
     def start(self, run: RunInfo) -> None:
         from mlflow.entities import Param
 
+        self.client = self.new_client(self.uri)
         noted = run.directory / "mlflow.id"
         if run.resumed_step and noted.exists():
             self.id = noted.read_text(encoding="utf-8").strip()

@@ -106,7 +106,12 @@ def test_transformers_can_be_planned_and_recomputed_ones_keep_less(name: str) ->
     )
     assert less.activations < 0.4 * plain.activations
     assert less.flops == plain.flops
-    assert averaged.other >= plain.other + plain.parameters
+    assert (plain.backward, less.backward) == (2, 3)
+    frozen = {"optimizer": {"groups": [{"frozen_until": "end"}]}}
+    still = dry_run(parse_config({**tree, **frozen, "backbone": backbone}), (64, 48))
+    assert (still.parameters, still.state, still.backward) == (0, 0, 0)
+    assert still.activations < 0.1 * plain.activations
+    assert averaged.average == plain.other + plain.parameters
     assert (less.parameters, averaged.activations) == (plain.parameters, plain.activations)
 
 
