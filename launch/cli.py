@@ -16,6 +16,7 @@ from .verbs import (
     bench,
     centers,
     clean,
+    compare,
     convert,
     doctor,
     embed,
@@ -28,6 +29,7 @@ from .verbs import (
     plan,
     threshold,
     train,
+    watch,
 )
 
 app = typer.Typer(
@@ -42,6 +44,8 @@ app.command()(train.train)
 app.add_typer(new.app, name="new")
 app.command()(plan.plan)
 app.add_typer(pack.app, name="pack")
+app.command()(watch.watch)
+app.command()(compare.compare)
 app.command()(inspect.inspect)
 app.command()(evaluate.evaluate)
 app.command()(threshold.threshold)

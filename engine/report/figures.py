@@ -79,6 +79,21 @@ def speed_curve(speed: Series) -> str:
     return _render(draw, "step", "images/s, all ranks")
 
 
+def overlaid(series: Mapping[str, Series], label: str) -> str:
+    """One quantity of several runs over steps; of long series their running means."""
+
+    def draw(axes: "Axes") -> None:
+        for (name, one), colour in zip(series.items(), _colours(len(series)), strict=True):
+            steps, values = _thinned(one)
+            if len(steps) >= SMOOTHED_FROM:
+                values = _running_mean(values)
+            few = len(steps) < 30
+            axes.plot(steps, values, color=colour, marker="o" if few else None, markersize=3.5, label=name)
+        axes.legend()
+
+    return _render(draw, "step", label)
+
+
 def accuracy_curve(accuracies: Mapping[str, Series]) -> str:
     """The leading figure of every set in percent over steps, one line per set."""
 

@@ -61,7 +61,7 @@ def write_report(run_dir: Path) -> Path:
     """
     run = read_run(Path(run_dir))
     path = run.directory / "report.html"
-    _render(
+    render(
         path,
         title=run.setting("run", "name") or run.directory.name,
         subtitle=_subtitle(run),
@@ -82,7 +82,7 @@ def write_judgements(path: Path, subtitle: str, judged: Sequence[tuple[Judgement
         for title, value in headline(judgement.to_dict())[:2]
     ]
     sections = [_protocol_section(judgement, images) for judgement, images in judged]
-    _render(path, title="Evaluation", subtitle=subtitle, tiles=tiles, sets=sections)
+    render(path, title="Evaluation", subtitle=subtitle, tiles=tiles, sets=sections)
 
 
 def write_threshold(
@@ -98,7 +98,7 @@ def write_threshold(
     if others:
         drawn.append(TitledFigure("Calibration", figures.calibration(chosen, others)))
     section = SetSection("Operating point", None, drawn, note=" · ".join(told))
-    _render(path, title="Threshold", subtitle=subtitle, tiles=tiles, sets=[section])
+    render(path, title="Threshold", subtitle=subtitle, tiles=tiles, sets=[section])
 
 
 def write_review(path: Path, title: str, subtitle: str, tiles: Sequence[Tile], groups: Sequence[PairGroup]) -> None:
@@ -106,10 +106,11 @@ def write_review(path: Path, title: str, subtitle: str, tiles: Sequence[Tile], g
     shown = [group for group in groups if group.pairs]
     note = "" if shown else "Nothing was found."
     section = SetSection("To look at", None, [], groups=shown, note=note)
-    _render(path, title=title, subtitle=subtitle, tiles=tiles, sets=[section])
+    render(path, title=title, subtitle=subtitle, tiles=tiles, sets=[section])
 
 
-def _render(path: Path, **parts: Any) -> None:
+def render(path: Path, **parts: Any) -> None:
+    """Fills the page and writes it."""
     from jinja2 import Environment
 
     page = Environment(autoescape=True).from_string(PAGE).render(**parts)

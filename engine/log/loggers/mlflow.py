@@ -2,11 +2,9 @@
 
 import math
 import time
-from collections.abc import Mapping
-from typing import Any
 
 from ....data.errors import UsageError
-from ..hooks import Hook, RunInfo, Values, numbers
+from ..hooks import Hook, RunInfo, Values, flat, numbers
 
 _LONGEST = 500  # characters of a parameter: more than any store refuses
 _AT_ONCE = 100  # parameters in one request
@@ -39,7 +37,7 @@ class MLflow(Hook):
         number = found.experiment_id if found is not None else self.client.create_experiment(self.experiment)
         self.id = self.client.create_run(number, run_name=run.directory.name).info.run_id
         noted.write_text(self.id, encoding="utf-8")
-        parameters = [Param(key, str(value)[:_LONGEST]) for key, value in _flat(run.config).items()]
+        parameters = [Param(key, str(value)[:_LONGEST]) for key, value in flat(run.config).items()]
         for begin in range(0, len(parameters), _AT_ONCE):
             self.client.log_batch(self.id, params=parameters[begin : begin + _AT_ONCE])
 
@@ -60,11 +58,3 @@ class MLflow(Hook):
         self.client.log_batch(
             self.id, metrics=[Metric(prefix + key, value, now, step) for key, value in told if math.isfinite(value)]
         )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        flat |= _flat(value, f"{key}.") if isinstance(value, Mapping) and value else {key: value}
-    return flat
