@@ -34,7 +34,7 @@ extras = {
     "parquet": ["pyarrow"],
     "align": ["scikit-image>=0.26"],
     "timm": ["timm>=1.0"],
-    "wandb": ["wandb"],
+    "wandb": ["wandb>=0.31"],
     "mlflow": ["mlflow-skinny"],
 }
 extras["all"] = [requirement for extra in extras.values() for requirement in extra]
@@ -90,7 +90,7 @@ setup(
             "pyarrow",
             "scikit-image>=0.26",
             "timm>=1.0",
-            "wandb",
+            "wandb>=0.31",
             "mlflow-skinny",
             "lightning",
             "accelerate",

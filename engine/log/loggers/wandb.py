@@ -1,5 +1,6 @@
 """Weights & Biases: ``pip install 'pfc[wandb]'``; WANDB_MODE=offline writes into the run's folder alone."""
 
+import os
 import secrets
 from typing import Any
 
@@ -15,6 +16,9 @@ class WandB(Hook):
             import wandb
         except ImportError:
             raise UsageError("log.loggers: wandb is not installed: pip install 'pfc[wandb]'") from None
+        mode = options.get("mode") or os.environ.get("WANDB_MODE", "online")
+        if mode == "online" and not wandb.login(prompt=False, verify=False):  # it would ask, and all ranks wait
+            raise UsageError("log.loggers: wandb knows no key: run `wandb login`, or set WANDB_MODE=offline")
         self.wandb, self.options = wandb, options
 
     def start(self, run: RunInfo) -> None:
