@@ -116,7 +116,6 @@ def _measure(rank: Rank, tree: dict[str, Any], head: str, steps: int, warmup: in
     torch.manual_seed(config.run.seed)
     parts = build.build_parts(config, world) if head == "pfc" else _dense_parts(config, world)
     training = TrainingStep(config, parts, world)
-    training.begin(0)
     batches = _Loaded(config, world) if with_data else _MadeUp(config, world)
     seconds = rank.time_steps(lambda: _step(config, training, batches), steps, warmup)
     peak = rank.peak() - before

@@ -25,13 +25,12 @@ class Average:
         """Takes in the weights after that step. A step that was skipped has changed nothing, and does no harm."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         new = _tensors(network)
-        moving = [(own, one) for own, one in zip(self._own, new, strict=True) if own.is_floating_point()]
-        own, values = map(list[Tensor], zip(*moving, strict=True))
+        floating = [place for place, own in enumerate(self._own) if own.is_floating_point()]
+        others = [place for place, own in enumerate(self._own) if not own.is_floating_point()]
         with torch.no_grad():
-            torch._foreach_lerp_(own, values, weight)
-            for here, there in zip(self._own, new, strict=True):
-                if not here.is_floating_point():
-                    here.copy_(there)
+            torch._foreach_lerp_([self._own[place] for place in floating], [new[place] for place in floating], weight)
+            if others:  # how many batches BatchNorm has seen
+                torch._foreach_copy_([self._own[place] for place in others], [new[place] for place in others])
 
     def restart(self, network: nn.Module) -> None:
         """Begins anew, from these weights."""

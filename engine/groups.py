@@ -95,18 +95,13 @@ def optimizer_groups(network: nn.Module, found: Mapping[str, Treatment]) -> list
     ]
 
 
-def freeze(network: nn.Module, found: Mapping[str, Treatment], step: int) -> bool:
-    """Freezes and thaws for the step of this number, from 0; whether anything changed.
+def freeze(network: nn.Module, found: Mapping[str, Treatment], step: int) -> None:
+    """Freezes and thaws for the step of this number, from 0.
 
     What is frozen gets no gradient. BatchNorm of which all is frozen keeps its statistics too: see ``resting``.
     """
-    changed = False
-    for name, parameter in network.named_parameters():
-        if name in found:
-            trained = step >= found[name].frozen_until
-            changed |= parameter.requires_grad != trained
-            parameter.requires_grad_(trained)
-    return changed
+    for name, one in found.items():
+        network.get_parameter(name).requires_grad_(step >= one.frozen_until)
 
 
 def resting(network: nn.Module, found: Mapping[str, Treatment], step: int) -> list[nn.Module]:

@@ -101,7 +101,7 @@ class Trainer:
             state, told = {}, initial.begin(config, parts, labels)
             run_state.seed_generators(config.run.seed, world.rank)
         self.step = state.get("step", 0)
-        self.training_step = TrainingStep(config, parts, world, state.get("skipped_steps", 0))
+        self.training_step = TrainingStep(config, parts, world, self.step, state.get("skipped_steps", 0))
         self.skipped_steps = self.training_step.skipped_steps  # the tensor itself, counted there
         self.batches: list[Batch] = []  # of the last step, for the diagnosis
         self.first_head_step = 0

@@ -1,6 +1,7 @@
 """One optimizer step on one rank: forward and backward of every micro-batch, then both optimizers."""
 
 import inspect
+from bisect import bisect_right
 from contextlib import nullcontext
 from typing import Any
 
@@ -31,6 +32,7 @@ class TrainingStep:
         config: of the run.
         parts: what is trained.
         world: this rank's place.
+        step: the number of the first step, from 0.
         skipped_steps: how many were skipped before.
 
     Attributes:
@@ -40,7 +42,7 @@ class TrainingStep:
         loss: of the last step, [].
     """
 
-    def __init__(self, config: Config, parts: Parts, world: World, skipped_steps: int = 0) -> None:
+    def __init__(self, config: Config, parts: Parts, world: World, step: int = 0, skipped_steps: int = 0) -> None:
         self.config, self.parts, self.device = config, parts, world.device
         self.heartbeat = world.heartbeat
         self.skipped_steps = torch.tensor(skipped_steps, device=world.device)
@@ -51,18 +53,26 @@ class TrainingStep:
         torch.backends.cudnn.benchmark = True  # images have one size: the search for the fastest convolutions pays
         self.channels_last = devices.channels_last(config.backbone.channels_last, world.device)
         self._compress = config.backbone.payload_dtype == "bf16" and world.size > 1
-        self._step, self._begun, self._all_used = 0, False, False
+        self._thaws = sorted({one.frozen_until for one in parts.treatments.values()})
+        self._thawed = -1  # how many of these steps are past
+        self._all_used = False
         self._resting: list[nn.Module] = []
         self._parallel: DistributedDataParallel | None = None
         self.backbone: nn.Module = parts.network
+        self.begin(step)
+        if parts.average is not None and step == 0:  # DistributedDataParallel gave every rank the first one's weights
+            parts.average.restart(parts.network)
 
     def begin(self, step: int) -> None:
         """Makes the network ready for the step of this number, from 0: in training mode, and what is frozen is."""
         self._step, network = step, self.parts.network
-        if freeze(network, self.parts.treatments, step) or not self._begun:
+        thawed = bisect_right(self._thaws, step)
+        if thawed != self._thawed:
+            self._thawed = thawed
+            freeze(network, self.parts.treatments, step)
             self._resting = resting(network, self.parts.treatments, step)
             self._make_parallel()
-            self._begun, self._all_used = True, False
+            self._all_used = False
         self.train()
 
     def train(self) -> None:

@@ -128,7 +128,6 @@ def whole_steps(rank: Rank, config: Config) -> Steps:
     """The trainer's, on noise."""
     world = World(rank.number, rank.size, rank.device)
     training = TrainingStep(config, build.build_parts(config, world), world)
-    training.begin(0)
     images = torch.rand(config.data.batch_size, 3, *build.input_size(config), device=rank.device)
 
     def batch() -> tuple[Tensor, Tensor]:

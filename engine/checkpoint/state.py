@@ -14,7 +14,7 @@ from ...data.errors import UsageError
 from .. import device, label_map
 from ..build import Parts
 from ..config import Config, load_config
-from ..config.loading import shown
+from ..config.loading import flat, shown
 from ..initial import check_labels
 from ..ranks.distributed import World
 from .directory import CONFIG
@@ -204,7 +204,7 @@ def changes(before: Config, now: Config, checkpoint: Path, *, begun: bool) -> li
     Raises:
         UsageError: a key of ``FIXED`` changed.
     """
-    old, new = _flat(before.model_dump()), _flat(now.model_dump())
+    old, new = (flat(config.model_dump(), whole=_WHOLE) for config in (before, now))
     told = []
     for key in dict.fromkeys([*old, *new]):
         was, is_now = old.get(key), new.get(key)
@@ -217,15 +217,3 @@ def changes(before: Config, now: Config, checkpoint: Path, *, begun: bool) -> li
             )
         told.append(f"changed    {key}: {shown(was)} → {shown(is_now)}")
     return told
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys to values; what only means something as a whole stays one."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and key not in _WHOLE:
-            flat |= _flat(value, f"{key}.")
-        else:
-            flat[key] = value
-    return flat

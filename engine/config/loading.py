@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -74,6 +75,22 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         tree[names[-1]] = _parse(value)
     except yaml.YAMLError as error:
         raise UsageError(f"override {override!r}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "", whole: Collection[str] = ()) -> dict[str, Any]:
+    """A configuration as dotted keys: ``{"head.objective.name": "arcface", ...}``.
+
+    Args:
+        whole: dotted keys whose value stays one, because it means something as a whole only.
+    """
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value and key not in whole:
+            found |= flat(value, f"{key}.", whole)
+        else:
+            found[key] = value
+    return found
 
 
 def explain(detail: Any, root: type[BaseModel]) -> str:

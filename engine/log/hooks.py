@@ -67,15 +67,6 @@ class Hook:
         """The end of this process: all steps are done, or the run was stopped or failed."""
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A configuration as dotted keys: ``{"head.objective.name": "arcface", ...}``."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        found |= flat(value, f"{key}.") if isinstance(value, Mapping) and value else {key: value}
-    return found
-
-
 def numbers(values: Values) -> dict[str, float]:
     """The numbers among the values."""
     return {key: float(value) for key, value in values.items() if isinstance(value, int | float)}

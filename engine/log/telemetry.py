@@ -135,14 +135,14 @@ class Telemetry:
         self._hooks: list[Hook] = []
         if is_main:
             run_dir.mkdir(parents=True, exist_ok=True)
-            self._files = Files()
-            self._files.start(run)
-            self._hooks += [self._files, Progress(self._print)]
-            spent = (self._files.metrics.last or {}).get("elapsed_seconds") or 0.0
+            files, progress = Files(), Progress(self._print)
+            files.start(run)  # without which there is no run
+            progress.start(run)
+            self._hooks += [files, progress]
+            spent = (files.metrics.last or {}).get("elapsed_seconds") or 0.0
             self._begin = time.monotonic() - spent
-        for hook in [*self._hooks[1:], *(hook for hook in hooks if is_main or hook.every_rank)]:
-            if self._told(hook, hook.start, run) and hook not in self._hooks:
-                self._hooks.append(hook)
+        heard = (hook for hook in hooks if is_main or hook.every_rank)
+        self._hooks += [hook for hook in heard if self._told(hook, hook.start, run)]
 
     def log(self, step: int, values: Values) -> None:
         """Tells what was measured in step ``step``, with ``elapsed_seconds`` (of training, interruptions left out)."""

@@ -1,6 +1,6 @@
 """A dry run of the backbone's step on fake tensors: what it keeps, what it computes, what it moves; nothing is real."""
 
-import math
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from ...data.errors import UsageError
 from .. import device as devices
 from ..build import new_network
 from ..config import AdamW, Config
-from ..groups import treatments
+from ..groups import freeze, treatments
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,7 @@ def _dry_run(config: Config, image_size: tuple[int, int]) -> BackboneCost:
     section = config.backbone
     device = torch.device("cpu")  # of the fake tensors: backward needs a device that this torch has
     network = new_network(config, image_size)  # a real one: some look at numbers as they are built
-    for name, one in treatments(network, config.optimizer).items():
-        if one.frozen_until == math.inf:
-            network.get_parameter(name).requires_grad_(False)
+    freeze(network, treatments(network, config.optimizer), sys.maxsize)  # what is thawed at some step is planned thawed
     mode = FakeTensorMode()
     _made_fake(network, mode)
     with mode:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from ...data.errors import UsageError
+from ..config.loading import flat
 from ..evaluation.figures import headline, leading_of
-from ..log.hooks import flat
 from ..log.telemetry import clock_time
 from . import figures
 from .record import RunRecord, read_run

@@ -4,7 +4,8 @@ import math
 import time
 
 from ....data.errors import UsageError
-from ..hooks import Hook, RunInfo, Values, flat, numbers
+from ...config.loading import flat
+from ..hooks import Hook, RunInfo, Values, numbers
 
 _LONGEST = 500  # characters of a parameter: more than any store refuses
 _AT_ONCE = 100  # parameters in one request
