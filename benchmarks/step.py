@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..data.errors import UsageError
-from ..engine import build
+from ..engine import build, training_data
 from ..engine.config import Config, parse_config
 from ..engine.ranks.distributed import World
 from ..engine.training_step import TrainingStep
@@ -76,7 +76,7 @@ def completed(config: Config, with_data: bool) -> Config:
     if not with_data and size is not None and classes is not None:
         return config
     try:
-        dataset = build.open_dataset(config)
+        dataset = training_data.open_dataset(config)
     except UsageError as error:
         more = "" if with_data else "; without it, give head.num_classes and data.image_size"
         raise UsageError(f"{error}{more}") from None
@@ -216,8 +216,10 @@ class _Loaded:
     """The configured data set, as the trainer reads it."""
 
     def __init__(self, config: Config, world: World) -> None:
-        dataset = build.open_dataset(config)
-        self.loader = build.build_loader(config, dataset, world, image_size=build.input_size(config), position=0)
+        dataset = training_data.open_dataset(config)
+        self.loader = training_data.build_loader(
+            config, dataset, world, image_size=build.input_size(config), position=0
+        )
 
     def next(self) -> tuple[Tensor, Tensor]:
         batch = next(self.loader)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data.generated import GeneratedDataset
 from ..data.loading.batches import Batch
-from .build import Dataset
+from .training_data import Dataset
 from .training_step import TrainingStep
 
 _SHOWN = 16  # samples of a rank that are named

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..data import GeneratedDataset, JointDataset
 from ..data.errors import UsageError
 from ..data.records.manifest import LABEL_NAMES_NAME
-from .build import Dataset
+from .training_data import Dataset
 
 
 def read_label_map(dataset: Dataset) -> bytes | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data.loading.batches import Batch
-from . import build, initial, label_map
+from . import build, initial, label_map, training_data
 from .checkpoint import state as run_state
 from .checkpoint.manager import Saving
 from .config import Config
@@ -78,7 +78,7 @@ class Trainer:
         self.world, self.heartbeat = world, world.heartbeat
         self.heartbeat.enter("opening the data", on_files=True)
         self.run_dir = config.run.path
-        self.dataset = build.open_dataset(config)
+        self.dataset = training_data.open_dataset(config)
         self.sets = EvaluationSets(config)
         self.loggers = open_loggers(config)
         self.start = agree(config, world, resume)
@@ -87,7 +87,7 @@ class Trainer:
 
         self.heartbeat.enter("building the network and the head", on_files=True)
         torch.manual_seed(config.run.seed)
-        weights = build.read_class_weights(config, self.dataset)
+        weights = training_data.read_class_weights(config, self.dataset)
         self.parts = parts = build.build_parts(
             config, world, initialise=self.start.found is None, class_weights=weights
         )
@@ -105,7 +105,7 @@ class Trainer:
         self.skipped_steps = self.training_step.skipped_steps  # the tensor itself, counted there
         self.batches: list[Batch] = []  # of the last step, for the diagnosis
         self.first_head_step = 0
-        self.loader = build.build_loader(
+        self.loader = training_data.build_loader(
             config, self.dataset, world, image_size=build.input_size(config), position=state.get("position", 0)
         )
         self.total_steps = self._steps_of_run()

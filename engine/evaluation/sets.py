@@ -16,10 +16,11 @@ from ...data.atomic import replacing
 from ...data.errors import UsageError
 from ...data.protocols.images import WhenAsked, open_images
 from ...data.protocols.table import read_protocol
-from ..build import decoding_threads, input_size
+from ..build import input_size
 from ..config import Config
 from ..ranks.distributed import World
 from ..report.record import SCORES
+from ..training_data import decoding_threads
 from .evaluate import VerificationResult, evaluate_pairs
 from .intervals import SAMPLES
 from .judgement import How, Judgement

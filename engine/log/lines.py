@@ -12,11 +12,12 @@ from ...partial_fc.device import default_keep_bytes
 from ...partial_fc.kernels.probabilities import MAX_SCALE, probability_bytes
 from ...partial_fc.kernels.products import operand_dtype, rounds_to_bfloat16
 from ...partial_fc.objectives import LogSumExpObjective, SoftplusObjective
-from ..build import Dataset, decoding_threads, products_of
+from ..build import products_of
 from ..checkpoint import Found
 from ..config import Config, Objective
 from ..evaluation.figures import headline
 from ..ranks.distributed import World
+from ..training_data import Dataset, decoding_threads
 from .damage import NAME as DAMAGED
 from .damage import DamageTally
 from .telemetry import read_json_lines

@@ -11,7 +11,7 @@ from ...partial_fc.objectives import LogSumExpObjective, Objective, SoftplusObje
 from ...partial_fc.objectives.base import values_of
 from ...partial_fc.sampling import expected_rows
 from ...partial_fc.storage import aligned
-from .. import build
+from .. import build, training_data
 from ..config import Config
 from .machine import Machine
 
@@ -190,7 +190,7 @@ def completed(config: Config, classes: int | None) -> tuple[Config, list[str]]:
     size = section.image_size
     if classes is None or size is None:
         try:
-            dataset = build.open_dataset(config)
+            dataset = training_data.open_dataset(config)
         except (UsageError, OSError):
             dataset = None
         if dataset is not None:

@@ -13,7 +13,7 @@ from pfc.data import RecordDataset, pack_synthetic
 from pfc.data.errors import UsageError
 from pfc.data.order.mixed import MixedOrder
 from pfc.data.order.orders import Order
-from pfc.engine import build
+from pfc.engine import training_data
 from pfc.engine.checkpoint import find_all
 from pfc.engine.log.telemetry import read_json_lines
 from tests.commands import pfc
@@ -154,11 +154,11 @@ def test_class_weights_of_a_file_and_by_frequency(folder: Path, damaged: Path, t
 
     def weights(section: dict[str, Any]) -> np.ndarray:
         config = configuration(folder, tmp_path, data={"train": several}, head={"class_weights": section})
-        found = build.read_class_weights(config, build.open_dataset(config))
+        found = training_data.read_class_weights(config, training_data.open_dataset(config))
         assert found is not None
         return found.numpy()
 
-    labels = build.open_dataset(configuration(folder, tmp_path, data={"train": several})).labels(damaged=-1)  # type: ignore[union-attr]
+    labels = training_data.open_dataset(configuration(folder, tmp_path, data={"train": several})).labels(damaged=-1)  # type: ignore[union-attr]
     counts = np.bincount(labels[labels >= 0])
     assert len(set(counts)) > 2
     found = weights({"frequency": 0.5})
@@ -227,7 +227,7 @@ def test_decoding_threads_share_the_cores_among_the_local_ranks(
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if local_ranks is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
-    assert build.decoding_threads(configuration(folder, tmp_path, data={"threads": given})) == threads
+    assert training_data.decoding_threads(configuration(folder, tmp_path, data={"threads": given})) == threads
 
 
 @pytest.mark.parametrize("name", ["global", "blocks"])
@@ -239,7 +239,7 @@ def test_sets_of_one_size_come_in_orders_of_their_own(name: str, folder: Path, t
         config = configuration(
             folder, tmp_path, run={"seed": seed}, data={"train": [str(folder / "train")] * sets, "order": order}
         )
-        return build.build_order(config, build.open_dataset(config), 6)
+        return training_data.build_order(config, training_data.open_dataset(config), 6)
 
     alone, joint = built(1, 5), built(3, 5)
     assert isinstance(joint, MixedOrder)

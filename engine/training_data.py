@@ -1,0 +1,130 @@
+"""What a run reads: its training set, the order of the samples, its loader, the weights of its identities."""
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import GeneratedDataset, GeneratedLoader, JointDataset, Loader, RecordDataset, TrainLoader
+from ..data.errors import UsageError
+from ..data.order.balanced import BalancedOrder, groups_of
+from ..data.order.mixed import MixedOrder, seed_of_set
+from ..data.order.orders import BlockOrder, Order, SampleOrder
+from ..data.workers import default_workers
+from .config import BalancedSampling, BlockSampling, Config, Generated
+from .ranks.distributed import World
+
+Dataset = RecordDataset | JointDataset | GeneratedDataset
+"""What a run trains on."""
+
+
+def read_class_weights(config: Config, dataset: Dataset) -> Tensor | None:
+    """What ``head.class_weights`` says, float32 [C]; None for none.
+
+    Raises:
+        UsageError: the file is not there, or does not fit the data set.
+    """
+    section, classes = config.head.class_weights, dataset.num_classes
+    if section is None:
+        return None
+    if section.file is not None:
+        try:
+            weights = np.load(section.file, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            reason = (getattr(error, "strerror", None) or str(error)).lower()
+            raise UsageError(f"head.class_weights.file: {section.file}: {reason}; give a .npy file") from None
+        if not isinstance(weights, np.ndarray) or weights.shape != (classes,) or weights.dtype.kind not in "fiu":
+            found = f"{weights.dtype} {list(weights.shape)}" if isinstance(weights, np.ndarray) else "several arrays"
+            raise UsageError(f"head.class_weights.file: {section.file} must hold {classes} numbers, found {found}")
+        if not (np.isfinite(weights) & (weights >= 0)).all():
+            raise UsageError(f"head.class_weights.file: {section.file}: weights must be finite and not negative")
+        return torch.from_numpy(weights.astype(np.float32))
+    assert section.frequency is not None
+    if isinstance(dataset, GeneratedDataset):  # as many images of each
+        return torch.ones(classes)
+    labels = dataset.labels(damaged=-1)
+    counts = np.bincount(labels[labels >= 0], minlength=classes).astype(np.float64)
+    weights = np.where(counts > 0, np.maximum(counts, 1) ** -section.frequency, 0.0)
+    return torch.from_numpy((weights * counts.sum() / (weights * counts).sum()).astype(np.float32))
+
+
+_MOST_THREADS = 8  # by default: tens of thousands of images of 112×112 a second
+
+
+def decoding_threads(config: Config) -> int:
+    """How many threads this rank decodes with."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return config.data.threads or max(1, min(_MOST_THREADS, default_workers() // ranks_here))
+
+
+def open_dataset(config: Config) -> Dataset:
+    """The training set, or all of them joined."""
+    train = config.data.train
+    if isinstance(train, Generated):
+        return GeneratedDataset(
+            train.generated,
+            images_per_identity=train.images_per_identity,
+            image_size=(train.image_size[0], train.image_size[1]),
+            active=train.active,
+            seed=train.seed,
+        )
+    return JointDataset.open([source.path for source in config.data.sources])
+
+
+def build_order(config: Config, dataset: Dataset, global_batch: int) -> Order:
+    """The order of samples."""
+    section, seed = config.data.order, config.run.seed
+    sets = dataset.sets if isinstance(dataset, JointDataset) else [dataset]
+    weights = [source.weight for source in config.data.sources] or [1.0]
+    if isinstance(section, BalancedSampling):
+        assert not isinstance(dataset, GeneratedDataset)  # which the configuration refuses
+        if any(weight != 1 for weight in weights):
+            raise UsageError(
+                "data.train: the weights of sets mean nothing where data.order is balanced: leave them out"
+            )
+        if section.identities * section.images != global_batch:
+            raise UsageError(
+                f"data.order: {section.identities} identities × {section.images} images are "
+                f"{section.identities * section.images}, the global batch (data.batch_size × ranks) is {global_batch}: "
+                "they must be equal"
+            )
+        return BalancedOrder(groups_of(dataset), seed, identities=section.identities, images=section.images)
+    orders: list[Order] = []
+    for place, part in enumerate(sets):
+        own = seed_of_set(seed, place)
+        if isinstance(section, BlockSampling):
+            orders.append(BlockOrder(len(part), own, block_size=section.block_size, window=section.window))
+        else:
+            orders.append(SampleOrder(len(part), own))
+    return orders[0] if len(orders) == 1 and weights == [1] else MixedOrder(orders, weights)
+
+
+def build_loader(
+    config: Config, dataset: Dataset, world: World, *, image_size: tuple[int, int], position: int
+) -> Loader:
+    """This rank's loader, from ``position`` on."""
+    section = config.data
+    common: dict[str, Any] = {
+        "batch_size": section.batch_size,
+        "rank": world.rank,
+        "world_size": world.size,
+        "seed": config.run.seed,
+        "order": build_order(config, dataset, section.batch_size * world.size),
+        "drop": section.remainder == "drop",
+        "flip": section.flip,
+        "device": world.device,
+        "position": position,
+    }
+    if isinstance(dataset, GeneratedDataset):
+        return GeneratedLoader(dataset, **common)
+    return TrainLoader(
+        dataset,
+        **common,
+        image_size=image_size,
+        augment=section.augment,
+        max_damaged=section.max_damaged,
+        decode=section.decode,
+        threads=decoding_threads(config),
+    )
