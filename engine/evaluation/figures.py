@@ -83,7 +83,7 @@ class Row:
 def rows_of(judgement: "Judgement") -> tuple[str, list[Row]]:
     """What a judgement is of, in words, and its figures."""
     about = [
-        f"{number:,} {name.replace('_', ' ')}"
+        f"{number:,} {name.replace('non_', 'non-').replace('_', ' ')}"
         for name, number in judgement.counts.items()
         if not name.startswith("impostors_at")
     ]
