@@ -34,6 +34,7 @@ extras = {
     "parquet": ["pyarrow"],
     "align": ["scikit-image>=0.26"],
     "timm": ["timm>=1.0"],
+    "remote": ["fsspec[http]", "s3fs", "gcsfs"],
     "wandb": ["wandb>=0.31"],
     "mlflow": ["mlflow-skinny"],
 }
@@ -90,6 +91,10 @@ setup(
             "pyarrow",
             "scikit-image>=0.26",
             "timm>=1.0",
+            "fsspec[http]",
+            "s3fs",
+            "gcsfs",
+            "moto[server]",
             "wandb>=0.31",
             "mlflow-skinny",
             "lightning",

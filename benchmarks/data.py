@@ -1,10 +1,11 @@
 """Images per second of loading alone: pfc's pipeline compared with DALI's own reader and a plain torch DataLoader.
 
 All loaders decode the same images on the same number of threads into float32 [b, 3, H, W] in [-1, 1], half of them
-mirrored. They take turns, a few batches each, so that drifts of the machine's speed affect all of them alike;
-ratios are of the same turn.
+mirrored. "Cached" reads the set as a remote one, from the blocks in its cache. They take turns, a few batches each, so
+that drifts of the machine's speed affect all of them alike; ratios are of the same turn.
 """
 
+import importlib.util
 import statistics
 import tempfile
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import RecordDataset, TrainLoader
+from ..data import RecordDataset, RemoteOptions, TrainLoader
 from ..data.checking.merged_index import write_merged_index
 from ..data.loading.dali import PREFETCH, import_dali, run_pipeline
 from ..data.loading.device import Place, decoder_options, decoding_device, device_id, moved, wait_for
@@ -85,8 +86,11 @@ def measure_loaders(
             "DALI's reader, in file order": _dali_reader(recs, index, ours, shuffle=False),
             "pfc, global order": TrainLoader(dataset, **ours),
             "pfc, blocks order": TrainLoader(dataset, order=blocks, **ours),
-            PEER: _torch_loader(dataset, batch_size, threads, device),
         }
+        if importlib.util.find_spec("fsspec") is not None:
+            cached = RecordDataset.open(f"file://{dataset.path.resolve()}", remote=RemoteOptions(f"{folder}/cache"))
+            loaders["pfc, blocks order, cached"] = TrainLoader(cached, order=blocks, **ours)
+        loaders[PEER] = _torch_loader(dataset, batch_size, threads, device)
         speeds: dict[str, list[float]] = {name: [] for name in loaders}
         busy: dict[str, list[float]] = {name: [] for name in loaders}
         for turn in range(rounds + 1):

@@ -5,6 +5,7 @@
     checking/   what a data set holds, what is wrong with it, and what can be saved of it
     order/      in which order training sees the images
     loading/    shards to batches of tensors: reading, decoding, augmenting
+    remote/     data sets in an object store, on a web server or a slow disk
     pairs/      verification sets
     protocols/  evaluation protocols: one table for each, and their images
     glyphs/     data sets that any machine can make: printed characters, coloured patterns
@@ -30,12 +31,13 @@ if TYPE_CHECKING:
     from .loading.decoding import decode_images
     from .loading.loader import TrainLoader
     from .order.orders import SampleOrder
-    from .packing.pack import pack_folder, pack_list, pack_recordio, pack_table
+    from .packing.pack import pack_folder, pack_list, pack_recordio, pack_table, pack_webdataset
     from .packing.summary import PackSummary
     from .packing.writer import ShardedWriter
     from .pairs.pairs import Pairs, make_pairs, pairs_from_list, read_pairs, write_pairs
     from .records.dataset import RecordDataset
     from .records.joint import JointDataset
+    from .remote.mirror import RemoteOptions
 
 _HOME = {
     "checking.inspect": ("InspectReport", "inspect_dataset"),
@@ -48,12 +50,13 @@ _HOME = {
     "loading.decoding": ("decode_images",),
     "loading.loader": ("TrainLoader",),
     "order.orders": ("SampleOrder",),
-    "packing.pack": ("pack_folder", "pack_list", "pack_recordio", "pack_table"),
+    "packing.pack": ("pack_folder", "pack_list", "pack_recordio", "pack_table", "pack_webdataset"),
     "packing.summary": ("PackSummary",),
     "packing.writer": ("ShardedWriter",),
     "pairs.pairs": ("Pairs", "make_pairs", "pairs_from_list", "read_pairs", "write_pairs"),
     "records.dataset": ("RecordDataset",),
     "records.joint": ("JointDataset",),
+    "remote.mirror": ("RemoteOptions",),
 }
 """Module → the public names that it holds."""
 
@@ -68,6 +71,7 @@ __all__ = [
     "PackSummary",
     "Pairs",
     "RecordDataset",
+    "RemoteOptions",
     "SampleOrder",
     "ShardedWriter",
     "TrainLoader",
@@ -81,6 +85,7 @@ __all__ = [
     "pack_recordio",
     "pack_synthetic",
     "pack_table",
+    "pack_webdataset",
     "pairs_from_list",
     "read_pairs",
     "rebuild_index",

@@ -46,6 +46,14 @@ def use(device: torch.device) -> None:
     torch.get_device_module(device).set_device(device)
 
 
+def pci_address(device: torch.device) -> str | None:
+    """Where the kernel has a GPU in its list of PCI devices, as 0000:3b:00.0; None of what is no NVIDIA or AMD GPU."""
+    if device.type != "cuda":
+        return None
+    about = torch.cuda.get_device_properties(device)
+    return f"{about.pci_domain_id:04x}:{about.pci_bus_id:02x}:{about.pci_device_id:02x}.0"
+
+
 def backend(device: torch.device) -> str:
     """The process group's: what lies on the host always goes over gloo, so that no device is waited for."""
     if device.type == "cpu":

@@ -49,7 +49,11 @@ def train(config: Config, resume: str = "auto") -> int:
         NotFinite: too many steps in a row were skipped.
         PeerFailed: another rank failed before.
     """
-    with distributed.start(config.run.timeout_seconds) as world, stop_requests() as requests:
+    run = config.run
+    with (
+        distributed.start(run.timeout_seconds, bind_to_cores=run.bind_to_cores) as world,
+        stop_requests() as requests,
+    ):
         trainer = Trainer(config, world, resume)
         try:
             while trainer.step < trainer.total_steps:

@@ -1,6 +1,5 @@
 """What a run reads: its training set, the order of the samples, its loader, the weights of its identities."""
 
-import os
 from typing import Any
 
 import numpy as np
@@ -10,10 +9,11 @@ from torch import Tensor
 from ..data import GeneratedDataset, GeneratedLoader, JointDataset, Loader, RecordDataset, TrainLoader
 from ..data.errors import UsageError
 from ..data.order.balanced import BalancedOrder, groups_of
-from ..data.order.mixed import MixedOrder, seed_of_set
+from ..data.order.mixed import MixedOrder, PartedOrder, seed_of_set
 from ..data.order.orders import BlockOrder, Order, SampleOrder
-from ..data.workers import default_workers
+from ..data.remote.mirror import RemoteOptions
 from .config import BalancedSampling, BlockSampling, Config, Generated
+from .ranks.affinity import cores_of_rank
 from .ranks.distributed import World
 
 Dataset = RecordDataset | JointDataset | GeneratedDataset
@@ -55,8 +55,12 @@ _MOST_THREADS = 8  # by default: tens of thousands of images of 112×112 a secon
 
 def decoding_threads(config: Config) -> int:
     """How many threads this rank decodes with."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return config.data.threads or max(1, min(_MOST_THREADS, default_workers() // ranks_here))
+    return config.data.threads or min(_MOST_THREADS, cores_of_rank())
+
+
+def remote_options(config: Config) -> RemoteOptions:
+    """How remote training sets are read."""
+    return RemoteOptions(**config.data.cache.model_dump())
 
 
 def open_dataset(config: Config) -> Dataset:
@@ -70,7 +74,7 @@ def open_dataset(config: Config) -> Dataset:
             active=train.active,
             seed=train.seed,
         )
-    return JointDataset.open([source.path for source in config.data.sources])
+    return JointDataset.open([source.path for source in config.data.sources], remote=remote_options(config))
 
 
 def build_order(config: Config, dataset: Dataset, global_batch: int) -> Order:
@@ -91,6 +95,8 @@ def build_order(config: Config, dataset: Dataset, global_batch: int) -> Order:
                 "they must be equal"
             )
         return BalancedOrder(groups_of(dataset), seed, identities=section.identities, images=section.images)
+    if isinstance(section, BlockSampling) and section.parts > 1:
+        return _parted(section, config, dataset, global_batch, weights)
     orders: list[Order] = []
     for place, part in enumerate(sets):
         own = seed_of_set(seed, place)
@@ -99,6 +105,33 @@ def build_order(config: Config, dataset: Dataset, global_batch: int) -> Order:
         else:
             orders.append(SampleOrder(len(part), own))
     return orders[0] if len(orders) == 1 and weights == [1] else MixedOrder(orders, weights)
+
+
+def _parted(section: BlockSampling, config: Config, dataset: Dataset, global_batch: int, weights: list[float]) -> Order:
+    """The order of ``data.order.parts``."""
+    parts, key = section.parts, "data.order.parts"
+    if any(weight != 1 for weight in weights):
+        raise UsageError(f"{key}: sets with weights cannot be read in parts: leave out the weights, or the parts")
+    if global_batch % parts:
+        raise UsageError(f"{key}: {parts} do not divide the global batch, {global_batch} images: choose another number")
+    if config.data.remainder == "drop":
+        raise UsageError(f"{key}: in parts nothing is left over at the end of an epoch: data.remainder must be carry")
+    if len(dataset) < parts:
+        raise UsageError(f"{key}: {parts} parts of {len(dataset)} images: choose a smaller number")
+    ends = [len(dataset) * (part + 1) // parts for part in range(parts)]
+    window = max(section.block_size, section.window // parts)
+    return PartedOrder(
+        [
+            BlockOrder(
+                end - start,
+                seed_of_set(config.run.seed, part),
+                block_size=section.block_size,
+                window=window,
+            )
+            for part, (start, end) in enumerate(zip([0, *ends], ends, strict=False))
+        ],
+        global_batch,
+    )
 
 
 def build_loader(

@@ -179,7 +179,7 @@ class TrainLoader(Loader):
 
     def _read_slices(self) -> list[tuple[Slice, list[Any]]]:
         """Some slices at once: what calling numpy and waking this thread cost is then small for each."""
-        self._ahead.move(self._reader.position)
+        self._ahead.move(self._reader.reads_from)
         size = self._options["batch_size"]
         slices = [self._reader.read() for _ in range(max(1, _READ // size))]
         visits = np.concatenate([slice.visits for slice in slices])

@@ -9,10 +9,11 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from ..records.dataset import RecordDataset
 from ..records.index import Shard
 from ..records.joint import JointDataset
 from ..records.labels import FLOAT32_EXACT
+from ..remote.mirror import RemoteRecordFile
 
 _VERSION = 2  # pfc_plain_version of plain.c
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
@@ -87,21 +89,51 @@ class PlainRecords:
             first_label += part.num_classes
         self.table = (_Shard * len(table))(*table)
         self.files = [shard.file for shard in self._shards]
+        self._starts = np.array([entry.start for entry in table])
+        self._remote = [file.is_remote for file in self.files]
 
     def find(self, samples: NDArray[np.int64]) -> PlainImages:
-        """Labels and encoded images as of ``RecordDataset.read``, of ``samples``, int64 [b]."""
+        """Labels and encoded images as of ``RecordDataset.read``, of ``samples``, int64 [b].
+
+        The images stay where they lie; those of data sets with remote files are copied.
+        """
         places = np.zeros(len(samples), dtype=_PLACE)
         places["label"] = -1
-        if (loaded := compiled()) is not None:
-            samples = np.ascontiguousarray(samples, dtype=np.int64)
+        found = PlainImages(self.table, [file.bytes for file in self.files], places)
+        if (loaded := compiled()) is None:
+            return found
+        samples = np.ascontiguousarray(samples, dtype=np.int64)
+        with ExitStack() as held:
+            for file, first, stop in self._remote_stretches(samples):
+                held.enter_context(file.reading())
+                file.bring(first, stop)
             loaded.pfc_plain_find(self.table, len(self.table), samples.ctypes.data, len(samples), places.ctypes.data)
-        return PlainImages(self, places)
+            found.labels = places["label"].copy()
+            return found.copied() if any(self._remote) else found
 
     def will_need(self, samples: NDArray[np.int64]) -> None:
-        """Asks the system for the records of ``samples``, int64 [b], before they are read; returns at once."""
+        """Asks for the records of ``samples``, int64 [b], before they are read; returns at once."""
+        for file, first, stop in self._remote_stretches(samples):
+            file.fetch_soon(first, stop)
         if (loaded := compiled()) is not None:
             samples = np.ascontiguousarray(samples, dtype=np.int64)
             loaded.pfc_plain_will_need(self.table, len(self.table), samples.ctypes.data, len(samples), mmap.PAGESIZE)
+
+    def _remote_stretches(
+        self, samples: NDArray[np.int64]
+    ) -> Iterator[tuple[RemoteRecordFile, NDArray[np.int64], NDArray[np.int64]]]:
+        """Of each remote file: where the records of ``samples`` begin and end by the index, in bytes."""
+        if not any(self._remote):
+            return
+        which = np.searchsorted(self._starts, samples, side="right") - 1
+        for place in np.unique(which).tolist():
+            shard = self._shards[place]
+            if isinstance(shard.file, RemoteRecordFile):
+                records = shard.first + samples[which == place] - int(self._starts[place])
+                following = np.minimum(records + 1, len(shard.offsets) - 1)
+                last = records + 1 == len(shard.offsets)
+                stops = np.where(last, shard.file.size, np.asarray(shard.offsets)[following])
+                yield shard.file, np.asarray(shard.offsets)[records], stops
 
 
 class PlainImages(Sequence[NDArray[np.uint8]]):
@@ -111,8 +143,8 @@ class PlainImages(Sequence[NDArray[np.uint8]]):
         labels: int64 [b]; −1 where the sample is not plain: its image must not be asked for.
     """
 
-    def __init__(self, records: PlainRecords, places: NDArray[np.void]) -> None:
-        self._records, self._places = records, places
+    def __init__(self, table: Any, files: Sequence[NDArray[np.uint8]], places: NDArray[np.void]) -> None:
+        self._table, self._files, self._places = table, files, places
         self.labels: NDArray[np.int64] = places["label"].copy()
 
     def __len__(self) -> int:
@@ -126,11 +158,27 @@ class PlainImages(Sequence[NDArray[np.uint8]]):
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
         shard, _, begin, end, *_ = self._places[place].item()
-        return self._records.files[shard].bytes[begin:end]
+        return self._files[shard][begin:end]
 
     def have_size(self, size: tuple[int, int]) -> bool:
         """Whether every image is of this (height, width), as ``headers.header_size`` says."""
         return bool(((self._places["height"] == size[0]) & (self._places["width"] == size[1])).all())
+
+    def copied(self) -> PlainImages:
+        """The same with the images in memory of their own."""
+        plain = np.flatnonzero(self.labels >= 0)
+        places = self._places.copy()
+        ends = np.cumsum(places["end"][plain] - places["begin"][plain])
+        content = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
+        for place, end in zip(plain.tolist(), ends.tolist(), strict=True):
+            image = self[place]
+            content[end - len(image) : end] = image
+        places["shard"] = 0
+        places["begin"][plain] = ends - (places["end"][plain] - places["begin"][plain])
+        places["end"][plain] = ends
+        content.flags.writeable = False
+        table = (_Shard * 1)(_Shard(bytes=content.ctypes.data, size=len(content)))
+        return PlainImages(table, [content], places)
 
     def rows(self) -> NDArray[np.uint8] | None:
         """The images in the rows of a matrix [b, bytes of the longest], filled up with zeros, for a decoder to read.
@@ -144,7 +192,7 @@ class PlainImages(Sequence[NDArray[np.uint8]]):
             return None
         loaded, rows = compiled(), np.empty((len(self), width), dtype=np.uint8)
         assert loaded is not None
-        loaded.pfc_plain_copy(self._records.table, self._places.ctypes.data, len(self), width, rows.ctypes.data)
+        loaded.pfc_plain_copy(self._table, self._places.ctypes.data, len(self), width, rows.ctypes.data)
         return rows
 
 

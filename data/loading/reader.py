@@ -87,6 +87,11 @@ class SliceReader:
         self._asked = 0  # of those that are planned
         self.position = self._plan_from = self._order.batch_start(position, self._global_batch, drop=self._drop)
 
+    @property
+    def reads_from(self) -> int:
+        """The position where this rank reads next."""
+        return self.position + self._rank * self._batch_size
+
     def mark(self, sample: int, problem: str) -> None:
         """From now on ``sample`` is damaged: its bytes are whole, but they are no image."""
         shard, position = self._dataset.locate(sample)

@@ -1,4 +1,4 @@
-"""Several orders as one, for joint data sets: each set has its share of every stretch."""
+"""Several orders as one: for joint data sets, and for parts that machines read apart."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +17,52 @@ def seed_of_set(seed: int, place: int) -> int:
     That of the first set is ``seed``: a set comes in the same order alone.
     """
     return seed if place == 0 else int(counter_hash(seed, _SET_STREAM, place)[0])
+
+
+class PartedOrder(Order):
+    """Parts of the samples, each in its own order; every global batch has a stretch of each part, of equal size.
+
+    With as many parts as machines, each machine reads one part alone, in every epoch the same.
+
+    Args:
+        orders: one for each part: the first samples, those that follow, …
+        batch_size: B, global, a multiple of the number of parts.
+    """
+
+    def __init__(self, orders: Sequence[Order], batch_size: int) -> None:
+        super().__init__(sum(order.num_samples for order in orders), orders[0].seed)
+        self.orders = list(orders)
+        self.starts = np.cumsum([0] + [order.num_samples for order in orders])
+        self._batch_size, self._stretch = batch_size, batch_size // len(orders)
+
+    def at(self, positions: Integers) -> Integers:
+        samples = np.empty_like(np.asarray(positions, dtype=np.int64))
+        for which, places, own in self._parts(positions):
+            samples[places] = self.orders[which].at(own) + self.starts[which]
+        return samples
+
+    def visits(self, positions: Integers) -> Integers:
+        visits = np.empty_like(np.asarray(positions, dtype=np.int64))
+        for which, places, own in self._parts(positions):
+            visits[places] = self.orders[which].visits(own)
+        return visits
+
+    def upcoming(self, position: int) -> list[Window]:
+        ((which, _, own),) = self._parts(np.array([position]))
+        return [
+            replace(window, first=window.first + int(self.starts[which]))
+            for window in self.orders[which].upcoming(int(own[0]))
+        ]
+
+    def _parts(self, positions: Integers) -> list[tuple[int, Integers, Integers]]:
+        """For each part of which there is a position: its number, which of ``positions`` are its own, and where those
+        are in its own order."""
+        batches, offsets = np.divmod(np.asarray(positions, dtype=np.int64), self._batch_size)
+        parts, within = np.divmod(offsets, self._stretch)
+        return [
+            (which, places := np.flatnonzero(parts == which), batches[places] * self._stretch + within[places])
+            for which in np.unique(parts).tolist()
+        ]
 
 
 class MixedOrder(Order):

@@ -1,4 +1,4 @@
-"""Packs images into RecordIO shards: from a folder, a list file, other RecordIO, or a table.
+"""Packs images into RecordIO shards: from a folder, a list file, other RecordIO, a table, or WebDataset.
 
 All functions take the keyword arguments that ``PackOptions`` explains, and give a ``PackSummary``. What is packed from
 one source with one seed is the same to the byte, whatever the number of workers and however often it was interrupted:
@@ -8,17 +8,22 @@ that is not what it should be, impossible options, an ``out`` that holds somethi
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..remote.mirror import address_of
+from ..remote.store import copy_files
 from .options import PackOptions
 from .run import check_apart, pack
+from .sources.bucket import BucketSource
 from .sources.folder import FolderSource
 from .sources.listing import ListSource
 from .sources.records import Joining, RecordSource
 from .sources.table import table_source
+from .sources.webdataset import WebDatasetSource, expanded
 from .summary import PackSummary
 
 
@@ -26,12 +31,15 @@ def pack_folder(src: str | Path, out: str | Path, **given: Any) -> PackSummary:
     """Pack ``src``, whose sub-folders are the identities; ``size`` is 112 by default.
 
     Labels are the places of the sub-folders' names in sorted order. Images are jpg, jpeg, png, bmp, webp, pgm, at any
-    depth in a sub-folder. A sub-folder without an image is refused, unless ``min_images`` is given.
+    depth in a sub-folder. A sub-folder without an image is refused, unless ``min_images`` is given. ``src`` may be an
+    address such as s3://bucket/photos.
     """
-    src, out = Path(src), Path(out)
-    options = _options_for_files(given)
-    check_apart(out, [src], options)
-    return pack(FolderSource(src, allow_empty="min_images" in given), out, options)
+    out, address, options = Path(out), address_of(src), _options_for_files(given)
+    if address is not None:
+        check_apart(out, [], options)
+        return pack(BucketSource(address, allow_empty="min_images" in given), out, options)
+    check_apart(out, [Path(src)], options)
+    return pack(FolderSource(Path(src), allow_empty="min_images" in given), out, options)
 
 
 def pack_list(src: str | Path, out: str | Path, *, root: str | Path | None = None, **given: Any) -> PackSummary:
@@ -43,6 +51,29 @@ def pack_list(src: str | Path, out: str | Path, *, root: str | Path | None = Non
     options = _options_for_files(given)
     check_apart(out, [src], options)
     return pack(ListSource(src, src.parent if root is None else Path(root)), out, options)
+
+
+def pack_webdataset(
+    sources: str | Path | Sequence[str | Path], out: str | Path, *, label: str = "cls", **given: Any
+) -> PackSummary:
+    """Pack the images of tar files in WebDataset's format; ``size`` is 112 by default.
+
+    ``sources``: tar files, folders of them, or addresses, with {000..099} for numbers. Remote ones are copied next to
+    ``out`` first, and removed when all is packed. ``label``: which file of a sample has its identity, by its ending:
+    ``cls``, ``txt``, or ``json:KEY`` for a key of the .json; or ``folder``, the folder that the sample is in.
+    """
+    out, options = Path(out), _options_for_files(given)
+    names = expanded([str(source) for source in ([sources] if isinstance(sources, str | Path) else sources)])
+    addresses = [address_of(name) for name in names]
+    here = [Path(name) for name, address in zip(names, addresses, strict=True) if address is None]
+    check_apart(out, here, options)
+    copies = out.with_name(f".{out.name}.tars")
+    copied = iter(copy_files([address for address in addresses if address is not None], copies))
+    tars = [Path(name) if address is None else next(copied) for name, address in zip(names, addresses, strict=True)]
+    about = ", ".join(address or str(Path(name).resolve()) for name, address in zip(names, addresses, strict=True))
+    summary = pack(WebDatasetSource(tars, about, label=label), out, options)
+    shutil.rmtree(copies, ignore_errors=True)
+    return summary
 
 
 def pack_table(

@@ -19,6 +19,7 @@ from .plain_records import PLAIN, PLAIN_TWO, find_plain
 from .recordio import ImageRecord
 
 _BLOCK = 1 << 18  # images swept at a time
+_REMOTE_BLOCK = 1 << 13  # … where all of them have to be fetched
 WORTH_CACHING = 1 << 14  # images
 _VERSION = 3  # of the cache's content; in its name, as the index's
 
@@ -70,8 +71,9 @@ class ShardLabels:
         labels = np.empty(images, dtype=np.int32)
         done = 0
         for shard in self.shards:
-            for first in range(0, shard.images, _BLOCK):
-                found = self._sweep(shard, first, min(first + _BLOCK, shard.images))
+            step = _REMOTE_BLOCK if shard.file.is_remote else _BLOCK
+            for first in range(0, shard.images, step):
+                found = self._sweep(shard, first, min(first + step, shard.images))
                 if found.max() > np.iinfo(labels.dtype).max:
                     labels = labels.astype(np.int64)
                 labels[done : done + len(found)] = found

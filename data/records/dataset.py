@@ -13,6 +13,7 @@ import numpy as np
 
 from ..atomic import replaced_of
 from ..errors import UsageError
+from ..remote.mirror import RemoteOptions, address_of, mirrored
 from ..workers import Progress
 from .all_labels import ShardLabels
 from .index import Shard, open_shard
@@ -56,15 +57,19 @@ class RecordDataset:
 
     @staticmethod
     @with_descriptors
-    def open(path: str | Path, *, strict: bool = True) -> RecordDataset:
+    def open(path: str | Path, *, strict: bool = True, remote: RemoteOptions | None = None) -> RecordDataset:
         """Open a directory of shards, by pfc or by the tools of MXNet or InsightFace, or one ``.rec``.
+
+        An address such as s3://bucket/folder is opened through a local folder, which keeps what was read of it:
+        ``remote`` says how, see ``RemoteOptions``.
 
         Cheap: the ``.rec`` files are mapped into memory, only the ``.idx`` files are read, and a large one only
         once (see ``index.load_index``). UsageError where something is missing, or the files do not belong together.
         A ``.rec`` that was cut short opens, as long as most of it is there: its lost records are damaged ones. Not
         ``strict``: the same however much of it is lost. No file stays open: there may be any number of shards.
         """
-        path = Path(path)
+        address = address_of(path)
+        path = Path(path) if address is None else mirrored(address, remote)
         if path.is_dir():
             folder, recs = path, sorted(path.glob("[!.]*.rec"))  # not the ._NAME.rec that macOS leaves
         elif path.suffix == ".rec" and path.is_file():

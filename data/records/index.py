@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import DamagedRecord, UsageError
+from ..remote.mirror import record_file
 from .cache import cached_arrays, stamp
 from .labels import FLOAT32_EXACT
 from .recordio import ImageRecord, RecordFile, unpack_image
 
 _PROBES = 16  # places where the .idx is compared with the .rec on opening
+_REMOTE_PROBES = 2  # the first and the last: each may have to be fetched
 _LAST = 8  # records at the end whose ids are looked at, too
 _BLOCK = 1 << 26  # bytes of text parsed at a time: so many that malloc gives the memory back to the system
 _WORTH_CACHING = 1 << 16  # bytes of text: less is parsed as fast as a cache opens
@@ -97,10 +99,10 @@ def open_shard(rec: Path, idx: Path, *, strict: bool = True) -> Shard:
     Not ``strict``: a ``.rec`` of which more than a quarter is lost or damaged is taken, too; its records then name
     their damage one by one.
     """
-    file = RecordFile(rec)
+    file = record_file(rec)
     file.expect_random_reads()  # a few probes: on a cold disk each would have its neighbourhood read, too
     keys, offsets = load_index(rec, idx)
-    probes = np.unique(np.linspace(0, len(keys) - 1, _PROBES).astype(np.int64))
+    probes = np.unique(np.linspace(0, len(keys) - 1, _REMOTE_PROBES if file.is_remote else _PROBES).astype(np.int64))
     if not strict:
         probes = probes[offsets[probes] < file.size]
     missed = [position for position in probes if not file.starts_record(int(offsets[position]))]

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from ..remote.mirror import RemoteOptions
 from .dataset import RecordDataset
 from .index import Shard
 
@@ -46,9 +47,9 @@ class JointDataset:
         return self._first_labels[-1]
 
     @staticmethod
-    def open(paths: Sequence[str | Path]) -> "JointDataset | RecordDataset":
-        """Open the data sets at ``paths``; of one path, the data set itself."""
-        sets = [RecordDataset.open(path) for path in paths]
+    def open(paths: Sequence[str | Path], *, remote: RemoteOptions | None = None) -> "JointDataset | RecordDataset":
+        """Open the data sets at ``paths``, as ``RecordDataset.open`` does; of one path, the data set itself."""
+        sets = [RecordDataset.open(path, remote=remote) for path in paths]
         return sets[0] if len(sets) == 1 else JointDataset(sets)
 
     def __len__(self) -> int:

@@ -29,6 +29,9 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_UNREADABLE = 0  # PROT_NONE
+_FIXED = 0x10  # MAP_FIXED of Linux
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -46,10 +49,7 @@ class MappedFile:
             size = os.fstat(descriptor).st_size
             if size == 0:
                 raise ValueError(f"{path} is empty")
-            start = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-            if start == _FAILED:
-                number = ctypes.get_errno()
-                raise OSError(number, os.strerror(number), str(path))
+            start = _mapped(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, path)
         finally:
             os.close(descriptor)
         buffer = (ctypes.c_ubyte * size).from_address(start)
@@ -67,6 +67,36 @@ class MappedFile:
         """Asks the system to read the bytes [first, stop) soon; it may leave it."""
         first = first // mmap.PAGESIZE * mmap.PAGESIZE
         _libc.madvise(self._start + first, min(stop, len(self.view)) - first, mmap.MADV_WILLNEED)
+
+
+def reserve(size: int) -> tuple[int, ctypes.Array[ctypes.c_ubyte]]:
+    """Addresses for ``size`` bytes: the first one, and a buffer; they are free again when nothing refers to it.
+
+    Nothing is there before ``map_at``: whoever reads it ends the process.
+    """
+    start = _mapped(None, size, _UNREADABLE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE, -1)
+    buffer = (ctypes.c_ubyte * size).from_address(start)
+    weakref.finalize(buffer, _libc.munmap, start, size).atexit = False
+    return start, buffer
+
+
+def map_at(start: int, size: int, descriptor: int | None) -> None:
+    """The first ``size`` bytes of an open file at an address within what ``reserve`` gave, a multiple of the page size;
+    without a file, nothing again."""
+    if descriptor is None:
+        _mapped(start, size, _UNREADABLE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE | _FIXED, -1)
+    else:
+        _mapped(start, size, mmap.PROT_READ, mmap.MAP_SHARED | _FIXED, descriptor)
+
+
+def _mapped(
+    start: int | None, size: int, protection: int, flags: int, descriptor: int, path: Path | None = None
+) -> int:
+    found = _libc.mmap(start, size, protection, flags, descriptor, 0)
+    if found == _FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), None if path is None else str(path))
+    return found
 
 
 _OTHER_FILES = 512  # that a process may need: sources, and pipes to its workers

@@ -25,7 +25,9 @@ def find_plain(file: RecordFile, offsets: np.ndarray, layout: np.dtype) -> tuple
     words = file.bytes[: file.size // 4 * 4].view("<u4")
     inside = np.flatnonzero((offsets % 4 == 0) & (offsets >= 0) & (offsets <= file.size - layout.itemsize))
     at = offsets[inside] // 4
-    heads = words[at[:, None] + np.arange(layout.itemsize // 4)].view(layout)[:, 0]
+    with file.reading():
+        file.bring(offsets[inside], offsets[inside] + layout.itemsize)
+        heads = words[at[:, None] + np.arange(layout.itemsize // 4)].view(layout)[:, 0]
     plain = (heads["magic"] == MAGIC) & (heads["length"] >> 29 == 0)
     plain &= heads["length"] >= layout.itemsize - 8  # which does not count magic and length
     plain &= heads["flag"] == (2 if layout == PLAIN_TWO else 0)

@@ -16,10 +16,10 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, NamedTuple, Self
+from typing import IO, Any, NamedTuple, Self
 
 import numpy as np
 
@@ -34,6 +34,7 @@ _MAGIC_ANYWHERE = re.compile(re.escape(MAGIC_BYTES))
 _FRAME = struct.Struct("<II")
 _IMAGE = struct.Struct("<IfQQ")
 _WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
+_PIECE = 1 << 24  # bytes
 _JPEG_END = b"\xff\xd9"
 _PNG_END = b"IEND\xaeB`\x82"
 
@@ -113,12 +114,18 @@ def _aligned_magics(payload: bytes) -> list[int]:
 
 
 class RecordFile:
-    """One ``.rec`` file, mapped into memory. Reading is thread-safe; only a record in parts is copied."""
+    """One ``.rec`` file, mapped into memory. Reading is thread-safe; only a record in parts is copied.
+
+    Attributes: ``path``; ``bytes``, uint8 [size]; ``size``. ``is_remote``: its bytes are here only once they were
+    brought, see ``remote.mirror.RemoteRecordFile``. Whoever reads ``bytes`` brings them first, within ``reading``.
+    """
+
+    is_remote = False
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._mapped = MappedFile(path)
+            self._mapped = self._open()
         except FileNotFoundError:
             raise UsageError(f"{path}: no such file; check the path") from None
         except ValueError:  # an empty file cannot be mapped
@@ -127,6 +134,16 @@ class RecordFile:
         self.bytes: np.ndarray = self._mapped.bytes
         self.size: int = len(self.bytes)
 
+    def _open(self) -> Any:
+        return MappedFile(self.path)
+
+    def reading(self) -> AbstractContextManager[Any]:
+        """Within, what was brought can be read."""
+        return nullcontext()
+
+    def bring(self, first: np.ndarray | int, stop: np.ndarray | int) -> None:
+        """Make the bytes [first, stop) readable, of one stretch or of several, int64 [n]."""
+
     def expect_random_reads(self, yes: bool = True) -> None:
         """As of ``MappedFile``."""
         self._mapped.expect_random_reads(yes)
@@ -134,6 +151,12 @@ class RecordFile:
     def will_need(self, first: int, stop: int) -> None:
         """As of ``MappedFile``."""
         self._mapped.will_need(first, stop)
+
+    def content(self) -> Iterator[bytes]:
+        """All bytes, piece by piece, from the file itself."""
+        with self.path.open("rb") as file:
+            while piece := file.read(_PIECE):
+                yield piece
 
     def starts_record(self, offset: int) -> bool:
         """Whether a record, whole or in parts, may start at ``offset``."""
@@ -206,6 +229,7 @@ class RecordFile:
         """(start of the payload, its bytes, cflag) of the part at ``at`` of the record at ``offset``."""
         if at < 0 or at + 8 > self.size:
             raise DamagedRecord(self.path, key, offset, f"runs past the end of the file, at byte {self.size}")
+        self.bring(at, at + 8)
         magic, word = _FRAME.unpack_from(self._map, at)
         if magic != MAGIC:
             raise DamagedRecord(self.path, key, offset, f"damaged: no record starts at byte {at}")
@@ -213,6 +237,7 @@ class RecordFile:
         start = at + 8
         if start + size > self.size:
             raise DamagedRecord(self.path, key, offset, f"runs past the end of the file, at byte {self.size}")
+        self.bring(start, start + size)
         if size >= 4:  # where the payload had the magic, it was cut: what stands here belongs to another record
             inside = np.flatnonzero(np.frombuffer(self._map, "<u4", size // 4, start) == MAGIC)
             if len(inside):

@@ -68,6 +68,8 @@ class BlockSampling(Section):
     """Images of a block."""
     window: Count = 32768
     """Images that are shuffled among themselves."""
+    parts: Count = 1
+    """Parts of the images that are read apart: as many as machines, and each reads one part alone."""
 
     @model_validator(mode="after")
     def _window_of_blocks(self) -> "BlockSampling":
@@ -97,13 +99,28 @@ Sources = Annotated[
 ]
 
 
+class RemoteCache(Section):
+    """Where what is read of remote training sets is kept, on a disk of this machine: see docs/data.md."""
+
+    folder: str | None = None
+    """pfc/remote in the user's cache folder when absent."""
+    gigabytes: Positive = 100.0
+    """The most that parts of shards take there, of all training sets together."""
+    timeout: Positive = 60.0
+    """Seconds to wait for each answer."""
+    attempts: Count = 5
+    """Of reading something, before the run ends."""
+
+
 class Data(Section):
     train: Annotated[
         Annotated[str, Tag("one")] | Annotated[Sources, Tag("many")] | Annotated[Generated, Tag("generated")],
         Discriminator(_kind_of_source),
     ]
-    """A packed data set (folder or .rec), or a list of them: paths, or {path, weight}. Labels are offset set by set. Or
-    {generated: C, ...}: images of C identities that are computed."""
+    """A packed data set (folder, .rec, or an address such as s3://bucket/folder), or a list of them: paths, or {path,
+    weight}. Labels are offset set by set. Or {generated: C, ...}: images of C identities that are computed."""
+    cache: RemoteCache = RemoteCache()
+    """Of training sets that are not on this machine's disks."""
     order: Annotated[GlobalSampling | BlockSampling | BalancedSampling, Field(discriminator="name")] = GlobalSampling()
     """In which order the images come; a name alone takes that order's defaults."""
     remainder: Literal["carry", "drop"] = "carry"
@@ -486,6 +503,8 @@ class Run(Section):
     """Seed of everything random: centers, weights, the order of samples, class samples, flips."""
     timeout_seconds: Annotated[float, Field(ge=1)] = 600.0
     """A run that stands still for so long ends, and says which rank everyone waited for: see docs/failures.md."""
+    bind_to_cores: bool = True
+    """Keep each rank on the cores near its GPU, on machines with several NUMA nodes: see docs/devices.md."""
     code: str | None = None
     """Folder of the modules that this configuration names (MODULE:NAME); its own when absent."""
     consult_every_steps: Count | None = None

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from .. import device as devices
-from . import failures
+from . import affinity, failures
 from .watchdog import Heartbeat, Watchdog
 
 
@@ -42,7 +42,9 @@ class World:
 
 
 @contextmanager
-def start(timeout_seconds: float = 600.0, device: torch.device | None = None) -> Iterator[World]:
+def start(
+    timeout_seconds: float = 600.0, device: torch.device | None = None, *, bind_to_cores: bool = True
+) -> Iterator[World]:
     """Joins the process group (nccl for GPUs, gloo for the host), and leaves it at the end.
 
     Reads torchrun's environment variables; without them the world is this process alone.
@@ -50,6 +52,7 @@ def start(timeout_seconds: float = 600.0, device: torch.device | None = None) ->
     Args:
         timeout_seconds: how long the run may stand still before the ranks' watchdogs end it.
         device: where this rank computes; the GPU of its number where there are GPUs when None.
+        bind_to_cores: keep this process on the cores near its device, see ``affinity.bind``.
 
     Raises:
         UsageError: there are more ranks than GPUs.
@@ -58,6 +61,8 @@ def start(timeout_seconds: float = 600.0, device: torch.device | None = None) ->
     """
     device = devices.local_device() if device is None else device
     devices.use(device)
+    if bind_to_cores:
+        affinity.bind(device)
     # The watchdogs end a run that stands still, and know who is to blame; a collective waits longer than they do.
     timeout = timedelta(seconds=max(7200.0, 2 * timeout_seconds))
     if "WORLD_SIZE" in os.environ:

@@ -13,6 +13,7 @@ from ...data.pairs.pairs import Pairs, read_pairs
 from ...data.protocols.images import open_images
 from ...data.protocols.table import read_protocol
 from ...data.records.joint import JointDataset
+from ...data.remote.mirror import RemoteOptions
 from ..evaluation.figures import headline, leading_of, rows_of
 from ..evaluation.judgement import Judgement
 from ..evaluation.threshold import OperatingPoint
@@ -163,7 +164,8 @@ def _trained_on(run: RunRecord) -> tuple[int | None, int | None]:
         return identities, (train["active"] or train["generated"]) * train["images_per_identity"]
     paths = [source["path"] for source in train] if isinstance(train, list) else [train] if train else []
     try:
-        dataset = JointDataset.open(paths) if paths else None
+        remote = RemoteOptions(**(run.setting("data", "cache") or {}))
+        dataset = JointDataset.open(paths, remote=remote) if paths else None
     except UsageError:  # moved or deleted since, which takes nothing from the run
         dataset = None
     if dataset is None:

@@ -23,12 +23,16 @@ def data(
     """Load images as training does, and nothing else: images per second in the global and the blocks order.
 
     For comparison, in the same run and taking turns, DALI's own reader of such files (shuffled within a window, and in
-    the order of the files) and a plain torch DataLoader that decodes with Pillow.
+    the order of the files) and a plain torch DataLoader that decodes with Pillow; and the same files through the cache
+    of remote data sets.
     """
     from ...benchmarks.data import measure_loaders
     from ...data import RecordDataset
+    from ...data.remote.mirror import address_of
     from ...engine.device import local_device
 
+    if (address := address_of(dataset)) is not None:
+        raise UsageError(f"{address}: DALI's own reader takes local files alone: give a data set on a disk")
     opened = RecordDataset.open(dataset)
     if opened.image_size is None:
         raise UsageError(f"{dataset} does not say how large its images are: pack it with one size")

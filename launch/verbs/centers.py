@@ -42,15 +42,17 @@ def centers(
     from ...engine import checkpoint
     from ...engine.config import load_config
     from ...engine.sub_centers import review, stored_centers, write_dominant
+    from ...engine.training_data import remote_options
 
     check_new_folder(out)
     where = find_device(device)
     found = checkpoint.find(source)
     trained = open_backbone(source, where)
-    paths = data or [one.path for one in load_config(found.path / checkpoint.CONFIG).data.sources]
+    config = load_config(found.path / checkpoint.CONFIG)
+    paths = data or [one.path for one in config.data.sources]
     if not paths:
         raise UsageError(f"{source} was trained on generated images: give --data")
-    dataset = JointDataset.open(paths)
+    dataset = JointDataset.open(paths, remote=remote_options(config))
     with new_folder(out) as partial:
         stored = stored_centers(found, partial)
         if len(stored) != dataset.num_classes:

@@ -9,7 +9,7 @@ from ...data.errors import UsageError
 from ..console import parse_size, progress_bar
 from . import pack_protocol
 from .pack_arguments import Out, Overwrite, Quality, Seed, Shards, Size, Workers
-from .pack_sources import folder, list_file, recordio, table
+from .pack_sources import folder, list_file, recordio, table, webdataset
 
 app = typer.Typer(
     help="Pack images into a data set (RecordIO shards), pairs into a verification set; or make a protocol's table.",
@@ -20,6 +20,7 @@ app.command()(folder)
 app.command("list")(list_file)
 app.command()(recordio)
 app.command()(table)
+app.command()(webdataset)
 app.add_typer(pack_protocol.app, name="protocol")
 
 

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 @pack_verb(numbered=False)
 def folder(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder with one sub-folder for each identity.")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SRC", help="Folder with one sub-folder for each identity; or its address, s3://..."),
+    ],
     out: Out,
     **options: Any,
 ) -> "PackSummary":
@@ -74,6 +77,31 @@ def recordio(
     from ...data import pack_recordio
 
     return pack_recordio(sources, out, joining=labels, without_images=without_images, **options)
+
+
+@pack_verb()
+def webdataset(
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SRC...", help="Tar files, folders of them, or addresses; {000..099} for numbers."),
+    ],
+    out: Out,
+    label: Annotated[
+        str,
+        typer.Option(
+            metavar="ENDING|json:KEY|folder",
+            help="Where a sample's identity is: the file with this ending, a key of its .json, or its folder.",
+        ),
+    ] = "cls",
+    **options: Any,
+) -> "PackSummary":
+    """Pack the images of WebDataset tar files: 000123.jpg with 000123.cls, .txt or .json beside it.
+
+    Remote files are copied next to OUT first, and removed in the end. Images are treated as by 'pfc pack folder'.
+    """
+    from ...data import pack_webdataset
+
+    return pack_webdataset(sources, out, label=label, **options)
 
 
 @pack_verb()

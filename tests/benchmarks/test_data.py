@@ -70,10 +70,11 @@ def test_the_benchmark_measures_every_loader(folder: Path, tmp_path: Path, capsy
         "DALI's reader, in file order",
         "pfc, global order",
         "pfc, blocks order",
+        "pfc, blocks order, cached",
         "torch DataLoader, Pillow",
     ]
     assert all(len(timing["images_per_second"]) == 2 and timing["ratio"] > 0 for timing in timings)
-    assert [timing["processor_microseconds"] is not None for timing in timings] == [True] * 4 + [False]
+    assert [timing["processor_microseconds"] is not None for timing in timings] == [True] * 5 + [False]
     assert all(min(timing["processor_microseconds"]) > 0 for timing in timings[:4])
     out = capsys.readouterr().out
     assert "45 images of 32×32, 1 threads on cpu, decoded on the CPU, batches of 8" in out

@@ -48,12 +48,16 @@ class FolderSource(FileSource):
             if len(codes) == before:
                 without.append(name)
         self.codes = np.frombuffer(codes, dtype=np.int32) if codes else np.zeros(0, dtype=np.int32)
-        if not len(codes) or (without and not allow_empty):
-            suffixes = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
-            raise UsageError(
-                f"{src}: no image in the sub-folder(s) {some(without)}: add images ({suffixes}) "
-                "or remove the sub-folder(s)"
-            )
+        refuse_empty(src, len(codes), without, allow_empty=allow_empty)
+
+
+def refuse_empty(src: object, images: int, without: list[str], *, allow_empty: bool) -> None:
+    """UsageError where there is no image at all, or, unless that is allowed, in the sub-folders ``without``."""
+    if not images or (without and not allow_empty):
+        suffixes = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
+        raise UsageError(
+            f"{src}: no image in the sub-folder(s) {some(without)}: add images ({suffixes}) or remove the sub-folder(s)"
+        )
 
 
 def _files(root: str, folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:

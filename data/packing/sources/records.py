@@ -19,6 +19,7 @@ from ...records.joint import JointDataset
 from ...records.labels import LabelEncoding, decode_label, encode_label, encoding_for
 from ...records.manifest import printable
 from ...records.recordio import RecordFile, unpack_image
+from ...remote.mirror import record_file
 from ..storing import Storing
 from .base import LazyTexts, Numbers, Source
 from .codes import NameCodes, codes_of, names_of
@@ -168,7 +169,7 @@ def relabelled(head: bytes, old: LabelEncoding, label: int, new: LabelEncoding) 
 @lru_cache(maxsize=1024)
 def _open(run: str, rec: Path, shuffled: bool) -> RecordFile:
     """Once in each process; ``run``, new each time, keeps a later call from seeing old files."""
-    file = RecordFile(rec)
+    file = record_file(rec)
     file.expect_random_reads(shuffled)
     return file
 

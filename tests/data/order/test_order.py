@@ -5,7 +5,7 @@ import pytest
 
 from pfc.data.errors import UsageError
 from pfc.data.order.balanced import BalancedOrder, group_by_identity
-from pfc.data.order.mixed import MixedOrder
+from pfc.data.order.mixed import MixedOrder, PartedOrder
 from pfc.data.order.orders import BlockOrder, Order, SampleOrder, counter_hash
 
 SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 129, 255, 257, 1000, 4097, 99_991]
@@ -215,3 +215,45 @@ def test_batches_are_counted_as_they_come(drop: bool) -> None:
                     count += 1
                     position = order.batch_start(position + size, size, drop=drop)
                 assert order.batches(first, end, size, drop=drop) == count, (size, first, end)
+
+
+@pytest.mark.parametrize(("samples", "parts", "batch"), [(1000, 2, 8), (1001, 3, 12), (997, 4, 4)])
+def test_parts_each_have_their_stretch_of_every_batch(samples: int, parts: int, batch: int) -> None:
+    ends = [samples * (part + 1) // parts for part in range(parts)]
+    starts = [0, *ends[:-1]]
+    orders = [
+        BlockOrder(end - start, 5 + part, block_size=16, window=64)
+        for part, (start, end) in enumerate(zip(starts, ends, strict=True))
+    ]
+    order = PartedOrder(orders, batch)
+    assert (order.num_samples, order.epoch_size) == (samples, samples)
+    batches = 3 * samples // batch
+    positions = np.arange(batches * batch)
+    found = order.at(positions).reshape(batches, parts, batch // parts)
+    visits = order.visits(positions).reshape(found.shape)
+    for part, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        own = found[:, part].ravel()
+        assert own.min() >= start
+        assert own.max() < end
+        for visit in range(len(own) // (end - start)):  # each sample once in each of the part's epochs
+            epoch = own[visit * (end - start) : (visit + 1) * (end - start)]
+            assert np.array_equal(np.sort(epoch), np.arange(start, end))
+            assert (visits[:, part].ravel()[visit * (end - start) : (visit + 1) * (end - start)] == visit).all()
+    # Read one by one, or from the middle, it is the same.
+    assert [int(order.at(np.array([p]))[0]) for p in range(40)] == found.ravel()[:40].tolist()
+
+
+def test_the_windows_of_a_part_are_those_of_its_own_samples() -> None:
+    orders = [BlockOrder(500, part, block_size=16, window=64) for part in range(2)]
+    order = PartedOrder(orders, 8)
+    for position in (0, 3, 4, 7, 1604, 1600):
+        part = position % 8 // 4
+        read = set(order.at(np.arange(position, position + 8 * 8).reshape(8, 8)[:, :1].ravel()).tolist())
+        covered = {
+            sample
+            for window in order.upcoming(position)
+            for start, stop in window.runs()
+            for sample in range(start, stop)
+        }
+        assert read <= covered
+        assert all(500 * part <= sample < 500 * (part + 1) for sample in covered)
