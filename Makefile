@@ -56,10 +56,10 @@ $(VENV)/bin/python:
 
 $(STAMP)-demo: setup.py $(C_FILES) | $(VENV)/bin/python
 	@echo "Installing pfc and the demo's fonts into $(VENV) (PyTorch and DALI are large: a few minutes the first time)"
-	@$(PIP) install --editable '.[demo]'
+	@$(PIP) install --editable '.[demo,cuda13]'
 	@touch $@
 
 $(STAMP)-dev: setup.py $(C_FILES) | $(VENV)/bin/python
 	@echo "Installing pfc and the tools for its tests into $(VENV) (PyTorch and DALI are large: a few minutes the first time)"
-	@$(PIP) install --editable '.[demo,export,dev]'
+	@$(PIP) install --editable '.[demo,cuda13,export,dev]'
 	@touch $@ $(STAMP)-demo

@@ -1,4 +1,4 @@
-"""Build and installation of pfc: the five top-level folders become one namespace, ``pfc``."""
+"""Build and installation of pfc: the top-level folders become one namespace, ``pfc``."""
 
 import platform
 from pathlib import Path
@@ -9,6 +9,8 @@ FOLDERS = ("partial_fc", "data", "engine", "launch", "benchmarks", "configs")
 
 # data/ is installed as pfc.data, and so on: the tree stays flat, and nothing called "data" lands in site-packages.
 packages = [f"pfc.{name}" for top in FOLDERS for name in (top, *(f"{top}.{sub}" for sub in find_packages(top)))]
+# Without __init__.py, so that pfc stays a namespace: what `python -m pfc` runs, and the pages that `pfc help` shows.
+packages += ["pfc", "pfc.docs"]
 
 # The compiled passes are optional: without a C compiler pfc installs all the same, and uses Python and torch instead.
 # The head's, once for each kind of processor; partial_fc/kernels/native.py takes the best that runs.
@@ -29,7 +31,10 @@ compiled.append(
     Extension("pfc.data.loading._plain", ["data/loading/plain.c"], extra_compile_args=["-O3"], optional=True)
 )
 
+# DALI's two packages install the same module, so only one of them can be there.
+cuda12 = ["nvidia-dali-cuda120>=2.4; sys_platform == 'linux'"]
 extras = {
+    "cuda13": ["nvidia-dali-cuda130>=2.4; sys_platform == 'linux'"],
     "export": ["onnx", "onnxruntime", "onnxscript"],
     "parquet": ["pyarrow"],
     "align": ["scikit-image>=0.26"],
@@ -55,9 +60,9 @@ setup(
     ],
     python_requires=">=3.11",
     packages=packages,
-    package_dir={f"pfc.{folder}": folder for folder in FOLDERS},
+    package_dir={f"pfc.{folder}": folder for folder in (*FOLDERS, "docs")} | {"pfc": "launch/pfc"},
     ext_modules=compiled,
-    package_data={"": ["**/*.html", "**/*.css", "**/*.yaml", "**/*.sbatch"]},
+    package_data={"": ["**/*.html", "**/*.css", "**/*.yaml", "**/*.sbatch", "*.md", "py.typed"]},
     install_requires=[
         "torch>=2.11",
         "numpy",
@@ -71,7 +76,6 @@ setup(
         "pillow>=10.1",
         "jinja2",
         "safetensors",
-        "nvidia-dali-cuda130>=2.4; sys_platform == 'linux'",
     ],
     extras_require={
         "demo": [
@@ -83,6 +87,7 @@ setup(
             "japanize-matplotlib",
             "fonttools",
         ],
+        "cuda12": cuda12,
         **extras,
         "dev": [
             "pytest",
@@ -101,6 +106,8 @@ setup(
             "accelerate",
             "ruff",
             "pyright[nodejs]",
+            "mkdocs-material>=9.8",
+            "cibuildwheel>=4",
             "build",
             "setuptools>=77",
             "wheel",

@@ -4,7 +4,6 @@ Exit codes: 0 done, 2 wrong use (one clear line), 130 after Ctrl-C, 1 anything e
 ``verbs/``; each imports what it needs when it is called, so that ``pfc --help`` is quick.
 """
 
-import importlib.metadata
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -22,6 +21,7 @@ from .verbs import (
     embed,
     evaluate,
     export,
+    help,
     inspect,
     new,
     overlap,
@@ -36,7 +36,6 @@ app = typer.Typer(
     name="pfc",
     help="Trains embedding networks over millions of identities: class centers cut over all ranks, classes sampled.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -57,6 +56,12 @@ app.command()(export.export)
 app.command()(convert.convert)
 app.add_typer(bench.app, name="bench")
 app.command()(doctor.doctor)
+app.command("help")(help.help_topic)
+
+
+def verbs() -> list[str]:
+    """Their names."""
+    return list(typer.main.get_group(app).commands)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        import importlib.metadata
+
         print(f"pfc {importlib.metadata.version('pfc')}")
         raise typer.Exit
 

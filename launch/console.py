@@ -39,6 +39,12 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     (console if console.is_terminal else Console(width=200)).print(table)
 
 
+def complete_run(incomplete: str) -> list[str]:
+    """Runs in runs/ and in the folder that is being typed, for the shell's completion."""
+    folder = Path(incomplete if incomplete.endswith("/") else Path(incomplete).parent)
+    return sorted({str(file.parent) for here in (Path("runs"), folder) for file in here.glob("*/config.yaml")})
+
+
 def check_outputs(*files: Path | None, picture: Path | None = None) -> None:
     """Before anything is measured: a wrong name should not cost the figures."""
     if picture is not None and picture.suffix.lower() not in (".png", ".pdf", ".svg"):

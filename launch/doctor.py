@@ -179,12 +179,18 @@ def _compiled_passes() -> Check:
 
 
 def _dali() -> Check:
-    package = "nvidia-dali-cuda130"
-    version = _package_version(package) or _package_version("nvidia-dali-cuda120")
-    advice = f"training reads its images through it: pip install {package}"
-    if version is None:
+    from ..data.loading.dali import how_to_install
+
+    found = {name: _package_version(name) for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120")}
+    there = [name for name, version in found.items() if version is not None]
+    if not there:
+        advice = f"it decodes all images, without a GPU too: {how_to_install()}"
         return Check("DALI", "missing", "not installed", advice, essential=True)
-    return _trial("DALI", "dali", version, f"reinstall it: pip install --force-reinstall {package}", essential=True)
+    if len(there) == 2:
+        advice = f"they overwrite each other: pip uninstall {' '.join(there)}, then {how_to_install()}"
+        return Check("DALI", "warning", "for CUDA 12 and for CUDA 13", advice)
+    advice = f"reinstall it: pip install --force-reinstall {there[0]}"
+    return _trial("DALI", "dali", f"{found[there[0]]}", advice, essential=True)
 
 
 def _triton() -> Check:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from ..data.errors import DamagedRecord, UndecodableImage, UsageError
-from .console import progress_bar, warn
+from .console import complete_run, progress_bar, warn
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from ..engine.review.embedded import Batch, Embedded
 
 Source = Annotated[
-    Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder (its latest checkpoint) or one checkpoint.")
+    Path,
+    typer.Argument(
+        metavar="RUN_OR_CHECKPOINT",
+        help="A run's folder (its latest checkpoint) or one checkpoint.",
+        autocompletion=complete_run,
+    ),
 ]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")]
 Flip = Annotated[
@@ -41,7 +46,13 @@ Memory = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images in one forward pass.")]
 Run = Annotated[
-    Path, typer.Option("--run", metavar="RUN_OR_CHECKPOINT", help="A run's folder, or one checkpoint: what embeds.")
+    Path,
+    typer.Option(
+        "--run",
+        metavar="RUN_OR_CHECKPOINT",
+        help="A run's folder, or one checkpoint: what embeds.",
+        autocompletion=complete_run,
+    ),
 ]
 NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")]
 _CHUNK = 512  # images that are read at a time

@@ -52,7 +52,7 @@ def table(page: str, header: str) -> list[list[str]]:
 
 
 def plot_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plot_objectives", DOCS / "plot_objectives.py")
+    spec = importlib.util.spec_from_file_location("plot_objectives", DOCS / "images" / "plot_objectives.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

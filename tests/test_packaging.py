@@ -1,10 +1,12 @@
 """The wheel holds what it must and nothing else, and works where the checkout is not."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -12,6 +14,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("partial_fc", "data", "engine", "launch", "benchmarks", "configs")
+
+STEP = """
+import torch
+from pfc.partial_fc import PartialFC, RowSGD, objectives
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+head = PartialFC(num_classes=9, embedding_dim=4, objective=objectives.DSoftmax(scale=32.0, stop=0.9), sample_rate=0.5)
+optimizer = RowSGD(head, lr=0.1)
+head(torch.randn(3, 4, requires_grad=True), torch.tensor([0, 4, 8])).backward()
+optimizer.step()
+print("trained")
+"""
+"""One step of the head alone."""
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +41,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkout(folder: Path) -> None:
     for room in ROOMS:
         shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
 
@@ -63,24 +78,70 @@ def test_the_wheel_holds_every_module_and_nothing_at_top_level(wheel: Path):
     assert {name.split("/")[0] for name in names} == {"pfc", "pfc-0.1.0.dist-info"}
     assert "pfc/__init__.py" not in names  # a namespace
     modules = {f"pfc/{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob("*.py")}
-    assert modules <= set(names)
+    assert modules - set(names) == {"pfc/launch/pfc/__main__.py"}  # that is
+    assert "pfc/__main__.py" in names
+    assert {f"pfc/{room}/py.typed" for room in ROOMS} <= set(names)  # for type checkers
+    pages = {f"pfc/docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
+    assert {name for name in names if name.startswith("pfc/docs/")} == pages
     assert any(name.endswith("LICENSE") for name in names)
     if shutil.which("gcc"):
         assert any(name.startswith("pfc/partial_fc/kernels/_native.") for name in names)
         assert any(name.startswith("pfc/data/loading/_plain.") for name in names)
 
 
-def test_without_a_compiler_the_wheel_is_built_all_the_same(tmp_path: Path):
+def test_without_a_compiler_the_wheel_is_built_all_the_same_and_trains(tmp_path: Path):
     checkout(tmp_path / "checkout")
     build(tmp_path / "checkout", tmp_path, CC="no-such-compiler")
     (built,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(built) as archive:
         assert not any(name.endswith(".so") for name in archive.namelist())
+        archive.extractall(tmp_path / "installed")
+    code = STEP + "from pfc.partial_fc.kernels import native; print(native.__file__, native.passes())"
+    trained, found = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "installed")).splitlines()
+    assert trained == "trained"
+    assert found == f"{tmp_path}/installed/pfc/partial_fc/kernels/native.py None"
+
+
+def test_the_wheels_to_publish():
+    """Which ones cibuildwheel would build."""
+    command = [sys.executable, "-m", "cibuildwheel", "--platform", "linux", "--print-build-identifiers"]
+    wanted = [f"cp3{minor}-manylinux_{arch}" for minor in (11, 12, 13, 14) for arch in ("x86_64", "aarch64")]
+    assert sorted(run(*command, cwd=ROOT).split()) == sorted(wanted)
+
+
+def test_a_published_wheel_passes_its_trial(environment: Path, tmp_path: Path):
+    """What cibuildwheel runs in each container, with this wheel."""
+    trials = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["cibuildwheel"]
+    said = ""
+    for command in trials["test-command"]:
+        found = f"{environment}:{os.environ['PATH']}"
+        said += run("sh", "-c", command.format(project=ROOT), cwd=tmp_path, PATH=found, OMP_NUM_THREADS="1")
+    assert said.startswith("pfc 0.1.0\n")
+    assert "step 40: loss" in said
+
+
+def test_a_type_checker_knows_the_package(environment: Path, tmp_path: Path):
+    """A user's script: right types pass, wrong ones do not."""
+    (tmp_path / "user.py").write_text(
+        "from pfc.data import RecordDataset\n"
+        "from pfc.partial_fc import PartialFC, RowSGD, objectives\n"
+        "head = PartialFC(9, 4, objective=objectives.CosFace(scale=16.0))\n"
+        "rate: float = RowSGD(head, lr=0.1).defaults['lr']\n"
+        "images: int = len(RecordDataset.open('set'))\n"
+        "wrong: str = objectives.names()\n"
+    )
+    command = [sys.executable, "-m", "pyright", "--pythonpath", str(environment / "python"), "--outputjson"]
+    checked = subprocess.run([*command, "user.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    problems = json.loads(checked.stdout)["generalDiagnostics"]
+    assert [(one["rule"], one["range"]["start"]["line"]) for one in problems] == [("reportAssignmentType", 5)], problems
 
 
 def test_the_wheel_works_from_anywhere(environment: Path, tmp_path: Path):
     assert run(str(environment / "pfc"), "--version", cwd=tmp_path) == "pfc 0.1.0\n"
+    assert run(str(environment / "python"), "-m", "pfc", "--version", cwd=tmp_path) == "pfc 0.1.0\n"
     assert "Usage: pfc" in run(str(environment / "pfc"), "--help", cwd=tmp_path)
+    assert run(str(environment / "pfc"), "help", "data", cwd=tmp_path).startswith("# Data\n")
+    assert run(str(environment / "pfc"), "help", "machines", cwd=tmp_path).startswith("# Starting training runs\n")
     code = "import pfc.partial_fc, pfc.data, pfc.engine, pfc.launch.cli, pfc; print(*pfc.__path__, pfc.data.__file__)"
     for path in run(str(environment / "python"), "-c", code, cwd=tmp_path).split():
         assert Path(path).is_relative_to(environment.parent), path
@@ -98,6 +159,8 @@ def test_the_editable_installation_works_from_anywhere(tmp_path: Path):
     code = "import pfc.partial_fc, pfc.launch.cli; print(pfc.partial_fc.__file__)"
     where = Path(run(sys.executable, "-c", code, cwd=tmp_path).strip())
     assert where == ROOT / "partial_fc" / "__init__.py"
+    assert run(sys.executable, "-m", "pfc", "--version", cwd=tmp_path) == "pfc 0.1.0\n"
+    assert run(sys.executable, "-m", "pfc", "--version", cwd=ROOT) == "pfc 0.1.0\n"
 
 
 def test_the_head_needs_torch_alone(tmp_path: Path):
@@ -123,12 +186,5 @@ class Without:
 
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 
-from pfc.partial_fc import PartialFC, RowSGD, objectives
-torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-head = PartialFC(num_classes=9, embedding_dim=4, objective=objectives.DSoftmax(scale=32.0, stop=0.9), sample_rate=0.5)
-optimizer = RowSGD(head, lr=0.1)
-head(torch.randn(3, 4, requires_grad=True), torch.tensor([0, 4, 8])).backward()
-optimizer.step()
-print("trained")
 '''
-    assert run(sys.executable, "-c", code, cwd=tmp_path) == "trained\n"
+    assert run(sys.executable, "-c", code + STEP, cwd=tmp_path) == "trained\n"

@@ -227,8 +227,10 @@ def import_dali() -> tuple[Any, Any, Any]:
         with _IMPORTING:  # its modules import each other in a circle: two threads at it at once block each other
             from nvidia.dali import fn, pipeline_def, types
     except ImportError as error:
-        raise UsageError(
-            "NVIDIA DALI is not installed: `pip install 'nvidia-dali-cuda130>=2.4'` "
-            "(or 'nvidia-dali-cuda120>=2.4' for CUDA 12); it decodes on machines without a GPU too"
-        ) from error
+        raise UsageError(f"NVIDIA DALI, which decodes images, is not installed: {how_to_install()}") from error
     return fn, types, pipeline_def
+
+
+def how_to_install() -> str:
+    """The command that installs the DALI whose CUDA is this PyTorch's; without a GPU either of them decodes."""
+    return f"pip install 'pfc[{'cuda12' if (torch.version.cuda or '').startswith('12') else 'cuda13'}]'"

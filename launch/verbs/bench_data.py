@@ -1,7 +1,6 @@
 """``pfc bench data``: loading speed of a data set, compared with DALI's own reader and a torch DataLoader."""
 
 import json
-import statistics
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +25,8 @@ def data(
     the order of the files) and a plain torch DataLoader that decodes with Pillow; and the same files through the cache
     of remote data sets.
     """
+    import statistics
+
     from ...benchmarks.data import measure_loaders
     from ...data import RecordDataset
     from ...data.remote.mirror import address_of

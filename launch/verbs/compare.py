@@ -5,12 +5,15 @@ from typing import Annotated
 
 import typer
 
-from ..console import print_table
+from ..console import complete_run, print_table
 from ..models import check_new_file
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Folders of runs, finished or not.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN RUN...", help="Folders of runs, finished or not.", autocompletion=complete_run),
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE.html", help="Write the page with their curves there.")
     ] = None,

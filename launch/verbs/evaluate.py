@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...data.errors import UsageError
-from ..console import find_device, print_table
+from ..console import complete_run, find_device, print_table
 from ..models import BatchSize, Device, Flip, Memory, Samples, check_new_file, open_backbone
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ Source = Annotated[
         metavar="[RUN_OR_CHECKPOINT]",
         help="A run's folder (its latest checkpoint) or one checkpoint; none with --embeddings.",
         show_default=False,
+        autocompletion=complete_run,
     ),
 ]
 

@@ -21,7 +21,13 @@ def _new() -> None:
 @app.command()
 def recipe(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="A recipe; without one all are listed.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="[NAME]",
+            help="A recipe; without one all are listed.",
+            show_default=False,
+            autocompletion=lambda: list(recipes()),
+        ),
     ] = None,
     out: Annotated[
         Path | None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...data.errors import UsageError
-from ..console import find_device, print_table
+from ..console import complete_run, find_device, print_table
 from ..models import BatchSize, Device, Flip, Memory, Samples, check_new_file, open_backbone
 
 if TYPE_CHECKING:
@@ -20,7 +20,11 @@ def threshold(
     on: Annotated[Path, typer.Option("--on", metavar="SET", help="Choose it on this set: a .bin file or a protocol.")],
     source: Annotated[
         Path | None,
-        typer.Argument(metavar="[RUN_OR_CHECKPOINT]", help="A run's folder or one checkpoint; none with --embeddings."),
+        typer.Argument(
+            metavar="[RUN_OR_CHECKPOINT]",
+            help="A run's folder or one checkpoint; none with --embeddings.",
+            autocompletion=complete_run,
+        ),
     ] = None,
     fmr: Annotated[
         float, typer.Option(min=0, max=1, help="False match rate: the share of pairs of two identities that may pass.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...data.errors import UsageError
+from ..console import complete_run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,7 +16,10 @@ _STILL = 120.0  # seconds without a line after which the age stands out
 
 
 def watch(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or of several runs.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folders of runs, or of several runs.", autocompletion=complete_run),
+    ],
     every: Annotated[float, typer.Option(min=0.2, metavar="SECONDS", help="Between looks at the files.")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Print once and end.")] = False,
 ) -> int:

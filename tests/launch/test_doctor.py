@@ -50,12 +50,12 @@ def test_whatever_is_not_ok_comes_with_advice(checks: dict[str, Check]):
 
 @pytest.mark.parametrize("json_too", [False, True])
 def test_something_essential_missing_exits_with_1(monkeypatch, capsys: pytest.CaptureFixture[str], json_too: bool):
-    missing = Check("DALI", "missing", "not [installed]", "pip install nvidia-dali-cuda130", essential=True)
+    missing = Check("DALI", "missing", "not [installed]", "pip install 'pfc[cuda13]'", essential=True)
     monkeypatch.setattr(doctor, "examine", lambda: [Check("pfc", "ok", "0.1.0"), missing])
     assert main(["doctor", *(["--json"] if json_too else [])]) == 1
     out = capsys.readouterr().out
     assert "not [installed]" in out
-    assert "pip install nvidia-dali-cuda130" in out
+    assert "pip install 'pfc[cuda13]'" in out
     if json_too:
         assert json.loads(out)["ok"] is False
 
@@ -75,8 +75,16 @@ def test_a_trial_that_fails_tells_its_last_line():
 def test_a_package_that_is_not_installed_is_missing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "_package_version", lambda _: None)
     assert doctor._dali().status == "missing"
+    assert "pip install 'pfc[cuda1" in doctor._dali().advice
     assert not doctor.is_fit([doctor._dali()])
     assert doctor._triton().status == "warning"
+
+
+def test_both_dalis_at_once_are_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "_package_version", lambda _: "2.4.0")
+    check = doctor._dali()
+    assert check.status == "warning"
+    assert "pip uninstall nvidia-dali-cuda130 nvidia-dali-cuda120" in check.advice
 
 
 @pytest.mark.parametrize(("rounds", "told"), [(True, "in bfloat16"), (False, "in float32 all the same")])

@@ -1,6 +1,6 @@
 """Draws the figures of docs/objectives.md from the objectives themselves.
 
-python docs/plot_objectives.py [FOLDER]        # docs/images when no folder is given
+python docs/images/plot_objectives.py [FOLDER]        # beside this file when no folder is given
 """
 
 import math
@@ -21,7 +21,7 @@ from pfc.partial_fc import objectives
 from pfc.partial_fc.objectives import Numbers, Objective, SoftplusObjective, SquaresObjective
 from pfc.partial_fc.objectives.state import ObjectiveState
 
-IMAGES = Path(__file__).parent / "images"
+IMAGES = Path(__file__).parent
 SHOWN: dict[str, dict[str, Any]] = {
     "combined": {"m1": 1.1, "m2": 0.2, "m3": 0.1},  # its defaults are softmax
     "adaface": {"concentration": 4.0},  # so that norms of 0 to 40 spread as in a training that has gone on
