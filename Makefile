@@ -3,6 +3,7 @@
 # make test-gpu  what only a GPU can show, in under ten minutes, with a table at the end (docs/devices.md)
 # make lint    ruff and pyright
 # make bench   time the head on this machine
+# make docs    build the documentation as a site, build/site/index.html
 # make image   build the container image, pfc:VERSION
 #
 # Everything is installed into .venv; VENV=/path uses another virtual environment, PYTHON=... another Python (>= 3.11).
@@ -19,7 +20,7 @@ WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 
 GLYPHS  = work/glyphs
 C_FILES = partial_fc/kernels/native.c data/loading/plain.c
 
-.PHONY: demo test test-gpu lint bench image clean
+.PHONY: demo test test-gpu lint bench docs image clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)-demo $(GLYPHS)/identify.csv
@@ -42,6 +43,9 @@ lint: $(STAMP)-dev
 
 bench: $(STAMP)-demo
 	$(VENV)/bin/pfc bench head --classes 50000 --rate 1 --rate 0.1
+
+docs: $(STAMP)-dev
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 
 image:
 	docker build --file docker/Dockerfile --tag pfc:$$(sed -n 's/^ *version="\(.*\)",/\1/p' setup.py) .

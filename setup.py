@@ -63,6 +63,7 @@ setup(
     package_dir={f"pfc.{folder}": folder for folder in (*FOLDERS, "docs")} | {"pfc": "launch/pfc"},
     ext_modules=compiled,
     package_data={"": ["**/*.html", "**/*.css", "**/*.yaml", "**/*.sbatch", "*.md", "py.typed"]},
+    exclude_package_data={"pfc.docs": ["site/*"]},
     install_requires=[
         "torch>=2.11",
         "numpy",

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+__all__ = ["Hook", "RunInfo", "Values"]
+
 Values = Mapping[str, Any]
 """Numbers (float, int, bool) and strings, by name."""
 
