@@ -6,9 +6,10 @@ Exit codes: 0 done, 2 wrong use (one clear line), 130 after Ctrl-C, 1 anything e
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ..data.errors import UsageError, forbidden
 from .verbs import (
@@ -32,12 +33,25 @@ from .verbs import (
     watch,
 )
 
+
+class _Verbs(TyperGroup):
+    """Its own help is plain text, that of a verb is rich's, whose import takes as long as all the rest together."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        with formatter.section("Verbs"):
+            formatter.write_dl([(name, verb.get_short_help_str(limit=200)) for name, verb in self.commands.items()])
+        with formatter.section("Options"):
+            formatter.write_dl([record for option in self.get_params(ctx) if (record := option.get_help_record(ctx))])
+
+
 app = typer.Typer(
     name="pfc",
+    cls=_Verbs,
     help="Trains embedding networks over millions of identities: class centers cut over all ranks, classes sampled.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 app.command()(train.train)
 app.add_typer(new.app, name="new")
@@ -66,6 +80,7 @@ def verbs() -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line (the process's own by default); returns the exit code."""
+    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         return app(arguments, prog_name="pfc", standalone_mode=False) or 0
     except UsageError as error:
@@ -77,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:  # an unknown option, a missing argument, a value of the wrong type
         command = context.command_path if (context := getattr(error, "ctx", None)) else "pfc"
         what = " ".join(error.format_message().split())  # a list of choices has a line for each
-        print(f"pfc: {what}\nTry '{command} --help'.", file=sys.stderr)
+        if what:  # there is nothing to say after the help of a verb that was given alone and has verbs of its own
+            print(f"pfc: {what}\nTry '{command} --help'.", file=sys.stderr)
     return 2
 
 

@@ -53,6 +53,17 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str], verb: str):
     assert "Usage: pfc" in capsys.readouterr().out
 
 
+def test_alone_it_shows_its_verbs(capsys: pytest.CaptureFixture[str]):
+    """Each with a whole sentence."""
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {verb} " in out for verb in cli.verbs())
+    assert "...\n" not in out.split("\n", 1)[1]
+    assert main(["pack"]) == 2
+    captured = capsys.readouterr()
+    assert ("Usage: pfc pack" in captured.out, captured.err) == (True, "")
+
+
 def test_help_and_version_do_not_pay_for_libraries():
     heavy = (
         "torch",
