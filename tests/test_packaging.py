@@ -8,9 +8,11 @@ import sys
 import sysconfig
 import tomllib
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("partial_fc", "data", "engine", "launch", "benchmarks", "configs")
@@ -77,6 +79,20 @@ def test_the_wheel_holds_every_module_and_nothing_at_top_level(wheel: Path):
     if shutil.which("gcc"):
         assert any(name.startswith("pfc/partial_fc/kernels/_native.") for name in names)
         assert any(name.startswith("pfc/data/loading/_plain.") for name in names)
+
+
+def test_dali_comes_with_an_extra_and_only_one_of_them(wheel: Path):
+    with zipfile.ZipFile(wheel) as archive:
+        about = message_from_bytes(archive.read("pfc-0.1.0.dist-info/METADATA"))
+    needs = [Requirement(line) for line in about.get_all("Requires-Dist", [])]
+
+    def dali(extra: str) -> list[str]:
+        wanted = [need for need in needs if need.marker is None or need.marker.evaluate({"extra": extra})]
+        return [need.name for need in wanted if "dali" in need.name]
+
+    assert dali("") == []
+    assert dali("cuda12") == ["nvidia-dali-cuda120"]
+    assert dali("cuda13") == dali("all") == ["nvidia-dali-cuda130"]
 
 
 def test_without_a_compiler_the_wheel_is_built_all_the_same_and_trains(tmp_path: Path):
