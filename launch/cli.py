@@ -28,6 +28,7 @@ from .verbs import (
     overlap,
     pack,
     plan,
+    sweep,
     threshold,
     train,
     watch,
@@ -59,6 +60,7 @@ app.command()(plan.plan)
 app.add_typer(pack.app, name="pack")
 app.command()(watch.watch)
 app.command()(compare.compare)
+app.command()(sweep.sweep)
 app.command()(inspect.inspect)
 app.command()(evaluate.evaluate)
 app.command()(threshold.threshold)

@@ -15,6 +15,15 @@ def default_ranks() -> int:
     Raises:
         UsageError: this machine's GPUs could not be counted.
     """
+    return gpus() or min(2, usable_cores())
+
+
+def gpus() -> int:
+    """How many GPUs this machine has.
+
+    Raises:
+        UsageError: they could not be counted.
+    """
     # Counted in a process of its own: one that has initialised CUDA can no longer fork ranks that use it.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     reader, writer = os.pipe()
@@ -28,7 +37,7 @@ def default_ranks() -> int:
         raise UsageError(
             f"this machine's GPUs could not be counted ({told or 'a crash'}): see pfc doctor, or give --nproc"
         )
-    return int(told) or min(2, usable_cores())
+    return int(told)
 
 
 def _count_devices(writer: int) -> NoReturn:

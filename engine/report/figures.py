@@ -94,6 +94,25 @@ def overlaid(series: Mapping[str, Series], label: str) -> str:
     return _render(draw, "step", label)
 
 
+def with_intervals(
+    lines: Mapping[str, Sequence[tuple[int, float, float]]], labels: Sequence[str], across: str, called: str
+) -> str:
+    """A figure at each label, (place, mean, half of the interval), one line for each name."""
+
+    def draw(axes: "Axes") -> None:
+        for number, ((name, points), colour) in enumerate(zip(lines.items(), _colours(len(lines)), strict=True)):
+            places, means, halves = np.array(points, dtype=float).T
+            shifted = places + 0.06 * (number - (len(lines) - 1) / 2)  # so that bars do not hide each other
+            axes.errorbar(
+                shifted, means, np.nan_to_num(halves), color=colour, marker="o", markersize=3.5, capsize=2, label=name
+            )
+        axes.set_xticks(range(len(labels)), labels, rotation=0 if sum(map(len, labels)) < 60 else 30)
+        if len(lines) > 1:
+            axes.legend()
+
+    return _render(draw, across, called)
+
+
 def accuracy_curve(accuracies: Mapping[str, Series]) -> str:
     """The leading figure of every set in percent over steps, one line per set."""
 

@@ -254,48 +254,6 @@ def step(
 
 
 @app.command()
-def accuracy(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A run's configuration, with pairs.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key.sub=value]...", help="Values in place of the file's, for all.")
-    ] = None,
-    variants: Annotated[
-        Path, typer.Option(metavar="FILE.yaml", help="What is compared: name: {key.sub: value}.", show_default=False)
-    ] = ...,  # type: ignore[assignment]
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder of the runs; what it has of them is kept.", show_default=False)
-    ] = ...,  # type: ignore[assignment]
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
-    at_once: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Runs at the same time. [dim]\\[default: one for each core][/dim]", show_default=False
-        ),
-    ] = None,
-    json_file: JsonFile = None,
-) -> None:
-    """Compare how well variants of a run learn: several seeds each, mean and standard deviation of the last evaluation.
-
-    Every run is a process with one rank, whose output is in OUT/VARIANT-SEED.log. Started again, the command goes on.
-    """
-    check_outputs(json_file)
-    from ...benchmarks.accuracy import measure, read_variants, table
-    from ..console import print_table
-    from ..machine import usable_cores
-
-    compared = read_variants(variants)
-    with _progress() as tell:
-        measure(
-            config, overrides or [], compared, seeds=seeds, folder=out, at_once=at_once or usable_cores(), tell=tell
-        )
-    print(f"{seeds} seed(s), mean ± standard deviation")
-    for titles, rows in table(compared):
-        print()
-        print_table(titles, rows)
-    _write_json(json_file, {"seeds": seeds, "variants": {one.name: one.found for one in compared}})
-
-
-@app.command()
 def search(
     gallery: Annotated[int, typer.Option(min=1, help="Rows that are searched.")] = 1_000_000,
     probes: Annotated[int, typer.Option(min=1, help="Rows that are searched for.")] = 20_000,

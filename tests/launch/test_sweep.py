@@ -1,0 +1,173 @@
+"""``pfc sweep``: a grid of values and seeds over one configuration."""
+
+import csv
+import json
+import signal
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import yaml
+
+from pfc.data import RecordDataset, make_pairs, pack_synthetic, write_pairs
+from pfc.engine.log.telemetry import read_json_lines
+from pfc.engine.report import sweep as report
+from pfc.launch.cli import main
+from pfc.launch.sweep import read_sweep
+from tests.commands import start_pfc, wait_until
+
+AXES = {
+    "loss": {"cosface": {"head.objective": {"name": "cosface", "scale": 16.0}}},
+    "head.sample_rate": [1.0, 0.5],
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A recipe of three steps, and a sweep of 1 × 2 points."""
+    pack_synthetic(tmp_path / "set", identities=6, images_per_identity=4, size=32, workers=1)
+    write_pairs(tmp_path / "pairs.bin", make_pairs(RecordDataset.open(tmp_path / "set"), 20, seed=0))
+    recipe = {
+        "data": {"train": str(tmp_path / "set"), "batch_size": 4},
+        "backbone": {"name": "small", "embedding_dim": 16, "options": {"width": 8}},
+        "schedule": {"steps": 3},
+        "evaluation": {"pairs": [str(tmp_path / "pairs.bin")]},
+        "log": {"tensorboard": False},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    write(tmp_path)
+    return tmp_path
+
+
+def write(folder: Path, **changes: object) -> Path:
+    tree = {"recipe": "recipe.yaml", "axes": AXES, "seeds": 2, "against": {"head.sample_rate": "1.0"}} | changes
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    return folder / "sweep.yaml"
+
+
+def test_every_point_is_trained_with_every_seed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = folder / "out"
+    command = ["sweep", str(write(folder, set={"optimizer.accumulate": 2})), "--out", str(out)]
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    with (out / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4
+    for row in rows:
+        run = out / f"{row['loss']}-{row['head.sample_rate']}-{row['seed']}"
+        settings = yaml.safe_load((run / "config.yaml").read_text())
+        assert settings["run"]["seed"] == int(row["seed"])
+        assert settings["optimizer"]["accumulate"] == 2
+        assert settings["head"]["objective"]["name"] == row["loss"]
+        assert settings["head"]["sample_rate"] == float(row["head.sample_rate"])
+        last = json.loads((run / "evaluation.jsonl").read_text().splitlines()[-1])
+        assert (row["set"], float(row["accuracy"])) == ("pairs", last["accuracy"])
+        assert float(row["seconds"]) > 0
+        assert float(row["processor_seconds"]) > 0
+        assert 50 < float(row["peak_mib"]) < 10_000
+    assert pyarrow.parquet.read_table(out / "results.parquet").num_rows == 4
+    assert "data:image/svg+xml" in (out / "sweep.html").read_text()
+    assert told.count("run        ") == 4
+
+    by = {(row["loss"], row["head.sample_rate"], row["seed"]): float(row["accuracy"]) for row in rows}
+    ours, base = ([by["cosface", rate, seed] for seed in "01"] for rate in ("0.5", "1.0"))
+    (line,) = (line for line in told.splitlines() if line.split()[:2] == ["cosface", "0.5"])
+    assert f"{np.mean(ours):.4f} ± {np.std(ours, ddof=1):.4f}" in line
+    assert f"{np.mean(ours) - np.mean(base):+.4f} [" in line
+
+    written = (out / "cosface-0.5-1" / "metrics.jsonl").stat().st_mtime_ns
+    assert main(command) == 0, "it has all of it"
+    assert (out / "cosface-0.5-1" / "metrics.jsonl").stat().st_mtime_ns == written
+    assert "run        " not in capsys.readouterr().out
+    assert main([*command, "schedule.steps=4"]) == 2
+    assert "is a run with other values: give another --out" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_does_not_end_the_others(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(
+        folder,
+        axes={"data": {"good": {}, "bad": {"data.train": str(folder / "nowhere")}}},
+        against={"data": "good"},
+        seeds=[3],
+    )
+    assert main(["sweep", str(file), "--out", str(folder / "out")]) == 1
+    told = capsys.readouterr()
+    assert "bad-3 failed: " in told.err
+    assert "nowhere: no such data set" in told.err
+    assert "1 of 2 runs failed: give the command again" in told.err
+    assert any(line.split()[0] == "good" for line in told.out.splitlines() if line)
+    assert "no such data set" in (folder / "out" / "sweep.html").read_text()
+    pack_synthetic(folder / "nowhere", identities=6, images_per_identity=4, size=32, workers=1)
+    assert main(["sweep", str(file), "--out", str(folder / "out")]) == 0
+    assert capsys.readouterr().out.count("run        ") == 1
+
+
+def test_a_sweep_that_is_stopped_goes_on(folder: Path) -> None:
+    file = write(
+        folder, axes={"optimizer.backbone.lr": [0.1, 0.05]}, against={}, seeds=1, set={"schedule.steps": 100_000}
+    )
+    metrics = [folder / "out" / f"{rate}-0" / "metrics.jsonl" for rate in ("0.1", "0.05")]
+    before = 0
+    for _ in range(2):
+        command = start_pfc("sweep", file, "--out", folder / "out", "--at-once", "2")
+        wait_until(partial(more_than, before, metrics), 120)
+        command.send_signal(signal.SIGTERM)
+        assert command.wait().exit_code == 143
+        assert all((path.parent / "checkpoints" / "latest").exists() for path in metrics)
+        before = max(len(steps(path)) for path in metrics)
+    for path in metrics:  # the second start went on where the first had saved
+        assert steps(path) == sorted(set(steps(path)))
+
+
+def more_than(lines: int, metrics: list[Path]) -> bool:
+    return all(len(steps(path)) > lines for path in metrics)
+
+
+def steps(path: Path) -> list[int]:
+    return [line["step"] for line in read_json_lines(path)] if path.exists() else []
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"axes": {}}, "axes: "),
+        ({"axes": {"a": [{"b": 1}]}}, "axes.a: '{\"b\": 1}' names folders too"),
+        ({"axes": {"loss": {"x": {"head.objective": {"name": "none"}}}}, "against": {}}, "unknown objective 'none'"),
+        ({"against": {"loss": "nothing"}}, "against.loss: 'nothing' is no label of it: cosface"),
+        ({"axes": {"loss": {"a/b": {}, "a b": {}}}, "against": {}}, "two points would have one folder"),
+        ({"recipe": "nowhere.yaml"}, "nowhere.yaml: no such configuration file"),
+        ({"seed": 1}, "seed: unknown key; did you mean seeds?"),
+        ({"seeds": 0}, "seeds"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_is_trained(
+    changes: dict, what: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", str(write(folder, **changes)), "--out", str(folder / "out")]) == 2
+    told = capsys.readouterr().err
+    assert what in told
+    assert len(told.splitlines()) == 1
+    assert not (folder / "out").exists()
+
+
+def test_all_combinations_are_runs_seed_by_seed(folder: Path) -> None:
+    axes = {"head.sample_rate": [1.0, 0.5, 0.25], "optimizer.accumulate": [1, 2]}
+    runs = read_sweep(write(folder, axes=axes, against={}, seeds=[4, 7]), ["schedule.steps=2"]).runs
+    assert [run.seed for run in runs] == [4] * 6 + [7] * 6
+    points = [(run.point["head.sample_rate"], run.point["optimizer.accumulate"]) for run in runs[:6]]
+    assert points == [(rate, steps) for rate in ("1.0", "0.5", "0.25") for steps in ("1", "2")]
+    assert runs[3].changes == ["head.sample_rate=0.5", "optimizer.accumulate=2", "schedule.steps=2"]
+
+
+def test_the_interval_is_students(folder: Path) -> None:
+    values = [0.5, 0.6, 0.9, 0.4]
+    assert report.interval(values) == pytest.approx(3.182446 * np.std(values, ddof=1) / 2, rel=1e-6)
+
+
+def test_the_sweeps_that_come_along_are_accepted() -> None:
+    files = sorted((Path(__file__).parents[2] / "configs" / "sweeps").glob("*.yaml"))
+    assert files
+    for file in files:
+        assert len(read_sweep(file, []).runs) > 1
