@@ -135,7 +135,7 @@ def check_new_file(path: Path, *suffixes: str) -> None:
         raise UsageError(f"{path}: no file can be made in {above}: name another folder")
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Calls ``write`` with a temporary name in the same folder and renames the file when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
