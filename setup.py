@@ -40,6 +40,7 @@ extras = {
     "align": ["scikit-image>=0.26"],
     "timm": ["timm>=1.0"],
     "remote": ["fsspec[http]", "s3fs", "gcsfs"],
+    "hub": ["huggingface_hub>=1.0"],
     "wandb": ["wandb>=0.31"],
     "mlflow": ["mlflow-skinny"],
 }
@@ -101,6 +102,7 @@ setup(
             "s3fs",
             "gcsfs",
             "moto[server]",
+            "huggingface_hub>=1.0",
             "wandb>=0.31",
             "mlflow-skinny",
             "lightning",
