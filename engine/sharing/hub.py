@@ -81,10 +81,10 @@ class EmbeddingNetwork(nn.Module, PyTorchModelHubMixin, library_name="pfc", pipe
     @classmethod
     def _from_pretrained(cls, *, model_id: str, cache_dir: Any, strict: bool = True, **rest: Any) -> Any:
         folder = Path(model_id) if Path(model_id).is_dir() else None
-        if not isinstance(rest.get("backbone"), dict) or not isinstance(rest.get("preprocessing"), dict):
+        told = [set(rest[key]) if isinstance(rest.get(key), dict) else set() for key in ("backbone", "preprocessing")]
+        if not (told[0] >= {"name", "embedding_dim"} and told[1] >= {"size", "rescale_factor", "mean", "std"}):
             raise UsageError(f"{model_id}: no {CONFIG_NAME} of pfc there: give a folder that pfc export has written")
-        name = rest["backbone"].get("name", "")
-        if ":" in name:
+        if ":" in (name := rest["backbone"]["name"]):
             own_code.load("backbone.name", name, apart_from=folder or Path(cache_dir or HF_HUB_CACHE))
         if folder is not None and not (folder / SAFETENSORS_SINGLE_FILE).is_file():
             raise UsageError(f"{folder}: {SAFETENSORS_SINGLE_FILE} is missing: copy the whole folder")

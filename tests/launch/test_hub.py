@@ -244,6 +244,9 @@ def test_folders_that_are_no_network(shared: Path, tmp_path: Path):
         (out / spoilt).unlink()
         with pytest.raises(UsageError, match=told):
             EmbeddingNetwork.from_pretrained(out)
+    (tmp_path / "model.safetensors" / "config.json").write_text('{"backbone": {"name": "small"}}')
+    with pytest.raises(UsageError, match="of pfc there"):
+        EmbeddingNetwork.from_pretrained(tmp_path / "model.safetensors")
     out = tmp_path / "mixed"
     shutil.copytree(shared, out)
     config = json.loads((out / "config.json").read_text())
