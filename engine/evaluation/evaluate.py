@@ -68,7 +68,7 @@ def evaluate_pairs(
     threads: int = 2,
     moved: Callable[[], object] = lambda: None,
 ) -> tuple[VerificationResult, NDArray[np.float32]]:
-    """Embeds both images of every pair and compares them.
+    """Embeds the images of all pairs, each once, and compares those of every pair.
 
     All ranks of the default process group must call it together, with the same pairs; each embeds its part, and each
     gets the same result. Rank 0's BatchNorm statistics are used everywhere, as they are the ones that are saved. The
@@ -92,10 +92,12 @@ def evaluate_pairs(
         UsageError: the pairs are too few or of one kind only.
         RuntimeError: an image cannot be decoded, or an embedding is not finite; raised on every rank.
     """
+    places: dict[bytes, int] = {}  # an image that is in several pairs is embedded once
+    which = [places.setdefault(image, len(places)) for image in pairs.images]
     try:
         views = _embed_views(
             model,
-            pairs.images,
+            list(places),
             flip=True,
             image_size=image_size,
             device=device,
@@ -104,7 +106,9 @@ def evaluate_pairs(
             moved=moved,
         )
     except UndecodableImage as error:
+        error.place = which.index(error.place)
         raise UsageError(f"pairs {pairs.name!r}: {error}; make the file again without that pair") from None
+    views = views[:, which]
     broken = (~torch.isfinite(views).all(dim=2).all(dim=0)).nonzero().flatten().tolist()
     if broken:
         raise RuntimeError(

@@ -110,12 +110,14 @@ def _loading(config: Config, onnx: str | None) -> str:
     text = f"""With `pip install '{needs}'`:
 
 ```python
+import torch
 from PIL import Image
 from pfc.engine.sharing.hub import EmbeddingNetwork
 
 network = EmbeddingNetwork.from_pretrained("FOLDER_OR_REPOSITORY")
 images = network.preprocess([Image.open("a.jpg"), Image.open("b.jpg")])  # float32 [2, 3, H, W]
-a, b = network(images)  # each of length 1
+with torch.inference_mode():
+    a, b = network(images)  # each of length 1
 print(float(a @ b))  # their cosine
 ```"""
     if ":" in config.backbone.name:

@@ -77,6 +77,7 @@ class EmbeddingNetwork(nn.Module, PyTorchModelHubMixin, library_name="pfc", pipe
         from safetensors.torch import save_model
 
         save_model(self.backbone, str(save_directory / SAFETENSORS_SINGLE_FILE))
+        (save_directory / SAFETENSORS_SINGLE_FILE).chmod(0o644)  # safetensors makes it its owner's alone
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, cache_dir: Any, strict: bool = True, **rest: Any) -> Any:

@@ -146,7 +146,12 @@ def _export_weights(source: Path, out: Path) -> None:
     weights = {name: value.contiguous() for name, value in network.state_dict().items()}
     section, (height, width) = config.backbone, input_size(config)
     told = {"backbone": section.name, "embedding_dim": str(section.embedding_dim), "image_size": f"{height}x{width}"}
-    write_whole(out, lambda path: save_file(weights, path, metadata=told))
+
+    def write(path: Path) -> None:
+        save_file(weights, path, metadata=told)
+        path.chmod(0o644)  # safetensors makes it its owner's alone
+
+    write_whole(out, write)
     count = sum(value.numel() for value in weights.values())
     print(f"wrote {out}: {len(weights)} tensors of {section.name}, {count / 1e6:.2f} M numbers")
 

@@ -85,6 +85,10 @@ def test_the_network_comes_back_as_pfc_embed_computes_it(
     assert (found - single).abs().max() > 1e-3  # the mirror image counts
 
 
+def test_others_may_read_what_is_shared(shared: Path):
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in shared.iterdir())
+
+
 def test_images_are_prepared_as_the_evaluation_does(shared: Path, images: list[np.ndarray]):
     network = EmbeddingNetwork.from_pretrained(shared)
     pictures = [Image.open(io.BytesIO(image)) for image in images]

@@ -187,6 +187,7 @@ def test_exported_weights_are_the_networks(run_dir: Path, tmp_path: Path):
     out = tmp_path / "model.safetensors"
     assert main(["export", str(run_dir), str(out)]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert out.stat().st_mode & 0o777 == 0o644
     weights, state = load_file(out), load_backbone(run_dir)[0].state_dict()
     assert weights.keys() == state.keys()
     assert all(weights[name].equal(value) for name, value in state.items())

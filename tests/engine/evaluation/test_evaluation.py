@@ -52,6 +52,18 @@ def evaluate(model, pairs, batch_size=8):
     return evaluate_pairs(model, pairs, image_size=SIZE, device=CPU, batch_size=batch_size, threads=1)
 
 
+def test_an_image_of_several_pairs_is_embedded_once():
+    pairs, seen = noisy_pairs(40), []
+    repeated = Pairs([*pairs.images, *pairs.images], np.tile(pairs.same, 2), "twice")
+    model = small_model()
+    model.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    result, cosines = evaluate(model, repeated)
+    assert sum(seen) == 2 * len(set(pairs.images))  # with the mirror images
+    expected, once = evaluate(small_model(), pairs)
+    assert result.pairs == 2 * expected.pairs
+    np.testing.assert_allclose(cosines, np.tile(once, 2), atol=1e-6)
+
+
 # --- metrics
 
 
@@ -246,6 +258,7 @@ def test_all_ranks_use_the_batch_norm_statistics_of_rank_zero_and_keep_their_own
 
 def evaluate_with_a_broken_image():
     pairs = noisy_pairs(16)
+    pairs.images[1] = pairs.images[0]  # which is embedded once, and does not move the number that is told
     pairs.images[30] = b"not an image"  # in the last batch, so on the last rank
     try:
         evaluate(small_model(), pairs)
