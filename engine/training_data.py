@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..data import GeneratedDataset, GeneratedLoader, JointDataset, Loader, RecordDataset, TrainLoader
 from ..data.errors import UsageError
+from ..data.loading.readahead import need_room
 from ..data.order.balanced import BalancedOrder, groups_of
 from ..data.order.mixed import MixedOrder, PartedOrder, seed_of_set
 from ..data.order.orders import BlockOrder, Order, SampleOrder
@@ -94,6 +95,7 @@ def build_order(config: Config, dataset: Dataset, global_batch: int) -> Order:
                 f"{section.identities * section.images}, the global batch (data.batch_size × ranks) is {global_batch}: "
                 "they must be equal"
             )
+        need_room(dataset, [])  # before all labels are read for it
         return BalancedOrder(groups_of(dataset), seed, identities=section.identities, images=section.images)
     if isinstance(section, BlockSampling) and section.parts > 1:
         return _parted(section, config, dataset, global_batch, weights)

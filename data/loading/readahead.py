@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 from ..errors import UsageError
+from ..order.mixed import PartedOrder
 from ..order.orders import Order, Window
 from ..records.joint import JointDataset
 from ..remote.mirror import RemoteRecordFile
@@ -25,26 +26,14 @@ class ReadAhead:
 
     def __init__(self, dataset: Dataset, order: Order, position: int = 0) -> None:
         self._dataset, self._order = dataset, order
+        self._share = not isinstance(order, PartedOrder)  # else the ranks of this machine may read other parts
         self._asked: list[Window] = []
         self._thread = ThreadPoolExecutor(1)
-        sets = dataset.sets if isinstance(dataset, JointDataset) else [dataset]
-        files = [shard.file for one in sets for shard in one.shards]
-        remote = [file for file in files if isinstance(file, RemoteRecordFile)]
-        if remote:
-            windows = order.upcoming(position)
-            total = sum(file.size for file in remote)
-            mean = sum(file.size for file in files) / len(dataset)
-            images = sum(stop - start for window in windows for start, stop in window.runs())
-            wanted = min(total, _SPARE * images * mean) if windows else total
-            if wanted > (limit := remote[0].cache.limit):
-                raise UsageError(
-                    f"data.cache.gigabytes: {limit / 1e9:.3g} are too few for what is read at a time, "
-                    f"{wanted / 1e9:.3g}: "
-                    + ("raise it, or take a smaller data.order.window" if windows else _NO_WINDOWS)
-                )
-            if not windows:
-                for file in remote:
-                    file.will_need(0, file.size)
+        self._remote = remote_files(dataset)
+        need_room(dataset, order.upcoming(position))
+        if not order.upcoming(position):
+            for file in self._remote:
+                self._thread.submit(file.will_need, 0, file.size)
 
     def move(self, position: int) -> None:
         """Asks for what follows ``position``; returns at once."""
@@ -56,6 +45,8 @@ class ReadAhead:
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
+        for cache in {file.cache for file in self._remote}:
+            cache.forget_ahead()
 
     def _ask(self, window: Window) -> None:
         for start, stop in window.runs():
@@ -63,8 +54,34 @@ class ReadAhead:
                 shard, position = self._dataset.locate(start)
                 count = min(stop - start, shard.first + shard.images - position)
                 offsets = shard.offsets[position : position + count]
-                shard.file.will_need(int(offsets.min()), int(offsets.max()) + _LAST)
+                if isinstance(shard.file, RemoteRecordFile):
+                    shard.file.will_need(offsets, offsets + _LAST, share=self._share)
+                else:
+                    shard.file.will_need(int(offsets.min()), int(offsets.max()) + _LAST)
                 start += count
+
+
+def remote_files(dataset: Dataset) -> list[RemoteRecordFile]:
+    """The shards that are not on this machine's disks."""
+    sets = dataset.sets if isinstance(dataset, JointDataset) else [dataset]
+    files = [shard.file for one in sets for shard in one.shards]
+    return [file for file in files if isinstance(file, RemoteRecordFile)]
+
+
+def need_room(dataset: Dataset, windows: list[Window]) -> None:
+    """UsageError where the cache of remote files does not hold these windows, or, without any, all of them."""
+    remote = remote_files(dataset)
+    if not remote:
+        return
+    total = sum(file.size for file in remote)
+    images = sum(stop - start for window in windows for start, stop in window.runs())
+    wanted = min(total, _SPARE * images * total / len(dataset)) if windows else total
+    if wanted > (limit := remote[0].cache.limit):
+        advice = "raise it, or take a smaller data.order.window" if windows else _NO_WINDOWS
+        raise UsageError(
+            f"data.cache.gigabytes: {limit / 1e9:.3g} are too few for what is read at a time, {wanted / 1e9:.3g}: "
+            f"{advice}"
+        )
 
 
 _NO_WINDOWS = "raise it, or choose data.order: blocks, which reads a part of the data set at a time"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..errors import UsageError
 from .labels import LabelEncoding
@@ -24,6 +24,13 @@ class ShardEntry(BaseModel):
     images: int = Field(ge=1)
     bytes: int = Field(ge=1)
     sha256: str
+
+    @field_validator("rec", "idx")
+    @classmethod
+    def _beside(cls, name: str) -> str:
+        if Path(name).name != name or name.startswith("."):
+            raise ValueError(f"{name!r} is not the name of a file beside it")
+        return name
 
 
 class Manifest(BaseModel):

@@ -148,7 +148,7 @@ class RecordFile:
         """As of ``MappedFile``."""
         self._mapped.expect_random_reads(yes)
 
-    def will_need(self, first: int, stop: int) -> None:
+    def will_need(self, first: Any, stop: Any) -> None:
         """As of ``MappedFile``."""
         self._mapped.will_need(first, stop)
 

@@ -20,6 +20,7 @@ import fcntl
 import hashlib
 import os
 import threading
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -38,10 +39,12 @@ from .store import Store
 BLOCK = 1 << 20
 GROUP = 16  # blocks that one request fetches at most
 _CRC = 4  # bytes
-_FETCHERS = 8  # requests of this process at a time, ahead of the order; and as many for what is waited for
-_MAPPED = 4096  # blocks that this process maps at a time
+_FETCHERS = 8  # requests of this process at a time for what is waited for; and half as many ahead of the order
+_MOST_MAPPED = 4096  # blocks that this process maps at a time; fewer where they are an eighth of the limit
+_LEFTOVER = 3600.0  # seconds after which a file that was not renamed is one of a process that was killed
 _LOOK = 64  # the folder is looked through whenever a 64th of the limit was fetched
 _LEFT = 0.9  # of the limit, when blocks were removed
+_POLL = 0.02  # seconds
 _TRIES = 5  # to map a block that other processes remove
 
 
@@ -51,14 +54,33 @@ class BlockCache:
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder = folder / "blocks"
         self.limit = limit
-        self._lock = threading.RLock()
-        self._depth = 0
         self._mapped: OrderedDict[tuple[RemoteBytes, int], None] = OrderedDict()
         self._stored = 0  # bytes since the folder was looked through
+        self._begin_threads()
+        os.register_at_fork(after_in_child=self._begin_threads)
+        # concurrent.futures would fetch all that is queued before it lets the interpreter end.
+        threading._register_atexit(self.forget_ahead)  # type: ignore[attr-defined]
+
+    def _begin_threads(self) -> None:
+        """Anew in a process that was forked, which has none of them."""
+        self._lock = threading.RLock()
+        self._depth = 0
         self._starting = threading.RLock()  # a future that is done already calls back at once
         self._flying: dict[tuple[RemoteBytes, int], tuple[frozenset[int], ThreadPoolExecutor, Future[None]]] = {}
-        self._ahead = ThreadPoolExecutor(_FETCHERS, "pfc-ahead")
+        self._ahead = ThreadPoolExecutor(_FETCHERS // 2, "pfc-ahead")
         self._now = ThreadPoolExecutor(_FETCHERS, "pfc-fetch")
+
+    def forget_ahead(self) -> None:
+        """Fetch nothing of what was asked for ahead and is not under way."""
+        with self._starting:
+            old, self._ahead = self._ahead, ThreadPoolExecutor(_FETCHERS // 2, "pfc-ahead")
+        old.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def _most_mapped(self) -> int:
+        """A removed block takes its space until it is not mapped any more: so it is few of them."""
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return max(GROUP, min(_MOST_MAPPED, self.limit // (8 * ranks * BLOCK)))
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -69,7 +91,7 @@ class BlockCache:
                 yield
             finally:
                 self._depth -= 1
-                while not self._depth and len(self._mapped) > _MAPPED:
+                while not self._depth and len(self._mapped) > self._most_mapped:
                     (file, block), _ = self._mapped.popitem(last=False)
                     file.unmap(block)
 
@@ -137,10 +159,9 @@ class BlockCache:
             folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise _unwritable(folder, error) from None
+            raise unwritable(folder, error) from None
         try:
-            with suppress(OSError):  # a disk without locks: some blocks are fetched twice
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            take_lock(lock, file.store.longest)
             missing = [block for block in blocks if not file.place(block).exists()]
             for first, last in _runs(missing):
                 content = file.store.read(file.name, first * BLOCK, min((last + 1) * BLOCK, file.size))
@@ -155,19 +176,19 @@ class BlockCache:
             self._remove_old(int(self.limit * _LEFT))
 
     def _store(self, place: Path, content: bytes) -> None:
-        for attempt in range(2):
+        for attempt in range(_TRIES):
             try:
                 with replacing(place) as unfinished:
                     unfinished.write_bytes(content + zlib.crc32(content).to_bytes(_CRC, "little"))
                 return
             except OSError as error:
-                if attempt or error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise _unwritable(place.parent, error) from None
-            self._remove_old(0)  # another one fills this disk: what is needed is fetched again
+                if attempt == _TRIES - 1 or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise unwritable(place.parent, error) from None
+            self._remove_old(None)  # something else fills this disk
 
-    def _remove_old(self, left: int) -> None:
+    def _remove_old(self, left: int | None) -> None:
         """Remove the blocks that were not used for the longest time until ``left`` bytes are there, if they are more
-        than the limit; or in any case where ``left`` is 0. One process does it, and others go on."""
+        than the limit; without a number, half of them. One process does it, and others go on."""
         lock = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
         try:
             try:
@@ -178,8 +199,9 @@ class BlockCache:
                 pass
             found = sorted(_blocks_in(self.folder))
             total = sum(size for _, size, _ in found)
-            if left and total <= self.limit:
+            if left is not None and total <= self.limit:
                 return
+            left = total // 2 if left is None else left
             for _, size, path in found:
                 if total <= left:
                     break
@@ -242,6 +264,21 @@ class RemoteBytes:
         map_at(self._start + at, min(BLOCK, self.size - at), None)
 
 
+def take_lock(descriptor: int, seconds: float) -> None:
+    """Wait for the lock of an open folder, but no longer than that: who has it may stand still. Nor where the disk has
+    no locks. Without it something is fetched twice, and nothing is wrong."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return
+            time.sleep(_POLL)
+        except OSError:
+            return
+
+
 def _runs(blocks: list[int]) -> list[tuple[int, int]]:
     """The first and the last of each row of blocks without a gap."""
     starts = [block for block in blocks if block - 1 not in blocks]
@@ -256,9 +293,10 @@ def _blocks_in(folder: Path) -> Iterator[tuple[float, int, str]]:
             whole = os.path.join(path, name)
             with suppress(FileNotFoundError):
                 status = os.stat(whole)
-                yield status.st_mtime, status.st_size, whole
+                if not name.startswith(".") or time.time() - status.st_mtime > _LEFTOVER:  # else it is being written
+                    yield status.st_mtime, status.st_size, whole
 
 
-def _unwritable(place: Path, error: OSError) -> UsageError:
+def unwritable(place: Path, error: OSError) -> UsageError:
     why = (error.strerror or str(error)).lower()
     return UsageError(f"{place}: remote data cannot be kept there: {why}: choose another folder with data.cache.folder")

@@ -11,14 +11,13 @@ Whoever opens the folder opens the data set: ``record_file`` sees the .remote, a
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,8 @@ from ..atomic import make_folder, replacing
 from ..errors import UsageError
 from ..records.manifest import LABEL_NAMES_NAME, MANIFEST_NAME, read_manifest
 from ..records.recordio import RecordFile
-from .blocks import BLOCK, GROUP, BlockCache, RemoteBytes
-from .store import PIECE, Patience, Store
+from .blocks import BLOCK, GROUP, BlockCache, RemoteBytes, take_lock, unwritable
+from .store import PIECE, Patience, RefusedError, Store
 
 _SUFFIX = ".remote"
 _WHOLE = (LABEL_NAMES_NAME, "property")  # small files that a data set may have
@@ -61,11 +60,13 @@ class RemoteOptions:
 def address_of(path: str | Path) -> str | None:
     """The address that ``path`` is, as s3://bucket/folder; None where it is a path of this machine."""
     if isinstance(path, str) and "://" in path:
-        return path
+        scheme, _, rest = path.partition("://")
+        return f"{scheme.lower()}://{rest}"
     found = _AS_A_PATH.fullmatch(str(path))
     if found is None or os.path.exists(path):
         return None
     scheme, rest = found.groups()
+    scheme = scheme.lower()
     return f"{scheme}:///{rest}" if scheme in ("file", "local") else f"{scheme}://{rest}"
 
 
@@ -75,35 +76,54 @@ def mirrored(address: str, options: RemoteOptions | None = None) -> Path:
     Fetches what is not a shard. UsageError where it cannot be read, or is no data set.
     """
     options = options or RemoteOptions()
+    if "?" in address:
+        raise UsageError(
+            f"{address}: addresses with ? (signed ones, say) name one file: give that of a folder or a .rec"
+        )
     one = address.endswith(".rec")
     url, _, only = address.rpartition("/") if one else (address.rstrip("/"), "", "")
     store = Store(url, Patience(options.timeout, options.attempts))
-    key = hashlib.sha256(url.encode()).hexdigest()[:16]
-    folder = options.place / "sets" / key / (url.rpartition("/")[2] or "data")
+    folder = _place(url, options)
     make_folder(folder)
-    lock = os.open(folder.parent, os.O_RDONLY | os.O_CLOEXEC)  # the ranks of this machine come at the same time
     try:
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        recs = _renew(store, folder, only, options)
-    finally:
-        os.close(lock)
+        lock = os.open(folder.parent, os.O_RDONLY | os.O_CLOEXEC)  # the ranks of this machine come at the same time
+        try:
+            take_lock(lock, store.longest)
+            recs = _renew(store, folder, only, options)
+        finally:
+            os.close(lock)
+    except OSError as error:
+        raise unwritable(folder, error) from None
     for rec in recs:  # opening a shard looks at its first and its last records
         file = RemoteRecordFile(folder / rec)
         file.fetch_soon(np.array([0, file.size - 1]), np.array([1, file.size]))
     return folder / only if one else folder
 
 
+def known_mirror(address: str, options: RemoteOptions) -> Path:
+    """Where the folder is that stands for the data set at ``address``, if it was opened before; asks no server."""
+    url = address.rpartition("/")[0] if address.endswith(".rec") else address.rstrip("/")
+    return _place(url, options) / (address.rpartition("/")[2] if address.endswith(".rec") else "")
+
+
+def _place(url: str, options: RemoteOptions) -> Path:
+    key = hashlib.sha256(url.encode()).hexdigest()[:16]
+    return options.place / "sets" / key / (url.rpartition("/")[2] or "data")
+
+
 def _renew(store: Store, folder: Path, only: str, options: RemoteOptions) -> list[str]:
     """Bring the small files, and what is to be known of the shards, up to date; gives the shards."""
+    sums: dict[str, str] = {}
     if store.has(MANIFEST_NAME):
         _fetch(store, MANIFEST_NAME, folder)
         manifest = read_manifest(folder)
         assert manifest is not None
         shards = {shard.rec: shard.idx for shard in manifest.shards}
-        others = [name for name in _WHOLE if store.has(name)]
+        sums = {shard.rec: shard.sha256 for shard in manifest.shards}
+        others = [name for name in _WHOLE if _has(store, name)]
+    elif only:
+        shards, others = {}, [name for name in _WHOLE if _has(store, name)]
     else:
-        (folder / MANIFEST_NAME).unlink(missing_ok=True)
         names = store.names()
         recs = [name for name in names if name.endswith(".rec") and not name.startswith(".")]
         shards = {name: name.removesuffix(".rec") + ".idx" for name in recs}
@@ -112,22 +132,38 @@ def _renew(store: Store, folder: Path, only: str, options: RemoteOptions) -> lis
         shards = {rec: idx for rec, idx in shards.items() if rec == only} or {only: only.removesuffix(".rec") + ".idx"}
     if not shards:
         raise UsageError(f"{store.url} holds no .rec file: give the folder that holds the shards")
+    for name in {*_WHOLE, *([] if sums else [MANIFEST_NAME])}.difference(others):  # of what was there before
+        (folder / name).unlink(missing_ok=True)
     for rec in folder.glob("*.rec"):
         if rec.name not in shards and not only:  # of a set that was there before
             rec.unlink()
             _sidecar(rec).unlink(missing_ok=True)
     with ThreadPoolExecutor(_ASKED) as pool:
         for done in [
-            *(pool.submit(_describe, store, rec, folder, options) for rec in shards),
+            *(pool.submit(_describe, store, rec, folder, sums.get(rec, ""), options) for rec in shards),
             *(pool.submit(_fetch, store, name, folder) for name in [*shards.values(), *others]),
         ]:
             done.result()
     return list(shards)
 
 
-def _describe(store: Store, rec: str, folder: Path, options: RemoteOptions) -> None:
+def _has(store: Store, name: str) -> bool:
+    """Whether a file that need not be there is. Stores that list nothing refuse what they do not have."""
+    try:
+        return store.has(name)
+    except RefusedError:
+        return False
+
+
+def _describe(store: Store, rec: str, folder: Path, checksum: str, options: RemoteOptions) -> None:
     """Make the .rec, as large as the remote one and empty, and its .remote; they stay where they are right."""
     size, tag = store.stat(rec)
+    if not (tag or checksum):
+        raise UsageError(
+            f"{store.url}/{rec}: the server tells neither its ETag nor when it was changed, and there is no "
+            "dataset.json, so what is kept of it could be old: copy the data set to a disk"
+        )
+    tag = f"{tag} {checksum}"
     about = {"url": store.url, "name": rec, "size": size, "tag": tag}
     path = folder / rec
     known = _read(_sidecar(path))
@@ -211,11 +247,15 @@ class RemoteRecordFile(RecordFile):
         """Begin to fetch the bytes [first, stop) of these stretches, int64 [n], before all that is fetched ahead."""
         self.cache.fetch_ahead(self._mapped, self._blocks(first, stop), soon=True)
 
-    def will_need(self, first: int, stop: int) -> None:
-        """Begin to fetch this rank's share of the bytes [first, stop): the others of this machine fetch theirs."""
+    def will_need(self, first: np.ndarray | int, stop: np.ndarray | int, *, share: bool = True) -> None:
+        """Begin to fetch the bytes [first, stop) of one stretch or several.
+
+        share: only this rank's part of them, since the other ranks of this machine are asked for the same.
+        """
         rank, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         blocks = self._blocks(first, stop)
-        self.cache.fetch_ahead(self._mapped, [block for block in blocks if block // GROUP % ranks == rank % ranks])
+        mine = [block for block in blocks if block // GROUP % ranks == rank % ranks] if share else blocks
+        self.cache.fetch_ahead(self._mapped, mine)
 
     def expect_random_reads(self, yes: bool = True) -> None:
         pass
@@ -223,6 +263,9 @@ class RemoteRecordFile(RecordFile):
     def content(self) -> Iterator[bytes]:
         for start in range(0, self.size, PIECE):
             yield self._store.read(self._mapped.name, start, min(start + PIECE, self.size))
+
+    def _next_record(self, at: int) -> int:
+        raise UsageError(f"{self.path} is only the place of a remote file: copy the data set to a disk to mend it")
 
     def starts_record(self, offset: int) -> bool:
         with self.reading():

@@ -104,10 +104,10 @@ class RemoteCache(Section):
 
     folder: str | None = None
     """pfc/remote in the user's cache folder when absent."""
-    gigabytes: Positive = 100.0
+    gigabytes: Annotated[float, Field(gt=0, lt=1e9)] = 100.0
     """The most that parts of shards take there, of all training sets together."""
     timeout: Positive = 60.0
-    """Seconds to wait for each answer."""
+    """Seconds without a byte after which an answer has failed; one of 16 MiB has failed after five times that."""
     attempts: Count = 5
     """Of reading something, before the run ends."""
 

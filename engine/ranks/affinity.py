@@ -33,7 +33,7 @@ def bind(device: torch.device, system: Path = _SYSTEM) -> set[int] | None:
     """
     global _cores
     allowed = os.sched_getaffinity(0)
-    _cores = len(allowed)
+    _cores = _cores or len(allowed)  # also where this process was bound before
     nodes = _nodes(system, allowed)
     rank, ranks = int(os.environ.get("LOCAL_RANK", 0)), _ranks_here()
     if len(nodes) < 2 or ranks < 2:

@@ -13,7 +13,7 @@ from ...data.pairs.pairs import Pairs, read_pairs
 from ...data.protocols.images import open_images
 from ...data.protocols.table import read_protocol
 from ...data.records.joint import JointDataset
-from ...data.remote.mirror import RemoteOptions
+from ...data.remote.mirror import RemoteOptions, address_of, known_mirror
 from ..evaluation.figures import headline, leading_of, rows_of
 from ..evaluation.judgement import Judgement
 from ..evaluation.threshold import OperatingPoint
@@ -165,7 +165,9 @@ def _trained_on(run: RunRecord) -> tuple[int | None, int | None]:
     paths = [source["path"] for source in train] if isinstance(train, list) else [train] if train else []
     try:
         remote = RemoteOptions(**(run.setting("data", "cache") or {}))
-        dataset = JointDataset.open(paths, remote=remote) if paths else None
+        # Of a remote set what is here already tells enough: no server is asked.
+        here = [known_mirror(address, remote) if (address := address_of(path)) else path for path in paths]
+        dataset = JointDataset.open(here) if paths else None
     except UsageError:  # moved or deleted since, which takes nothing from the run
         dataset = None
     if dataset is None:

@@ -19,7 +19,7 @@ from ...records.joint import JointDataset
 from ...records.labels import LabelEncoding, decode_label, encode_label, encoding_for
 from ...records.manifest import printable
 from ...records.recordio import RecordFile, unpack_image
-from ...remote.mirror import record_file
+from ...remote.mirror import address_of, record_file
 from ..storing import Storing
 from .base import LazyTexts, Numbers, Source
 from .codes import NameCodes, codes_of, names_of
@@ -40,7 +40,7 @@ class RecordSource(Source):
     def __init__(self, paths: Sequence[Path], *, joining: Joining = "apart") -> None:
         self.sets = [RecordDataset.open(path) for path in paths]
         self._joint = JointDataset(self.sets)
-        self.about = printable(", ".join(f"recordio {path.resolve()}" for path in paths))
+        self.about = printable(", ".join(f"recordio {address_of(path) or path.resolve()}" for path in paths))
         self._recs = list(dict.fromkeys(shard.file.path for dataset in self.sets for shard in dataset.shards))
         self._in_file = {
             shard.file.path: shard.offsets if np.all(shard.offsets[1:] > shard.offsets[:-1]) else np.sort(shard.offsets)

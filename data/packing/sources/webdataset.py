@@ -10,7 +10,6 @@ import re
 import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +24,7 @@ from .codes import NameCodes, label_text
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST_LABEL = 1 << 20  # bytes of a file that has a label
+_LONGEST = 1000  # letters of a label
 
 TarTask = tuple[int, int, int]
 """Which tar file, where the image begins there, its bytes."""
@@ -78,9 +78,10 @@ class WebDatasetSource(Source):
             with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # it keeps all that it has seen
-                    folder, _, base = member.name.rpartition("/")
+                    folder, _, base = member.name.removeprefix("./").rpartition("/")
                     stem, _, ending = base.partition(".")
-                    if not member.isfile() or not stem:
+                    if not member.isreg() or not stem:
+                        self.ignored_files += not member.isdir() and bool(stem)  # links
                         continue
                     here = f"{folder}/{stem}" if folder else stem
                     if here != name:
@@ -89,9 +90,9 @@ class WebDatasetSource(Source):
                         name, image, found = here, None, missing
                         if kind == "folder" and folder:
                             found = folder.rpartition("/")[2]
-                    if os.path.splitext(base)[1].lower() in SUFFIXES and image is None:
+                    if os.path.splitext(base)[1].lower() in SUFFIXES and image is None and not member.issparse():
                         image = member
-                    elif ending == kind:
+                    elif ending.lower() == kind.lower():
                         found = _label(tar.extractfile(member), member.size, key if kind == "json" else None)
                     else:
                         self.ignored_files += 1
@@ -128,13 +129,16 @@ def _label(file: IO[bytes] | None, size: int, key: str | None) -> str | tuple[st
     if file is None or size > _MOST_LABEL:
         return (f"the file of its label has {size:,} bytes",)
     try:
-        text = file.read().decode("utf-8").strip()
+        text = file.read().decode("utf-8-sig").strip()
         value: Any = text if key is None else json.loads(text)[key]
-        return label_text("the sample", value)
-    except (ValueError, KeyError, TypeError, IndexError):
+        label = label_text("its label", value)
+        return (
+            label if len(label) <= _LONGEST and label.isprintable() else ("its label is no number or name of one line",)
+        )
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
         return ("its label cannot be read" if key is None else f"its .json has no {key}",)
     except UsageError as error:
-        return (str(error).removeprefix("the sample "),)
+        return (str(error).removeprefix("its label has no label").removeprefix("its label: ") or "its label is empty",)
 
 
 class TarReader:
@@ -146,13 +150,9 @@ class TarReader:
 
     def __call__(self, task: TarTask) -> bytes | str:
         which, offset, size = task
-        data = os.pread(_open(self.tars[which]), size, offset)
+        with open(self.tars[which], "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), size, offset)
         return self.store(data, None) if len(data) == size else "the tar file was cut short meanwhile"
-
-
-@lru_cache(maxsize=256)
-def _open(path: Path) -> int:
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def expanded(sources: Sequence[str]) -> list[str]:

@@ -18,8 +18,11 @@ class WebServer:
     Attributes:
         url: its address.
         asked: (path, first byte, stop) of every GET.
+        tags: whether it says the ETag of a file.
+        missing: the status of what is not there: 403 where nothing may be listed.
         trouble: called with the number of the GET, from 0 on, and its path; says what goes wrong with the answer:
-            "fail" (status 503), "cut" (half of it, and the connection ends), "hang" (no answer for long),
+            "slow" (a second late), "fail" (status 503), "cut" (half of it, and the connection ends), "hang" (no answer
+            for long),
             "short" (half of it, as if that was all), "whole" (the whole file, whatever was asked for), "refuse"
             (status 403) or None.
     """
@@ -28,6 +31,7 @@ class WebServer:
         self.asked: list[tuple[str, int, int]] = []
         self.trouble: Callable[[int, str], str | None] = lambda number, path: None
         self.over = threading.Event()
+        self.tags, self.missing = True, 404
         lock = threading.Lock()
         server = self
 
@@ -37,18 +41,19 @@ class WebServer:
             def do_HEAD(self) -> None:
                 path = folder / self.path.lstrip("/")
                 if not path.is_file():
-                    self.send_error(404)
+                    self.send_error(server.missing)
                     return
                 self.send_response(200)
                 self.send_header("Content-Length", str(path.stat().st_size))
-                self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
+                if server.tags:
+                    self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
                 self.send_header("Accept-Ranges", "bytes")
                 self.end_headers()
 
             def do_GET(self) -> None:
                 path = folder / self.path.lstrip("/")
                 if not path.is_file():
-                    self.send_error(404)
+                    self.send_error(server.missing)
                     return
                 content = path.read_bytes()
                 start, stop = 0, len(content)
@@ -58,6 +63,8 @@ class WebServer:
                     number = len(server.asked)
                     server.asked.append((self.path, start, stop))
                 trouble = server.trouble(number, self.path)
+                if trouble == "slow":
+                    server.over.wait(1)
                 if trouble in ("fail", "refuse"):
                     self.send_error(503 if trouble == "fail" else 403)
                     return

@@ -190,3 +190,47 @@ def test_remote_tar_files_are_copied_and_an_interrupted_copy_goes_on(
     assert min(start for _, start, _ in web.asked[came:]) > 0, "what was copied before is not asked for again"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "web"]
     web.close()
+
+
+def test_tar_files_of_one_size_stay_apart(tmp_path: Path) -> None:
+    for number in range(4):
+        tar(tmp_path / "web" / f"{number}.tar", [("a.jpg", jpeg(number)), ("a.cls", str(number).encode())])
+    web = WebServer(tmp_path / "web")
+    web.tags = False
+    pack_webdataset(f"{web.url}/{{0..3}}.tar", tmp_path / "out", keep_bytes=True, workers=1)
+    assert contents(tmp_path / "out") == {(str(number), jpeg(number)): 1 for number in range(4)}
+    web.close()
+
+
+def test_tar_files_are_not_kept_open(tmp_path: Path) -> None:
+    for number in range(40):
+        tar(tmp_path / "in" / f"{number:02}.tar", [("a.jpg", jpeg(number)), ("a.cls", b"1")])
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    pack_webdataset(tmp_path / "in", tmp_path / "out", keep_bytes=True, workers=1)
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
+
+
+@pytest.mark.parametrize(
+    ("label", "why"),
+    [
+        (b"", "it has no identity: its label is empty"),
+        (b"a\nb", "it has no identity: its label is no number or name of one line"),
+        (b"7" * 5000, "it has no identity: its label is no number or name of one line"),
+        (b"\xff", "it has no identity: its label cannot be read"),
+    ],
+)
+def test_labels_that_are_none(label: bytes, why: str, tmp_path: Path) -> None:
+    files = [("./0.jpg", jpeg(0)), ("./0.CLS", b"\xef\xbb\xbf3"), ("1.jpg", jpeg(1)), ("1.cls", label)]
+    summary = pack_webdataset(tar(tmp_path / "a.tar", files), tmp_path / "out", keep_bytes=True, workers=1)
+    assert summary.skipped == [("a.tar/1", why)]
+    assert contents(tmp_path / "out") == {("3", jpeg(0)): 1}
+
+
+def test_an_image_that_is_gone_from_the_bucket_is_skipped(
+    at_s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(at_s3, "gone", {"a/1.jpg": jpeg(1), "a/2.jpg": jpeg(2)})
+    listed = remote_store.Store.walk
+    monkeypatch.setattr(remote_store.Store, "walk", lambda self: [*listed(self), ("a/3.jpg", 9)])
+    summary = pack_folder("s3://bucket/gone", tmp_path / "out", keep_bytes=True, workers=1)
+    assert summary.skipped == [("a/3.jpg", "no such file")]

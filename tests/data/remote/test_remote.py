@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
+import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from pfc.data import JointDataset, RecordDataset, RemoteOptions, TrainLoader, UsageError, inspect_dataset
+from pfc.data import (
+    JointDataset,
+    RecordDataset,
+    RemoteOptions,
+    TrainLoader,
+    UsageError,
+    inspect_dataset,
+    pack_synthetic,
+)
 from pfc.data.order.orders import BlockOrder, Order
 from pfc.data.remote import store as remote_store
 from tests.data.remote.servers import WebServer
@@ -162,8 +175,6 @@ def test_what_was_fetched_is_not_fetched_again(web: WebServer, tmp_path: Path) -
 
 def test_a_changed_remote_set_is_read_anew(web: WebServer, packed: Path, tmp_path: Path) -> None:
     RecordDataset.open(f"{web.url}/faces", remote=options(tmp_path)).labels()
-    from pfc.data import pack_synthetic
-
     served = tmp_path / "web" / "faces"
     shutil.rmtree(served)
     pack_synthetic(served, identities=60, images_per_identity=30, size=112, shards=2, workers=1, seed=5)
@@ -257,3 +268,104 @@ def test_a_store_without_dataset_json_is_listed(packed: Path, tmp_path: Path) ->
     remote = RecordDataset.open(f"file://{mount}", remote=options(tmp_path))
     assert (len(remote.shards), remote.num_classes) == (3, 50)
     assert np.array_equal(remote.labels(), RecordDataset.open(packed).labels())
+
+
+def test_a_data_set_cannot_name_files_elsewhere(web: WebServer, tmp_path: Path) -> None:
+    path = tmp_path / "web" / "faces" / "dataset.json"
+    for name in ("../../../../pwned", "/tmp/pwned", ".hidden"):
+        about = json.loads(path.read_text())
+        about["shards"][0]["idx"] = name
+        path.write_text(json.dumps(about))
+        with pytest.raises(UsageError, match=r"dataset\.json: shards\.0\.idx: .*not the name of a file beside it"):
+            RecordDataset.open(f"{web.url}/faces", remote=options(tmp_path))
+
+
+def test_without_tags_the_checksum_tells_a_changed_shard(web: WebServer, tmp_path: Path) -> None:
+    web.tags = False
+    assert len(set(RecordDataset.open(f"{web.url}/faces", remote=options(tmp_path)).labels())) == 50
+    served = tmp_path / "web" / "faces"
+    shutil.rmtree(served)
+    pack_synthetic(served, identities=25, images_per_identity=80, size=112, shards=3, workers=1, seed=1)
+    remote = RecordDataset.open(f"{web.url}/faces", remote=options(tmp_path))
+    assert np.array_equal(remote.labels(), RecordDataset.open(served).labels())
+    (served / "dataset.json").unlink()
+    with pytest.raises(UsageError, match=r"neither its ETag nor when it was changed"):
+        RecordDataset.open(f"{web.url}/faces/train-00000.rec", remote=options(tmp_path))
+
+
+def test_what_the_set_has_no_more_is_gone_here_too(packed: Path, tmp_path: Path) -> None:
+    mount = tmp_path / "mount"
+    shutil.copytree(packed, mount)
+    (mount / "dataset.json").unlink()
+    (mount / "property").write_text("90,112,112")
+    assert RecordDataset.open(f"file://{mount}", remote=options(tmp_path)).num_classes == 90
+    (mount / "property").unlink()
+    assert RecordDataset.open(f"file://{mount}", remote=options(tmp_path)).num_classes == 50
+
+
+def test_a_store_that_lists_nothing_refuses_what_it_does_not_have(web: WebServer, tmp_path: Path) -> None:
+    web.missing = 403
+    assert len(RecordDataset.open(f"{web.url}/faces", remote=options(tmp_path))) == 2000
+    (tmp_path / "web" / "faces" / "dataset.json").unlink()
+    with pytest.raises(UsageError, match=r"403.*check the credentials"):
+        RecordDataset.open(f"{web.url}/faces", remote=options(tmp_path))
+
+
+def test_a_process_that_stands_still_with_a_lock_holds_nobody_up(web: WebServer, tmp_path: Path) -> None:
+    given = options(tmp_path, timeout=0.5, attempts=2)
+    remote = RecordDataset.open(f"{web.url}/faces", remote=given)
+    remote.label(0)
+    held = [os.open(folder, os.O_RDONLY) for folder in {path.parent for path in blocks(tmp_path)}]
+    for descriptor in held:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    assert len(set(remote.labels())) == 50
+    for descriptor in held:
+        os.close(descriptor)
+
+
+END = """
+import sys
+from pfc.data import RecordDataset, RemoteOptions
+for shard in RecordDataset.open(sys.argv[1], remote=RemoteOptions(sys.argv[2])).shards:
+    shard.file.will_need(0, shard.file.size)
+print("asked", flush=True)
+"""
+
+
+def test_a_program_ends_while_more_is_fetched(tmp_path: Path, packed: Path) -> None:
+    (tmp_path / "web" / "faces").mkdir(parents=True)
+    about = json.loads((packed / "dataset.json").read_text())
+    entry, about["shards"] = about["shards"][0], []
+    for number in range(40):
+        for suffix in ("rec", "idx"):
+            (tmp_path / "web" / "faces" / f"{number:02}.{suffix}").symlink_to(packed / f"train-00000.{suffix}")
+        about["shards"].append({**entry, "rec": f"{number:02}.rec", "idx": f"{number:02}.idx"})
+    about["images"] = 40 * entry["images"]
+    (tmp_path / "web" / "faces" / "dataset.json").write_text(json.dumps(about))
+    web = WebServer(tmp_path / "web")
+    web.trouble = lambda number, path: "slow" if len(shards_asked(web)) > 80 and path.endswith(".rec") else None
+    done = subprocess.run(
+        [sys.executable, "-c", END, f"{web.url}/faces", str(tmp_path / "cache")],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (done.returncode, done.stdout) == (0, "asked\n"), done.stderr
+    assert len(shards_asked(web)) < 110  # 80 to open the shards; with all that was asked for ahead they are 120
+    web.close()
+
+
+def first_label(remote: RecordDataset, answer: Any) -> None:
+    answer.put(remote.label(1000))
+
+
+def test_a_forked_process_reads_on(web: WebServer, packed: Path, tmp_path: Path) -> None:
+    remote = RecordDataset.open(f"{web.url}/faces", remote=options(tmp_path))
+    remote.label(0)
+    context = multiprocessing.get_context("fork")
+    answer = context.SimpleQueue()
+    process = context.Process(target=first_label, args=(remote, answer))
+    process.start()
+    process.join(30)
+    assert process.exitcode == 0
+    assert answer.get() == RecordDataset.open(packed).label(1000)
