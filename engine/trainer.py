@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.errors import UsageError
 from ..data.loading.batches import Batch
 from . import build, initial, label_map, training_data
 from .checkpoint import state as run_state
@@ -327,7 +328,14 @@ class Trainer:
             assert schedule.steps is not None
             return schedule.steps
         before = self.step if self.loader.position else 0  # a converted checkpoint has steps, and its data start over
-        return before + -(-self.loader.batches_until(schedule.epochs) // self.config.optimizer.accumulate)
+        steps = before + -(-self.loader.batches_until(schedule.epochs) // self.config.optimizer.accumulate)
+        if schedule.warmup_steps > steps:  # of a run with ``steps`` the configuration itself refuses it
+            self.loader.close()
+            raise UsageError(
+                f"schedule.warmup_steps ({schedule.warmup_steps:,}) is more than the {steps:,} steps of "
+                f"{schedule.epochs:g} epochs: take fewer"
+            )
+        return steps
 
     def _log(self, rate: float, norm: Tensor) -> None:
         self.damage.collect(self.loader)

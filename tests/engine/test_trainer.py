@@ -260,3 +260,12 @@ def test_a_half_written_checkpoint_is_not_one(folder: Path, tmp_path: Path) -> N
     (partial / "state.json").write_text("{")
     assert [found.step for found in find_all(config.run.path)] == [2]
     assert len(train(1, config)) == 8
+
+
+def test_a_warm_up_longer_than_the_run_is_refused(folder: Path, tmp_path: Path) -> None:
+    config = configuration(folder, tmp_path, schedule={"steps": None, "epochs": 1, "warmup_steps": 38})
+    with pytest.raises(
+        RuntimeError, match=r"schedule\.warmup_steps \(38\) is more than the 37 steps of 1 epochs: take fewer"
+    ):
+        train(1, config)
+    assert not (tmp_path / "test" / "config.yaml").exists()
