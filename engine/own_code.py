@@ -34,7 +34,7 @@ def load(key: str, name: str, *, folder: str | Path | None = None, apart_from: P
     try:
         for package in packages:  # finding one imports those that it is in
             if apart_from is not None:
-                _check_apart(key, package, apart_from)
+                check_apart(key, package, apart_from)
             module = importlib.import_module(package)
     except ModuleNotFoundError as error:
         if error.name not in packages:
@@ -56,11 +56,17 @@ def load(key: str, name: str, *, folder: str | Path | None = None, apart_from: P
     return found
 
 
-def _check_apart(key: str, module: str, apart_from: Path) -> None:
+def check_apart(key: str, module: str, apart_from: Path) -> None:
+    """UsageError where the module lies in that folder; nothing of it is run."""
     spec = importlib.util.find_spec(module)
     places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
     for place in places:
-        if place is not None and Path(place).resolve().is_relative_to(apart_from.resolve()):
+        if place is None:
+            continue
+        given = Path(place)  # of a link both where it is and where it leads: a hub's cache consists of links
+        if any(
+            one.is_relative_to(apart_from.resolve()) for one in (given.resolve(), given.parent.resolve() / given.name)
+        ):
             raise UsageError(
                 f"{key}: {place} comes with the checkpoint, and no code in one is run: if you trust it, copy it "
                 "elsewhere and set PYTHONPATH to that folder"

@@ -25,8 +25,9 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A plain table, the first column to the left, the others to the right; without a terminal as wide as need be."""
+def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], *, whole: bool = False) -> None:
+    """A plain table, the first column to the left, the others to the right; as wide as need be where it must be
+    ``whole``, and without a terminal."""
     from rich.console import Console
     from rich.table import Table
 
@@ -36,7 +37,7 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     console = Console()
-    (console if console.is_terminal else Console(width=200)).print(table)
+    (console if console.is_terminal and not whole else Console(width=200)).print(table, soft_wrap=whole)
 
 
 def complete_run(incomplete: str) -> list[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from ..data.atomic import unfinished_name
 from ..data.errors import DamagedRecord, UndecodableImage, UsageError
 from .console import complete_run, progress_bar, warn
 
@@ -138,7 +139,7 @@ def check_new_file(path: Path, *suffixes: str) -> None:
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Calls ``write`` with a temporary name in the same folder and renames the file when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    partial = unfinished_name(path).with_suffix(path.suffix)
     try:
         write(partial)
         partial.replace(path)
@@ -215,8 +216,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         UsageError: ``path`` exists, or no folder can be made there.
     """
     check_new_folder(path)
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = unfinished_name(path)
     try:
         partial.mkdir(parents=True)
     except (FileExistsError, NotADirectoryError):

@@ -24,7 +24,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     if not path.is_file():
         raise UsageError(f"{path}: no such configuration file")
     try:
-        tree = _parse(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -56,7 +56,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
+    """As a configuration is read: 1e-3 is a number."""
     return yaml.load(text, Loader=_Loader)  # a SafeLoader
 
 
@@ -72,7 +73,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise UsageError(f"override {override!r}: {name} is a value, not a section")
     try:
-        tree[names[-1]] = _parse(value)
+        tree[names[-1]] = parse_yaml(value)
     except yaml.YAMLError as error:
         raise UsageError(f"override {override!r}: not valid YAML: {' '.join(str(error).split())}") from None
 

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 
 from ...data.atomic import replacing
+from ...data.errors import UsageError
 from ..evaluation.figures import leading_of, title
 from . import figures
 from .record import read_run
 from .write import SetSection, Tile, TitledFigure, render
 
 _CONFIDENCE = 0.95
-_COSTS = ("seconds", "processor_seconds", "peak_mib", "images_per_second")
+COLUMNS = ("set", "step", "seed", "seconds", "processor_seconds", "peak_mib", "images_per_second", "starts")
+"""Of the results, besides axes and figures."""
 Point = Mapping[str, str]
 Row = dict[str, Any]
 """Of a run and one of its sets: ``set``, ``step``, ``seed``, the labels of its axes, figures, costs."""
@@ -33,11 +35,12 @@ def rows_of_run(folder: Path, point: Point, seed: int, done: Mapping[str, Any]) 
     costs = {
         "seconds": done["seconds"],
         "processor_seconds": done["processor_seconds"],
+        "starts": done["stopped"] + 1,
         "peak_mib": round(done["peak_bytes"] / (1 << 20)),
         "images_per_second": round(float(np.nanmedian(speed)), 1) if len(speed) else None,
     }
     return [
-        {**point, "seed": seed, **{name: value for name, value in lines[-1].items() if _is_plain(value)}, **costs}
+        {**{name: value for name, value in lines[-1].items() if _is_plain(value)}, **point, "seed": seed, **costs}
         for lines in run.evaluations.values()
     ]
 
@@ -64,21 +67,6 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
             writer.writerows(rows)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """What ``write_rows`` wrote as CSV."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [{name: _number(text) for name, text in row.items() if text != ""} for row in csv.DictReader(file)]
-
-
-def _number(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
-
-
 def interval(values: Sequence[float]) -> float:
     """Half of the 95 % interval of a mean, by Student's t over the seeds; not a number for one value."""
     from scipy.stats import t
@@ -91,6 +79,11 @@ def interval(values: Sequence[float]) -> float:
 def shown_figures(rows: Sequence[Row], wanted: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
     """(set, field) of what a table shows: those that are wanted, else the leading one of each set."""
     sets = dict.fromkeys(row["set"] for row in rows)
+    for name, fields in wanted.items():
+        for field in fields:
+            if not any(row["set"] == name and field in row for row in rows):
+                there = dict.fromkeys(field for row in rows if row["set"] == name for field in row if title(field))
+                raise UsageError(f"figures: no {field} of {name}; there are: {', '.join(there or sets)}")
     if wanted:
         return [(name, field) for name, fields in wanted.items() for field in fields]
     return [(name, leading_of(next(row for row in rows if row["set"] == name))[0]) for name in sets]

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -140,7 +141,8 @@ import numpy as np, onnxruntime
 from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession("model.onnx")
-image = ImageOps.fit(Image.open("a.jpg").convert("RGB"), ({width}, {height}), Image.Resampling.BILINEAR)
+upright = ImageOps.exif_transpose(Image.open("a.jpg")).convert("RGB")  # of 8 bits
+image = ImageOps.fit(upright, ({width}, {height}), Image.Resampling.BILINEAR)
 x = (np.asarray(image, np.float32).transpose(2, 0, 1)[None] - 127.5) / 127.5
 a = session.run(None, {{'images': x}})[0]{mirrored}
 a /= np.linalg.norm(a)
@@ -153,12 +155,20 @@ def _data(config: Config, found: Found) -> str:
     told = "an unknown number of" if identities is None else f"{identities:,}"
     if isinstance(config.data.train, Generated):
         return f"Images that pfc computes, of {told} identities."
-    names = ", ".join(f"`{Path(source.path).name}`" for source in config.data.sources)
+    names = ", ".join(f"`{_name_of(source.path)}`" for source in config.data.sources)
     try:
         images = f"{len(open_dataset(config)):,} images"
     except (UsageError, OSError):
         images = "an unknown number of images (the set is not where the card was written)"
     return f"{names}: {images} of {told} identities. Where the images come from is not stated."
+
+
+def _name_of(path: str) -> str:
+    """The last part of a path or an address, without what may be secret of one."""
+    if "://" not in path:
+        return Path(path).name
+    address = urlsplit(path)
+    return Path(address.path).name or address.hostname or "a remote set"
 
 
 def _recipe(config: Config, found: Found) -> str:

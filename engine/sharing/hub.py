@@ -74,9 +74,10 @@ class EmbeddingNetwork(nn.Module, PyTorchModelHubMixin, library_name="pfc", pipe
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """The backbone's weights under its own names, so that ``init.path`` takes the file too."""
-        from safetensors.torch import save_model
+        from safetensors.torch import save_file
 
-        save_model(self.backbone, str(save_directory / SAFETENSORS_SINGLE_FILE))
+        weights = {name: value.clone().contiguous() for name, value in self.backbone.state_dict().items()}
+        save_file(weights, str(save_directory / SAFETENSORS_SINGLE_FILE), metadata={"format": "pt"})
         (save_directory / SAFETENSORS_SINGLE_FILE).chmod(0o644)  # safetensors makes it its owner's alone
 
     @classmethod
@@ -86,6 +87,8 @@ class EmbeddingNetwork(nn.Module, PyTorchModelHubMixin, library_name="pfc", pipe
         if not (told[0] >= {"name", "embedding_dim"} and told[1] >= {"size", "rescale_factor", "mean", "std"}):
             raise UsageError(f"{model_id}: no {CONFIG_NAME} of pfc there: give a folder that pfc export has written")
         if ":" in (name := rest["backbone"]["name"]):
+            for place in {Path(HF_HUB_CACHE), Path(cache_dir or HF_HUB_CACHE), folder or Path(HF_HUB_CACHE)}:
+                own_code.check_apart("backbone.name", name.partition(":")[0], place)
             own_code.load("backbone.name", name, apart_from=folder or Path(cache_dir or HF_HUB_CACHE))
         if folder is not None and not (folder / SAFETENSORS_SINGLE_FILE).is_file():
             raise UsageError(f"{folder}: {SAFETENSORS_SINGLE_FILE} is missing: copy the whole folder")

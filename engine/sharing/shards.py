@@ -61,6 +61,10 @@ class Images(Protocol):
         """What stands beside the embeddings."""
         ...
 
+    def check_unchanged(self) -> None:
+        """UsageError where they are others by now."""
+        ...
+
 
 class Folder:
     """The image files in a folder and those below it, in the order of their paths. The list is not kept in memory."""
@@ -68,12 +72,19 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.total, digest = 0, hashlib.sha256()
-        for name, size in self._walk(""):
+        for name, status in self._walk(""):
             self.total += 1
-            digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
+            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
         if not self.total:
             raise UsageError(f"{path} holds no image ({', '.join(sorted(SUFFIXES))}) and no .rec file")
         self.told = {"folder": path.resolve().name, "images": self.total, "sha256": digest.hexdigest()}
+
+    def check_unchanged(self) -> None:
+        if Folder(self.path).told != self.told:
+            raise UsageError(
+                f"{self.path}: images were added, removed or changed while it was embedded: remove what was written "
+                "and give the command again"
+            )
 
     def items(self) -> Iterator[str]:
         return (name for name, _ in self._walk(""))
@@ -84,7 +95,7 @@ class Folder:
     def beside(self, items: Sequence[str], labels: Sequence[int | None]) -> dict[str, NDArray[Any]]:
         return {"names": np.array(items, dtype=str)}
 
-    def _walk(self, below: str) -> Iterator[tuple[str, int]]:
+    def _walk(self, below: str) -> Iterator[tuple[str, os.stat_result]]:
         with os.scandir(self.path / below) as found:
             entries = sorted(found, key=lambda entry: entry.name)
         for entry in entries:
@@ -92,7 +103,7 @@ class Folder:
             if entry.is_dir(follow_symlinks=False):
                 yield from self._walk(f"{name}/")
             elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file():
-                yield name, entry.stat().st_size
+                yield name, entry.stat()
 
 
 class Packed:
@@ -107,6 +118,9 @@ class Packed:
             name = shard.file.path.name
             digest.update(f"{name}\0{shard.file.size}\0{shard.images}\0{hashes.get(name)}\0".encode())
         self.told = {"set": self.dataset.name, "images": self.total, "sha256": digest.hexdigest()}
+
+    def check_unchanged(self) -> None:
+        """Its shards are mapped: they are those that were opened."""
 
     def items(self) -> Iterator[int]:
         return iter(range(self.total))
@@ -191,7 +205,12 @@ class Shards:
         self._write(self.path(number), lambda file: np.save(file, rows))
 
     def finish(self) -> dict[str, Any] | None:
-        """Writes the manifest, and returns it; None where a shard is missing yet."""
+        """Writes the manifest, and returns it; None where a shard is missing yet.
+
+        Raises:
+            UsageError: the images changed meanwhile, or none could be read.
+        """
+        self.images.check_unchanged()
         counts = [self.rows(number) for number in range(self.count)]
         rows = [count for count in counts if count is not None]
         if len(rows) < len(counts):
@@ -204,7 +223,8 @@ class Shards:
         manifest = {**summary, "left_out": self.images.total - sum(rows), "shards": files}
         self._write(self.folder / MANIFEST, lambda file: file.write(json.dumps(manifest, indent=2).encode() + b"\n"))
         for leftover in (self.folder / BEGUN, *self.folder.glob(".*.partial")):
-            leftover.unlink(missing_ok=True)
+            if not leftover.name.startswith(f".{MANIFEST}"):  # which another rank may be writing, too
+                leftover.unlink(missing_ok=True)
         return manifest
 
     def _write(self, path: Path, write: Callable[[Any], object]) -> None:

@@ -143,7 +143,7 @@ def _export_weights(source: Path, out: Path) -> None:
     from ...engine.checkpoint import load_backbone
 
     network, config = load_backbone(source)
-    weights = {name: value.contiguous() for name, value in network.state_dict().items()}
+    weights = {name: value.clone().contiguous() for name, value in network.state_dict().items()}  # also of tied ones
     section, (height, width) = config.backbone, input_size(config)
     told = {"backbone": section.name, "embedding_dim": str(section.embedding_dim), "image_size": f"{height}x{width}"}
 

@@ -74,7 +74,7 @@ def _write(out: Path, found: "Sweep", outcomes: "list[Outcome]", failed: list[tu
     rows = [
         row
         for outcome in outcomes
-        if outcome.done
+        if "seconds" in outcome.done
         for row in report.rows_of_run(out / outcome.run.name, outcome.run.point, outcome.run.seed, outcome.done)
     ]
     if rows:
@@ -85,7 +85,7 @@ def _write(out: Path, found: "Sweep", outcomes: "list[Outcome]", failed: list[tu
         report.write_page(out / "sweep.html", rows, found.axes, shown, found.against, failed)
         lines = report.table(rows, found.axes, shown, found.against)
         print()
-        print_table(lines[0], lines[1:])
+        print_table(lines[0], lines[1:], whole=True)
         print(f"\nreport     {out / 'sweep.html'}")
     if failed:
         warn(f"{len(failed):,} of {len(outcomes):,} runs failed: give the command again to go on with them")

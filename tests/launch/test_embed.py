@@ -184,6 +184,23 @@ def test_damaged_records_are_left_out(folder: Path, run_dir: Path, tmp_path: Pat
     np.testing.assert_allclose(rows, np.load(tmp_path / "all.npy")[numbers], atol=1e-5)
 
 
+def test_images_that_come_or_go_meanwhile_are_told(
+    run_dir: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(photos, tmp_path / "photos")
+    written = shards.Shards.write
+
+    def write(self: shards.Shards, number: int, *given: object) -> None:
+        written(self, number, *given)
+        for path in sorted((tmp_path / "photos").rglob("*.*"))[-2:]:
+            path.unlink()
+
+    monkeypatch.setattr(shards.Shards, "write", write)
+    assert main(["embed", str(run_dir), str(tmp_path / "photos"), str(tmp_path / "out"), "--shard-size", "4"]) == 2
+    assert "images were added, removed or changed while it was embedded" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
 def test_wrong_use_of_a_folder(folder: Path, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("precious")

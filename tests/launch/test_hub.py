@@ -200,9 +200,15 @@ def test_what_is_pushed_is_what_was_exported(shared: Path, tmp_path: Path, monke
     assert sent == {path.name: path.read_bytes() for path in shared.iterdir()}
 
 
+@pytest.mark.parametrize("linked", [False, True])  # as the files in the Hub's cache are
 @pytest.mark.parametrize("at", ["", "shared"])
 def test_no_code_beside_the_weights_is_run(
-    run_dir: Path, tmp_path: Path, at: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_dir: Path,
+    tmp_path: Path,
+    at: str,
+    linked: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     code = tmp_path / "code"
     code.mkdir()
@@ -217,7 +223,10 @@ def test_no_code_beside_the_weights_is_run(
 
     sys.modules.pop("hub_net")
     monkeypatch.undo()
-    (out / "hub_net.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    place = tmp_path / "blob" if linked else out / "hub_net.py"
+    place.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    if linked:
+        (out / "hub_net.py").symlink_to(place)
     monkeypatch.chdir(tmp_path / at)
     for on_path in (False, True):
         if on_path:

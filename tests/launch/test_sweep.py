@@ -1,8 +1,12 @@
 """``pfc sweep``: a grid of values and seeds over one configuration."""
 
 import csv
+import fcntl
 import json
+import os
 import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -11,11 +15,11 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from pfc.data import RecordDataset, make_pairs, pack_synthetic, write_pairs
+from pfc.data import RecordDataset, UsageError, make_pairs, pack_synthetic, write_pairs
 from pfc.engine.log.telemetry import read_json_lines
 from pfc.engine.report import sweep as report
 from pfc.launch.cli import main
-from pfc.launch.sweep import read_sweep
+from pfc.launch.sweep import perform, read_sweep
 from tests.commands import start_pfc, wait_until
 
 AXES = {
@@ -83,6 +87,20 @@ def test_every_point_is_trained_with_every_seed(folder: Path, capsys: pytest.Cap
     assert "run        " not in capsys.readouterr().out
     assert main([*command, "schedule.steps=4"]) == 2
     assert "is a run with other values: give another --out" in capsys.readouterr().err
+    assert main([*command, "head.sample_rate=0.3"]) == 2
+    assert "head.sample_rate of head.sample_rate and head.sample_rate of the command line" in capsys.readouterr().err
+    lock = os.open(out, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert main(command) == 2
+    assert "another sweep works in it" in capsys.readouterr().err
+    os.close(lock)
+    assert (
+        main(
+            ["sweep", str(write(folder, set={"optimizer.accumulate": 2}, figures={"pairs": ["acuracy"]})), *command[2:]]
+        )
+        == 2
+    )
+    assert "figures: no acuracy of pairs; there are: accuracy" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_does_not_end_the_others(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,6 +135,7 @@ def test_a_sweep_that_is_stopped_goes_on(folder: Path) -> None:
         assert command.wait().exit_code == 143
         assert all((path.parent / "checkpoints" / "latest").exists() for path in metrics)
         before = max(len(steps(path)) for path in metrics)
+    assert main(["sweep", str(file), "schedule.steps=1", "--out", str(folder / "out")]) == 2, "begun with other values"
     for path in metrics:  # the second start went on where the first had saved
         assert steps(path) == sorted(set(steps(path)))
 
@@ -140,6 +159,15 @@ def steps(path: Path) -> list[int]:
         ({"recipe": "nowhere.yaml"}, "nowhere.yaml: no such configuration file"),
         ({"seed": 1}, "seed: unknown key; did you mean seeds?"),
         ({"seeds": 0}, "seeds"),
+        (
+            {"axes": {"a": {"x": {"schedule.steps": 2}}, "schedule.steps": [3]}, "against": {}},
+            "schedule.steps of a and schedule.steps of",
+        ),
+        ({"axes": {"head": [{}], "head.sample_rate": [1.0]}}, "axes.head: '{}' names folders too"),
+        ({"axes": {"a": {"x": {"head": {}}}, "head.sample_rate": [1.0]}}, "head of a and head.sample_rate of"),
+        ({"set": {"run.seed": 3}}, "run.seed is set for each run by the sweep itself"),
+        ({"axes": {"seed": {"x": {}}}, "against": {}}, "axes.seed: that is a column of the results"),
+        ({"axes": {"head.sample_rate": [1.0, 1.0]}}, "a value stands there twice"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_is_trained(
@@ -171,3 +199,27 @@ def test_the_sweeps_that_come_along_are_accepted() -> None:
     assert files
     for file in files:
         assert len(read_sweep(file, []).runs) > 1
+
+
+def test_each_run_gets_gpus_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def started(command: list[str], *, env: dict[str, str], **_: object) -> subprocess.Popen[bytes]:
+        given.append(env["CUDA_VISIBLE_DEVICES"])
+        return Popen([sys.executable, "-c", "raise SystemExit(1)"])
+
+    Popen = subprocess.Popen
+    monkeypatch.setattr("pfc.launch.sweep.subprocess.Popen", started)
+    found = read_sweep(write(folder, seeds=4), [])
+
+    def perform_on(gpus: int, ranks: int) -> list[str]:
+        given.clear()
+        perform(found, folder / "out", ranks=ranks, at_once=max(1, gpus // ranks), gpus=gpus, tell=lambda *_: None)
+        return sorted(set(given))
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert perform_on(4, 2) == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-ab")
+    assert perform_on(2, 1) == ["4", "GPU-ab"]
+    with pytest.raises(UsageError, match="--nproc 3: there are 2 GPUs here"):
+        perform_on(2, 3)
