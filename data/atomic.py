@@ -11,7 +11,6 @@ from pathlib import Path
 from uuid import uuid4
 
 from .errors import UsageError
-from .records.manifest import MANIFEST_NAME
 
 
 def make_folder(path: Path) -> None:
@@ -68,6 +67,8 @@ def restore_replaced(place: Path) -> None:
 
     Where a data set is at ``place``, that is the new one, and the old one goes.
     """
+    from .records.manifest import MANIFEST_NAME  # here: it needs pydantic, which `pfc --help` does not wait for
+
     old = replaced_of(place)
     if not old.exists():
         return
