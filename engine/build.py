@@ -247,7 +247,14 @@ def build_backbone_optimizer(
 def build_head_optimizer(config: Config, head: PartialFC) -> RowOptimizer:
     section = config.optimizer.head
     if isinstance(section, AdamW):
-        return RowAdamW(head, section.lr, (section.betas[0], section.betas[1]), section.eps, section.weight_decay)
+        return RowAdamW(
+            head,
+            section.lr,
+            (section.betas[0], section.betas[1]),
+            section.eps,
+            section.weight_decay,
+            dense=section.dense,
+        )
     if isinstance(section, Adagrad):
         return RowAdagrad(head, section.lr, section.eps, section.weight_decay)
-    return RowSGD(head, section.lr, section.momentum, section.weight_decay, section.nesterov)
+    return RowSGD(head, section.lr, section.momentum, section.weight_decay, section.nesterov, dense=section.dense)

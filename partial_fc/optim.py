@@ -2,8 +2,8 @@
 
 Each does what torch's optimizer of that name would do if every center were a parameter of its own, stepped only when a
 batch touched it: rows that were not sampled keep their values and their state to the last bit, through momentum and
-weight decay too. They are ``torch.optim.Optimizer``s: LR schedulers, ``param_groups``, ``state_dict`` and GradScaler
-work on them.
+weight decay too. (With ``dense`` those move them, as they do in torch's own with a dense gradient.) They are
+``torch.optim.Optimizer``s: LR schedulers, ``param_groups``, ``state_dict`` and GradScaler work on them.
 """
 
 from abc import ABC, abstractmethod
@@ -18,7 +18,7 @@ from .head import PartialFC
 from .kernels.rounding import Rounding
 from .kernels.row_step import RowStep
 from .kernels.rows import block_rows, computed_dtype
-from .row_gradient import GradientSum, RowGradient, StagedGradient
+from .row_gradient import GradientSum, NoGradient, RowGradient, StagedGradient
 from .row_update import apply
 from .storage import CENTERS, TakenRows
 
@@ -35,14 +35,19 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     Args:
         head: whose centers are optimised.
         defaults: the hyper-parameters.
+        dense: whether all rows are stepped, those that were not sampled by a gradient of zeros. It costs a pass over
+            the whole shard in every step, and needs the centers on the head's device.
     """
 
     step_rows: Any = None
     _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf without a host synchronisation
 
-    def __init__(self, head: PartialFC, defaults: dict[str, Any]) -> None:
+    def __init__(self, head: PartialFC, defaults: dict[str, Any], *, dense: bool = False) -> None:
         super().__init__([head.weight, head.gradient_scale], defaults)
+        if dense and head.staged is not None:
+            raise ValueError("dense steps pass over all centers: they need storage on the device")
         self.head = head
+        self.dense = dense
         self._row_state()
         self._skipped = torch.zeros((), dtype=torch.int64, device=head.device)
 
@@ -59,7 +64,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         self.head.wait_for_update()
-        return super().__getstate__() | {"head": self.head, "_skipped": self._skipped}
+        return super().__getstate__() | {"head": self.head, "dense": self.dense, "_skipped": self._skipped}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.head.clear_gradients()
@@ -100,6 +105,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                 copies = [one for one in gradients if isinstance(one, StagedGradient)]
                 if copies:
                     self._read_again(copies, torch.cat([one.taken.places for one in copies]).unique())
+            if self.dense:
+                gradients = [*gradients, NoGradient(self.head.weight)]
             tensors = [self.head.weight.data, *self._row_state().values()]
             apply(gradients, tensors, self, factor, broken, self._rounding(), self.head.sub_centers)
 
@@ -217,16 +224,25 @@ class RowSGD(RowOptimizer):
         momentum: μ in [0, 1).
         weight_decay: λ ≥ 0.
         nesterov: Nesterov's form; needs momentum.
+        dense: as ``RowOptimizer`` has it.
     """
 
     def __init__(
-        self, head: PartialFC, lr: float, momentum: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False
+        self,
+        head: PartialFC,
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        dense: bool = False,
     ) -> None:
         _check(lr=lr, weight_decay=weight_decay)
         _check_shares(momentum=momentum)
         if nesterov and momentum == 0:
             raise ValueError("nesterov needs momentum > 0")
-        super().__init__(head, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        super().__init__(head, defaults, dense=dense)
 
     @staticmethod
     def row_state(dim: int, momentum: float = 0.0) -> dict[str, int]:
@@ -268,6 +284,7 @@ class RowAdamW(RowOptimizer):
         betas: decay of the two moments, each in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: λ ≥ 0, decoupled: w ← w·(1 − ηλ).
+        dense: as ``RowOptimizer`` has it.
     """
 
     def __init__(
@@ -277,10 +294,13 @@ class RowAdamW(RowOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        *,
+        dense: bool = False,
     ) -> None:
         _check(lr=lr, eps=eps, weight_decay=weight_decay)
         _check_shares(**{"betas[0]": betas[0], "betas[1]": betas[1]})
-        super().__init__(head, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(head, defaults, dense=dense)
 
     @staticmethod
     def row_state(dim: int) -> dict[str, int]:

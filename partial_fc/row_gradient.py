@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .kernels import UnitGradient
-from .kernels.rows import OwnClasses, SampledRows
+from .kernels.rows import OwnClasses, SampledRows, computed_dtype
 from .storage import TakenRows
 
 
@@ -101,6 +101,25 @@ class StagedGradient:
         """From here on the rows are read from another copy, which has more of them."""
         slots = taken.slots[torch.searchsorted(taken.places, self.taken.places)]
         self.rows.weight, self.rows.index = taken.parts[0], slots.to(self.rows.device)
+
+
+class NoGradient:
+    """Zeros for all rows of a shard's centers ``weight`` [N, D]: with it a step's sum has every row."""
+
+    index = None
+    inverse = None
+    needs_rows = False
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def raw_block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:
+        return torch.zeros(
+            stop - start, self.weight.shape[1], dtype=computed_dtype(self.weight.dtype), device=self.weight.device
+        )
 
 
 def project(values: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:

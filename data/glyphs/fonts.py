@@ -1,9 +1,10 @@
-"""Freely licensed fonts that draw Han characters or Hangul: finding them, and deciding which to train on."""
+"""Freely licensed fonts that draw Han characters or Hangul, and folders of emoji: finding them, and deciding which to
+train on."""
 
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,23 +34,33 @@ _FREE_LICENCE = re.compile(
     r"general public|\bGPL\b|CC0",
     re.IGNORECASE,
 )
-_FILES = (".ttf", ".otf", ".ttc", ".otc")
+_FILES = (".ttf", ".otf", ".ttc", ".otc", ".woff", ".woff2")
+PICTURES = (".png", ".webp")
+_NAMED_BY_CODE = re.compile(r"[0-9a-f]{4,6}([-_][0-9a-f]{4,6})*")
+_STYLE = "\ufe0f"  # "as a picture, not as a letter": some name it, some do not
 _ENOUGH = 2000  # a font that draws fewer of our characters is one for another script
 
 
 @dataclass(frozen=True)
 class Font:
-    """A font file; of a collection (.ttc) its first face, as the others share most of its shapes.
+    """A font file, of a collection (.ttc) its first face, as the others share most of its shapes; or a folder of
+    pictures.
 
     Attributes:
-        name: full name, e.g. "Noto Sans CJK TC Bold".
-        path: the file.
-        characters: code points of the Han characters and Hangul syllables that it draws.
+        name: full name, e.g. "Noto Sans CJK TC Bold"; of a folder its path from the folder that was named.
+        path: the file or the folder.
+        characters: the Han characters and Hangul syllables that it draws; or all that there are pictures of.
+        pictures: character → file, where it is a folder.
     """
 
     name: str
     path: Path
-    characters: frozenset[int]
+    characters: frozenset[str]
+    pictures: Mapping[str, Path] | None = None
+
+    def file_of(self, character: str) -> Path:
+        """What a character is drawn with."""
+        return self.path if self.pictures is None else self.pictures[character]
 
 
 def font_directories() -> list[Path]:
@@ -76,6 +87,7 @@ def font_directories() -> list[Path]:
 def find_fonts(paths: Iterable[str | Path] | None = None) -> list[Font]:
     """The usable fonts among ``paths`` (files or directories), or on this machine, ordered by name.
 
+    A folder of pictures named by code points in hexadecimal (1f600.png, 1f1e9-1f1ea.png: emoji) is a font as well.
     Of faces with the same name one is kept. Fonts found on the machine count only if they say that their licence is a
     free one; files that are named count as they are.
 
@@ -84,11 +96,14 @@ def find_fonts(paths: Iterable[str | Path] | None = None) -> list[Font]:
     """
     named = paths is not None
     files: list[Path] = []
+    found: dict[str, Font] = {}
     for path in map(Path, paths if paths is not None else font_directories()):
         if not path.exists():
             raise UsageError(f"font {path} does not exist: name a font file or a directory with fonts")
         files += sorted(file for file in path.rglob("*") if file.suffix.lower() in _FILES) if path.is_dir() else [path]
-    found: dict[str, Font] = {}
+        if named and path.is_dir():
+            for font in _folders_of_pictures(path):
+                found.setdefault(font.name, font)
     for file in files:
         font = _open(file, named=named)
         if font:
@@ -135,7 +150,23 @@ def _open(file: Path, named: bool) -> Font | None:
         names = face["name"]
         if not named and not _FREE_LICENCE.search(" ".join(names.getDebugName(i) or "" for i in (0, 13, 14))):
             return None
-        characters = frozenset(code for code in face.getBestCmap() or {} if code in HAN or code in HANGUL)
+        characters = frozenset(chr(code) for code in face.getBestCmap() or {} if code in HAN or code in HANGUL)
         if len(characters) < (1 if named else _ENOUGH):
             return None
         return Font(names.getDebugName(4) or file.stem, file, characters)
+
+
+def _folders_of_pictures(root: Path) -> list[Font]:
+    """The folders under ``root``, and itself, that have pictures of characters."""
+    folders: dict[Path, dict[str, Path]] = {}
+    for file in sorted(root.rglob("*")):
+        if file.suffix.lower() in PICTURES and _NAMED_BY_CODE.fullmatch(file.stem.lower()):
+            codes = re.split("[-_]", file.stem)
+            if max(int(code, 16) for code in codes) <= sys.maxunicode:
+                character = "".join(chr(int(code, 16)) for code in codes).replace(_STYLE, "")
+                folders.setdefault(file.parent, {}).setdefault(character, file)
+    return [
+        Font(str(folder.relative_to(root)) if folder != root else root.name, folder, frozenset(pictures), pictures)
+        for folder, pictures in folders.items()
+        if len(pictures) > 1
+    ]

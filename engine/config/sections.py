@@ -302,6 +302,8 @@ class SGD(Section):
     momentum: Fraction = 0.9
     weight_decay: NonNegative = 5e-4
     nesterov: bool = False
+    dense: bool = False
+    """Of the centers: step those too that were not sampled, by momentum and weight decay alone."""
 
     @model_validator(mode="after")
     def _nesterov(self) -> "SGD":
@@ -319,6 +321,8 @@ class AdamW(Section):
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     eps: Positive = 1e-8
     weight_decay: NonNegative = 1e-2
+    dense: bool = False
+    """Of the centers: step those too that were not sampled, by their moments and weight decay alone."""
 
 
 class Adagrad(Section):
@@ -378,6 +382,8 @@ class Optimizer(Section):
             raise ValueError(f"backbone.name is {self.backbone.name!r}, allowed: sgd, adamw")
         if not self.head.name.startswith("row_"):
             raise ValueError(f"head.name is {self.head.name!r}, allowed: row_sgd, row_adamw, row_adagrad")
+        if self.backbone.dense:
+            raise ValueError("backbone.dense: the backbone's steps are dense anyway: leave it out")
         return self
 
 
@@ -559,6 +565,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _one_copy(self) -> "Config":
+        if getattr(self.optimizer.head, "dense", False) and self.head.storage != "device":
+            raise ValueError(
+                f"optimizer.head.dense passes over all centers in every step, which head.storage: {self.head.storage} "
+                "avoids: take one of the two"
+            )
         if self.checkpoint.asynchronous and self.head.storage != "device":
             raise ValueError(
                 f"checkpoint.asynchronous would hold a second copy of the centers, too large for head.storage: "

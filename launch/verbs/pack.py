@@ -35,11 +35,35 @@ def glyphs(
     font: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A font file, or a folder of fonts; may be given several times. "
+            help="A font file, a folder of fonts, or of pictures named by code points (1f600.png); may be given "
+            "several times. "
             "[dim]\\[default: those of the demo extra and of this machine][/dim]",
             show_default=False,
         ),
     ] = None,
+    heldout_font: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Part of the names of fonts to keep out of training; may be given several times.", show_default=False
+        ),
+    ] = None,
+    domain: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH",
+            help="Fonts of another kind, such as handwriting, to judge with as well: OUT/NAME, NAME.bin, NAME.csv.",
+            show_default=False,
+        ),
+    ] = None,
+    fewest_images: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="A long tail: training images of a character fall from --images-per-identity to this.",
+            show_default=False,
+        ),
+    ] = None,
+    split: Annotated[float, typer.Option(min=0, max=1, help="Share of characters that are two identities.")] = 0.0,
     blurred: Annotated[float, typer.Option(min=0, max=1, help="Share of training images out of focus.")] = 0.0,
     tiny: Annotated[float, typer.Option(min=0, max=1, help="Share of training images of few pixels.")] = 0.0,
     mislabelled: Annotated[float, typer.Option(min=0, max=1, help="Share of training images of a wrong label.")] = 0.0,
@@ -56,6 +80,12 @@ def glyphs(
     """
     from ...data import pack_glyphs
 
+    domains: dict[str, list[Path]] = {}
+    for one in domain or []:
+        name, equals, path = one.partition("=")
+        if not (equals and path):
+            raise UsageError(f"--domain {one}: write NAME=PATH, a name and a folder of fonts")
+        domains.setdefault(name, []).append(Path(path))
     with progress_bar("drawing") as progress:
         summary = pack_glyphs(
             out,
@@ -65,6 +95,10 @@ def glyphs(
             heldout_identities=heldout_identities,
             heldout_pairs=heldout_pairs,
             fonts=font,
+            heldout_fonts=heldout_font,
+            domains=domains,
+            fewest_images=fewest_images,
+            split=split,
             blurred=blurred,
             tiny=tiny,
             mislabelled=mislabelled,

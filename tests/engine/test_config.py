@@ -91,6 +91,11 @@ def test_a_switch_of_optimizer_brings_its_own_defaults(config_file: Path) -> Non
         ("optimizer.head.betas=[0.9, 0.99]", "optimizer.head.betas: unknown key;"),
         ("optimizer.head.name=adam", "optimizer.head.name: found 'adam', allowed: row_sgd, row_adamw, row_adagrad"),
         ("optimizer.head.name=sgd", "optimizer: head.name is 'sgd', allowed: row_sgd, row_adamw, row_adagrad"),
+        ("optimizer.backbone.dense=true", "optimizer: backbone.dense: the backbone's steps are dense anyway"),
+        (
+            "optimizer.head.dense=true head.storage=host",
+            "optimizer.head.dense passes over all centers in every step, which head.storage: host avoids",
+        ),
         ("optimizer.backbone.name=row_sgd", "optimizer: backbone.name is 'row_sgd', allowed: sgd, adamw"),
         ("optimizer.backbone={momentum: 0.0, nesterov: true}", "optimizer.backbone: nesterov needs momentum"),
         (

@@ -77,6 +77,31 @@ def test_each_row_is_stepped_as_torch_steps_a_parameter_that_is_touched(name: st
     assert torch.allclose(head.weight, expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("name", ["momentum", "nesterov", "adamw"])
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("sub_centers", [1, 2])
+def test_a_dense_step_is_torchs_by_a_dense_gradient(name: str, passes: int, sub_centers: int) -> None:
+    head = PartialFC(CLASSES, DIM, objective=objectives.DSoftmax(), sample_rate=0.2, center_dtype=torch.float64,
+        sub_centers=sub_centers)  # fmt: skip
+    made: dict[str, Callable[[], RowOptimizer]] = {
+        "momentum": lambda: RowSGD(head, 0.3, momentum=0.9, weight_decay=0.01, dense=True),
+        "nesterov": lambda: RowSGD(head, 0.3, momentum=0.9, weight_decay=0.01, nesterov=True, dense=True),
+        "adamw": lambda: RowAdamW(head, 0.05, weight_decay=0.1, dense=True),
+    }
+    ours = copy.deepcopy(made[name]())
+    head = ours.head
+    matrix = torch.nn.Parameter(head.weight.detach().clone())
+    twin = TWINS[name][1]([matrix])
+    for step in range(8):
+        for number in range(passes):
+            head(*batch(step * passes + number)).backward()
+        matrix.grad = dense_row_gradient(head)
+        twin.step()
+        ours.step()
+        ours.zero_grad()
+    assert torch.allclose(head.weight, matrix, rtol=1e-12, atol=1e-14)
+
+
 def test_rowwise_adagrad_by_its_formula() -> None:
     head = make_head(1.0)
     optimizer = RowAdagrad(head, lr=0.1, eps=1e-10, weight_decay=0.01)

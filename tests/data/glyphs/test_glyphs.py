@@ -166,6 +166,88 @@ def test_a_share_of_the_training_images_is_spoilt(pack: Callable) -> None:
     assert np.mean(ratios) < 0.7
 
 
+def test_a_long_tail(pack: Callable) -> None:
+    options = {"identities": 30, "images_per_identity": 12}
+    even, tail = pack(**options), pack(**options, fewest_images=2)
+    counts = np.bincount(RecordDataset.open(tail.out / "train").labels())
+    assert (counts.max(), counts.min(), counts.sum()) == (12, 2, tail.images)
+    falling = np.sort(counts)[::-1]
+    assert np.abs(falling - 12 * (2 / 12) ** (np.arange(30) / 29)).max() <= 0.5
+    assert counts.tolist() != falling.tolist(), "which characters are frequent does not follow their order"
+    assert files(even.out)["heldout.bin"] == files(tail.out)["heldout.bin"]
+    assert files(tail.out) == files(pack(**options, fewest_images=2, workers=2).out)
+
+
+def test_characters_that_are_two_identities(pack: Callable) -> None:
+    options = {"identities": 20, "images_per_identity": 7}
+    whole, split = pack(**options), pack(**options, split=0.25)
+    before, after = (RecordDataset.open(summary.out / "train") for summary in (whole, split))
+    assert (after.num_classes, split.identities, split.images) == (25, 25, 140)
+    same = [(before.read(number), after.read(number)) for number in range(140)]
+    assert all(bytes(one[1]) == bytes(other[1]) for one, other in same), "only labels differ"
+    moved = {(one[0], other[0]) for one, other in same if one[0] != other[0]}
+    assert sorted(new for _, new in moved) == [20, 21, 22, 23, 24]
+    counts = np.bincount(after.labels())
+    assert {(int(counts[old]), int(counts[new])) for old, new in moved} == {(4, 3)}
+    names = after.identity_names()
+    assert all(names[new] == f"{names[old]}, again" for old, new in moved)
+
+
+def make_pictures(folder: Path, codes: list[str], seed: int, ending: str = "png") -> None:
+    """A coloured square on nothing for each; the colour depends on the code, its size on ``seed``."""
+    folder.mkdir(parents=True)
+    for code in codes:
+        colour = np.random.default_rng([int(part, 16) for part in code.split("-")]).integers(0, 256, 3)
+        image = np.zeros((40, 40, 4), dtype=np.uint8)
+        image[8 + seed : 32 - seed, 8 + seed : 32 - seed] = [*colour, 255]
+        Image.fromarray(image, "RGBA").save(folder / f"{code}.{ending}", lossless=True)
+
+
+def test_folders_of_pictures_are_fonts(pack: Callable, tmp_path: Path) -> None:
+    codes = [f"1f6{number:02x}" for number in range(30)] + ["1f1e9-1f1ea"]
+    for seed, vendor in enumerate(("one", "two", "three")):
+        make_pictures(tmp_path / "emoji" / vendor / "64", codes + [f"{code}-fe0f" for code in ("2764",)], seed)
+    make_pictures(tmp_path / "emoji" / "four", [*codes, "2764"], 3, "webp")
+    (tmp_path / "emoji" / "one" / "64" / "sheet.png").write_bytes(b"no code point")
+    found = find_fonts([tmp_path / "emoji"])
+    assert [font.name for font in found] == ["four", "one/64", "three/64", "two/64"]
+    assert {len(font.characters) for font in found} == {32}
+    assert all("\N{HEAVY BLACK HEART}" in font.characters for font in found), "with and without a style it is the same"
+    summary = pack(
+        fonts=[tmp_path / "emoji"], heldout_fonts=["four"], identities=24, size=32, out=tmp_path / "out", workers=2
+    )
+    assert (summary.training_fonts, summary.heldout_fonts) == (("one/64", "three/64", "two/64"), ("four",))
+    dataset = RecordDataset.open(summary.out / "train")
+    names = dataset.identity_names()
+    assert set(names) | set(json.loads((summary.out / "heldout" / "labels.json").read_text())) == set(
+        found[0].characters
+    )
+    own = []
+    for number in range(len(dataset)):
+        label, image = dataset.read(number)
+        with Image.open(io.BytesIO(bytes(image))) as picture:
+            middle = np.asarray(picture, dtype=np.float64)[14:18, 14:18].mean((0, 1))
+        own.append(np.corrcoef(middle, np.random.default_rng([ord(part) for part in names[label]]).integers(0, 256, 3)))
+    assert np.mean(own, axis=0)[0, 1] > 0.8, "each shows its own colour; by chance 0"
+
+
+def test_the_held_out_characters_in_fonts_of_another_kind(pack: Callable, fonts: Path, tmp_path: Path) -> None:
+    make_font(tmp_path / "brush" / "brush.ttf", "Brush", HAN[5:], weight=20)
+    calls: list[tuple[int, int]] = []
+    summary = pack(domains={"brush": [tmp_path / "brush"]}, progress=lambda done, total: calls.append((done, total)))
+    names = {part: json.loads((summary.out / part / "labels.json").read_text()) for part in ("heldout", "brush")}
+    assert names["heldout"] == names["brush"]
+    assert {ord(name) for name in names["brush"]} <= set(HAN[5:30])
+    assert summary.domain_fonts == {"brush": ("Brush",)}
+    assert "the same characters in Brush" in str(summary)
+    assert calls[-1] == (120 + 2 * 48, 120 + 2 * 48)
+    assert len(read_pairs(summary.out / "brush.bin").same) == 40
+    search = read_protocol(summary.out / "brush.csv")
+    assert search.images[0] == "brush#0"
+    drawn = [RecordDataset.open(summary.out / part) for part in ("heldout", "brush")]
+    assert bytes(drawn[0].read(0)[1]) != bytes(drawn[1].read(0)[1])
+
+
 def test_characters_that_all_fonts_share_come_first_and_hangul_last(fonts: Path) -> None:
     training, heldout = split_fonts(find_fonts([fonts]))
 
@@ -196,6 +278,10 @@ def test_characters_that_all_fonts_share_come_first_and_hangul_last(fonts: Path)
         ({"heldout_fonts": ["nowhere"]}, "one held out"),
         ({"heldout_fonts": ["sans", "serif"]}, "two fonts to train on"),
         ({"fonts": ["nowhere.ttf"]}, "nowhere.ttf does not exist"),
+        ({"fewest_images": 7}, "fewest_images is 7: it takes 1 to 6"),
+        ({"split": 1.5}, "split is 1.5: a share of the images"),
+        ({"domains": {"train": []}}, "domain 'train'"),
+        ({"domains": {"a/b": []}}, "domain 'a/b'"),
     ],
 )
 def test_wrong_use_is_one_clear_line_and_leaves_nothing(

@@ -1,0 +1,201 @@
+"""Writes the tables and pictures of docs/evidence.md from the results that lie beside this file, one for each sweep.
+
+python docs/evidence/tables.py                  # from the results that are here
+python docs/evidence/tables.py runs/evidence    # takes those of the sweeps in that folder first
+"""
+
+import base64
+import csv
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pfc.engine.evaluation.figures import title
+from pfc.engine.report import figures
+from pfc.engine.report.sweep import Row, interval, points_of, write_rows
+from pfc.launch.sweep import Sweep, read_sweep
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+PAGE = HERE.parent / "evidence.md"
+LEADING = ("identify", "rank_1")
+"""The figure of which differences are told, and that is drawn."""
+FIGURES = {
+    ("heldout", "accuracy"): "accuracy",
+    ("heldout", "tar_at_far_1e-3"): "TAR@FAR 1e-3",
+    ("identify", "rank_1"): "rank-1",
+    ("identify", "tpir_at_fpir_1e-2"): "TPIR@FPIR 1e-2",
+    ("hand", "accuracy"): "accuracy, handwriting",
+}
+COSTS = {"processor_seconds": "processor s", "peak_mib": "MiB"}
+# Lines of rates.yaml that stand beside a table's own: which of its points, and how they are called.
+BESIDE: dict[str, list[tuple[dict[str, str], str]]] = {
+    "batch": [({"objective": "d_softmax"}, "sample_rate {head.sample_rate}")],
+    "shift": [
+        ({"objective": objective, "head.sample_rate": rate}, "{objective} {head.sample_rate}, as it is")
+        for objective in ("softmax", "cosface")
+        for rate in ("0.1", "0.015625")
+    ],
+    "growing": [
+        ({"objective": objective, "head.sample_rate": rate}, "{objective}, {head.sample_rate}")
+        for objective in ("softmax", "d_softmax")
+        for rate in ("1.0", "0.1")
+    ],
+    "noise": [({"head.sample_rate": "1.0"}, "clean, {objective}")],
+    "tail": [
+        ({"objective": objective, "head.sample_rate": "1.0"}, "10 images each, {objective}")
+        for objective in ("softmax", "d_softmax")
+    ],
+}
+# The point of rates.yaml that a point is compared with, where the sweep's own file names none.
+AGAINST: dict[str, Callable[[Mapping[str, str]], dict[str, str]]] = {
+    "batch": lambda point: {"objective": "d_softmax", "head.sample_rate": "1.0"},
+    "shift": lambda point: dict(zip(("objective", "head.sample_rate"), point["corrected"].split(), strict=True)),
+}
+PICTURES = ("rates",)
+
+
+def take(folder: Path) -> None:
+    """Copies the results of the sweeps in ``folder`` here, without what no table needs."""
+    for results in sorted(folder.glob("*/results.csv")):
+        if not (ROOT / "configs" / "evidence" / f"{results.parent.name}.yaml").is_file():
+            continue
+        axes = sweep_of(results.parent.name).axes
+        kept = {"set", "step", "seed", "images", "images_per_second", *axes, *COSTS}
+        kept |= {f"{field}{ending}" for _, field in FIGURES for ending in ("", "_low", "_high", "_std")}
+        with results.open(encoding="utf-8", newline="") as file:
+            rows = [
+                {name: value for name, value in row.items() if name in kept and value} for row in csv.DictReader(file)
+            ]
+        rows.sort(key=lambda row: (*(list(labels).index(row[axis]) for axis, labels in axes.items()), int(row["seed"])))
+        write_rows(HERE / f"{results.parent.name}.csv", rows)
+
+
+def sweep_of(name: str) -> Sweep:
+    return read_sweep(ROOT / "configs" / "evidence" / f"{name}.yaml", [])
+
+
+def rows_of(name: str) -> list[Row]:
+    """The results of a sweep: numbers as numbers, labels as they are."""
+    axes = sweep_of(name).axes
+    with (HERE / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        return [
+            {key: value if key in ("set", *axes) else float(value) for key, value in row.items() if value}
+            for row in csv.DictReader(file)
+        ]
+
+
+def select(rows: Iterable[Row], point: Mapping[str, str]) -> list[Row]:
+    return [row for row in rows if all(row[axis] == label for axis, label in point.items())]
+
+
+def by_seed(rows: Iterable[Row], figure: tuple[str, str]) -> dict[float, float]:
+    name, field = figure
+    return {row["seed"]: row[field] for row in rows if row["set"] == name and field in row}
+
+
+def told(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.4f}" + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "") if values else "–"
+
+
+class Line(NamedTuple):
+    """Of a table: its labels, its results, and those that it is compared with."""
+
+    labels: list[str]
+    rows: list[Row]
+    base: list[Row]
+
+
+def lines_of(name: str) -> list[Line]:
+    sweep, rows = sweep_of(name), rows_of(name)
+    rates = rows_of("rates")
+    lines = []
+    for wanted, called in BESIDE.get(name, []):
+        for point in points_of(select(rates, wanted), sweep_of("rates").axes):
+            labels = [re.sub(r"{(.+?)}", lambda found, at=point: at[found[1]], called), *[""] * (len(sweep.axes) - 1)]
+            lines.append(Line(labels, select(rates, point), []))
+    for point in points_of(rows, sweep.axes):
+        if name in AGAINST:
+            base = select(rates, AGAINST[name](point))
+        else:
+            itself = all(point[axis] == label for axis, label in sweep.against.items())
+            base = [] if itself else select(rows, {**point, **sweep.against})
+        lines.append(Line(list(point.values()), select(rows, point), base))
+    return lines
+
+
+def table(name: str) -> str:
+    """A sweep's table in Markdown, with what it was measured over."""
+    lines = lines_of(name)
+    shown = [one for one in FIGURES if any(by_seed(line.rows, one) for line in lines)]
+    compared = any(line.base for line in lines)
+    heads = [axis.removeprefix("head.") for axis in sweep_of(name).axes]
+    for one in shown:
+        heads += [FIGURES[one], *(["difference"] if compared and one == LEADING else [])]
+    cells = [[*heads, *COSTS.values()]]
+    for line in lines:
+        row = list(line.labels)
+        for one in shown:
+            values = by_seed(line.rows, one)
+            row.append(told(list(values.values())))
+            if compared and one == LEADING:
+                other = by_seed(line.base, one)
+                pairs = [values[seed] - other[seed] for seed in values if seed in other]
+                row.append(f"{np.mean(pairs):+.4f} ± {interval(pairs):.4f}" if len(pairs) > 1 else "")
+        cells.append([*row, *(f"{np.median([run[cost] for run in line.rows]):,.0f}" for cost in COSTS)])
+    written = ["| " + " | ".join(row) + " |" for row in cells]
+    written.insert(1, "|" + "---|" * len(cells[0]))
+    seeds = sorted({len(by_seed(line.rows, shown[0])) for line in lines})
+    note = f"Mean ± standard deviation over {' to '.join(map(str, seeds))} seeds"
+    if compared:
+        note += "; differences of the same seeds ± half of their 95 % interval"
+    widths = []
+    for one in shown:
+        halves = [
+            (row[f"{one[1]}_high"] - row[f"{one[1]}_low"]) / 2
+            for line in lines
+            for row in line.rows
+            if row["set"] == one[0] and f"{one[1]}_high" in row
+        ]
+        if halves:
+            widths.append(f"{FIGURES[one]} ± {np.median(halves):.3f}")
+    if widths:
+        note += f". Over identities, 95 % of one run: {', '.join(widths)}"
+    return "\n".join([*written, "", f"{note}."])
+
+
+def picture(name: str) -> str:
+    """The leading figure over the last axis, as SVG."""
+    axes, rows = sweep_of(name).axes, rows_of(name)
+    *others, across = axes
+    lines: dict[str, list[tuple[int, float, float]]] = {}
+    for point in points_of(rows, axes):
+        values = list(by_seed(select(rows, point), LEADING).values())
+        place = list(axes[across]).index(point[across])
+        lines.setdefault(", ".join(point[axis] for axis in others), []).append(
+            (place, float(np.mean(values)), interval(values))
+        )
+    called = title(LEADING[1]) or LEADING[1]
+    uri = figures.with_intervals(lines, axes[across], across.removeprefix("head."), called)
+    return base64.b64decode(uri.partition(",")[2]).decode()
+
+
+def filled(page: str) -> str:
+    """The page with its tables."""
+
+    def fill(found: re.Match[str]) -> str:
+        return f"<!-- table: {found[1]} -->\n\n{table(found[1])}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", fill, page, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        take(Path(sys.argv[1]))
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for one in PICTURES:
+        (HERE.parent / "images" / f"evidence-{one}.svg").write_text(picture(one), encoding="utf-8")
