@@ -7,8 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow.parquet
@@ -18,9 +22,10 @@ import yaml
 from pfc.data import RecordDataset, UsageError, make_pairs, pack_synthetic, write_pairs
 from pfc.engine.log.telemetry import read_json_lines
 from pfc.engine.report import sweep as report
+from pfc.launch import sweep
 from pfc.launch.cli import main
 from pfc.launch.sweep import perform, read_sweep
-from tests.commands import start_pfc, wait_until
+from tests.commands import Command, run_pfc, wait_until
 
 AXES = {
     "loss": {"cosface": {"head.objective": {"name": "cosface", "scale": 16.0}}},
@@ -45,6 +50,56 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+class Forked:
+    """In place of subprocess.Popen: the same program, with the same arguments, in a fork, which has torch already."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        stdin: int,
+        stdout: BinaryIO,
+        stderr: BinaryIO,
+        env: dict[str, str],
+        start_new_session: bool,
+    ) -> None:
+        python, option, code, *arguments = command
+        assert (python, option, stdin, start_new_session) == (sys.executable, "-c", subprocess.DEVNULL, True)
+        sys.stdout.flush()
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        exit_code: Any = 1
+        try:
+            os.setsid()
+            for one in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+                signal.signal(one, signal.SIG_DFL)
+            for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), stdout.fileno(), stderr.fileno())):
+                os.dup2(file, number)
+            os.environ.clear()
+            os.environ.update(env)
+            sys.argv = [option, *arguments]
+            exec(code, {"__name__": "__main__"})
+            exit_code = 0
+        except SystemExit as end:
+            exit_code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(exit_code)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+def run_forked(arguments: Sequence[str]) -> int:
+    """``pfc ARGUMENTS...``, a sweep whose runs are forks; in the process of a command."""
+    sweep.subprocess = SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL)  # type: ignore[assignment]
+    return run_pfc(arguments)
+
+
 def write(folder: Path, **changes: object) -> Path:
     tree = {"recipe": "recipe.yaml", "axes": AXES, "seeds": 2, "against": {"head.sample_rate": "1.0"}} | changes
     (folder / "sweep.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
@@ -54,8 +109,9 @@ def write(folder: Path, **changes: object) -> Path:
 def test_every_point_is_trained_with_every_seed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = folder / "out"
     command = ["sweep", str(write(folder, set={"optimizer.accumulate": 2})), "--out", str(out)]
-    assert main(command) == 0
-    told = capsys.readouterr().out
+    ended = Command(run_forked, command).wait()
+    assert ended.exit_code == 0, ended.output
+    told = ended.out
     with (out / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4
@@ -110,14 +166,15 @@ def test_a_run_that_fails_does_not_end_the_others(folder: Path, capsys: pytest.C
         against={"data": "good"},
         seeds=[3],
     )
-    assert main(["sweep", str(file), "--out", str(folder / "out")]) == 1
-    told = capsys.readouterr()
-    assert "bad-3 failed: " in told.err
-    assert "nowhere: no such data set" in told.err
-    assert "1 of 2 runs failed: give the command again" in told.err
+    told = Command(run_forked, ["sweep", str(file), "--out", str(folder / "out")]).wait()
+    assert told.exit_code == 1
+    assert "bad-3 failed: " in told.error
+    assert "nowhere: no such data set" in told.error
+    assert "1 of 2 runs failed: give the command again" in told.error
     assert any(line.split()[0] == "good" for line in told.out.splitlines() if line)
     assert "no such data set" in (folder / "out" / "sweep.html").read_text()
     pack_synthetic(folder / "nowhere", identities=6, images_per_identity=4, size=32, workers=1)
+    # This once as a user has it: the run is a program of its own.
     assert main(["sweep", str(file), "--out", str(folder / "out")]) == 0
     assert capsys.readouterr().out.count("run        ") == 1
 
@@ -129,7 +186,7 @@ def test_a_sweep_that_is_stopped_goes_on(folder: Path) -> None:
     metrics = [folder / "out" / f"{rate}-0" / "metrics.jsonl" for rate in ("0.1", "0.05")]
     before = 0
     for _ in range(2):
-        command = start_pfc("sweep", file, "--out", folder / "out", "--at-once", "2")
+        command = Command(run_forked, ["sweep", str(file), "--out", str(folder / "out"), "--at-once", "2"])
         wait_until(partial(more_than, before, metrics), 120)
         command.send_signal(signal.SIGTERM)
         assert command.wait().exit_code == 143
