@@ -141,12 +141,13 @@ def test_a_type_checker_knows_the_package(environment: Path, tmp_path: Path):
 
 
 def test_the_wheel_works_from_anywhere(environment: Path, tmp_path: Path):
+    """That the head is the wheel's too, the trial above shows."""
     assert run(str(environment / "pfc"), "--version", cwd=tmp_path) == "pfc 0.1.0\n"
     assert run(str(environment / "python"), "-m", "pfc", "--version", cwd=tmp_path) == "pfc 0.1.0\n"
     assert "Usage: pfc" in run(str(environment / "pfc"), "--help", cwd=tmp_path)
     assert run(str(environment / "pfc"), "help", "data", cwd=tmp_path).startswith("# Data\n")
     assert run(str(environment / "pfc"), "help", "machines", cwd=tmp_path).startswith("# Starting training runs\n")
-    code = "import pfc.partial_fc, pfc.data, pfc.engine, pfc.launch.cli, pfc; print(*pfc.__path__, pfc.data.__file__)"
+    code = "import pfc.data, pfc.engine, pfc.launch.cli, pfc; print(*pfc.__path__, pfc.data.__file__)"
     for path in run(str(environment / "python"), "-c", code, cwd=tmp_path).split():
         assert Path(path).is_relative_to(environment.parent), path
 
@@ -160,9 +161,10 @@ def test_the_installed_command_packs_and_inspects(environment: Path, tmp_path: P
 
 
 def test_the_editable_installation_works_from_anywhere(tmp_path: Path):
-    code = "import pfc.partial_fc, pfc.launch.cli; print(pfc.partial_fc.__file__)"
+    """That the head is the checkout's too, the test below shows."""
+    code = "import pfc.launch.cli; print(pfc.launch.cli.__file__)"
     where = Path(run(sys.executable, "-c", code, cwd=tmp_path).strip())
-    assert where == ROOT / "partial_fc" / "__init__.py"
+    assert where == ROOT / "launch" / "cli.py"
     assert run(sys.executable, "-m", "pfc", "--version", cwd=tmp_path) == "pfc 0.1.0\n"
     assert run(sys.executable, "-m", "pfc", "--version", cwd=ROOT) == "pfc 0.1.0\n"
 

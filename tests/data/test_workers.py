@@ -76,10 +76,10 @@ def test_a_script_without_a_guard_is_told_of_it(call: str, tmp_path: Path) -> No
     pack_folder(src, tmp_path / "old", size=16, workers=1)
     before = sorted(path.name for path in tmp_path.iterdir())
     script = tmp_path / "script.py"
-    text = "from pfc.data import pack_folder, pack_glyphs, pack_recordio, pack_synthetic\n" + call.format(
-        src=str(src), old=str(tmp_path / "old"), out=str(tmp_path / "out")
+    script.write_text(
+        "from pfc.data import pack_folder, pack_glyphs, pack_recordio, pack_synthetic\n"
+        + call.format(src=str(src), old=str(tmp_path / "old"), out=str(tmp_path / "out"))
     )
-    script.write_text(text)
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert run.stderr.count("Traceback") == 1  # this script's own
@@ -87,8 +87,13 @@ def test_a_script_without_a_guard_is_told_of_it(call: str, tmp_path: Path) -> No
     assert last.startswith("pfc.data.errors.UsageError: ")
     assert 'if __name__ == "__main__":' in last
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "script.py"])
-    first, second = text.splitlines()
-    script.write_text(f'{first}\nif __name__ == "__main__":\n    {second}\n')
+
+
+def test_a_script_with_a_guard_packs(tmp_path: Path) -> None:
+    src = make_source(tmp_path / "src")
+    script = tmp_path / "script.py"
+    call = f"pack_folder({str(src)!r}, {str(tmp_path / 'out')!r}, size=16, workers=2)"
+    script.write_text(f'from pfc.data import pack_folder\nif __name__ == "__main__":\n    {call}\n')
     subprocess.run([sys.executable, script], check=True)
     assert (tmp_path / "out").is_dir()
 
