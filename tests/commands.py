@@ -112,6 +112,11 @@ def run_script(path: str) -> None:
     runpy.run_path(path, run_name="__main__")
 
 
+def run_code(code: str) -> None:
+    """Runs ``code`` as ``python -c CODE`` does, except that much is imported already."""
+    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+
+
 def wait_until(happened: Callable[[], object], seconds: float = 60.0, *, otherwise: str = "it did not happen") -> None:
     """Until ``happened()`` is true; an AssertionError after ``seconds``."""
     deadline = time.monotonic() + seconds

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pfc.engine
 from pfc.data import RecordDataset, UsageError, decode_images
 from pfc.engine.checkpoint import load_backbone
 from pfc.launch.cli import main
+from tests.commands import Command, run_code
 
 hub = pytest.importorskip("huggingface_hub")
 from pfc.engine.sharing.hub import EmbeddingNetwork  # noqa: E402
@@ -301,15 +301,16 @@ def test_without_the_extra_one_line_says_so(run_dir: Path, tmp_path: Path):
         "try:\n    import pfc.engine.sharing.hub\nexcept ImportError as error:\n    print(error)\n"
         "sys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    ended = Command(run_code, code).wait()
     advice = "pfc.engine.sharing.hub needs huggingface_hub: pip install 'pfc[hub]'\n"
-    assert (done.returncode, done.stdout, done.stderr) == (2, advice, f"pfc: {advice}")
+    assert (ended.exit_code, ended.out, ended.error) == (2, advice, f"pfc: {advice}")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_else_imports_huggingface_hub():
+    """Nor does anything that tests have imported beforehand."""
     code = (
         "import sys, pfc.engine.trainer, pfc.launch.verbs.export; from pfc.launch.cli import main; "
         "main(['--help']); sys.exit('huggingface_hub' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, timeout=120).returncode == 0
+    assert Command(run_code, code).wait().exit_code == 0
