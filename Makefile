@@ -1,8 +1,9 @@
 # make demo    pack a small real data set, train on two CPU ranks, evaluate, write the report
+# make evidence-small  what sampling the classes costs, in half an hour on two cores; make evidence: all tables of
+#              docs/evidence.md, in twelve hours
 # make test    run the tests
 # make test-gpu  what only a GPU can show, in under ten minutes, with a table at the end (docs/devices.md)
 # make lint    ruff and pyright
-# make evidence  the tables of docs/evidence.md, within 12 hours on two cores; make evidence-small: its first, in half an hour
 # make bench   time the head on this machine
 # make docs    build the documentation as a site, build/site/index.html
 # make image   build the container image, pfc:VERSION
@@ -20,6 +21,7 @@ WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 
 
 GLYPHS  = work/glyphs
 EVIDENCE = work/evidence
+SWEEPS  = rates batch tuning stop shift growing updates noise tail emoji
 # What npm packages ship: handwriting, and emoji of five vendors (NAME PACKAGE FOLDER).
 HANDS   = ma-shan-zheng@5.3.1 zhi-mang-xing@5.3.0 long-cang@5.3.0 liu-jian-mao-cao@5.3.0
 EMOJI   = noto,emoji-datasource-google@16.0.0,img/google/64 blob,emoji-datasource-google@3.0.0,img/google/64 \
@@ -41,6 +43,14 @@ $(GLYPHS)/identify.csv: | $(STAMP)-demo
 # The sets differ in the training part alone, and are all judged by what $(EVIDENCE)/print holds out.
 PRINT   = $(VENV)/bin/pfc pack glyphs $@ --identities 10000 --images-per-identity 10 --size 24 \
           --heldout-identities 600 --heldout-pairs 6000 --domain hand=$(EVIDENCE)/packages/hand
+
+evidence-small: $(EVIDENCE)/print
+	$(VENV)/bin/pfc sweep configs/evidence/small.yaml --out runs/evidence/small
+
+evidence: $(addprefix $(EVIDENCE)/,print flipped split tail emoji) $(addprefix sweep-,$(SWEEPS))
+
+sweep-%: | $(STAMP)-evidence
+	$(VENV)/bin/pfc sweep configs/evidence/$*.yaml --out runs/evidence/$*
 
 $(EVIDENCE)/packages: | $(STAMP)-evidence
 	rm -rf $@.partial && mkdir -p $@.partial/hand $@.partial/emoji
@@ -64,7 +74,7 @@ $(EVIDENCE)/split: | $(EVIDENCE)/packages
 $(EVIDENCE)/tail: | $(EVIDENCE)/packages
 	$(PRINT) --images-per-identity 30 --fewest-images 2
 $(EVIDENCE)/emoji: | $(EVIDENCE)/packages
-	$(VENV)/bin/pfc pack glyphs $@ --font $(EVIDENCE)/packages/emoji --heldout-font noto --identities 1600 \
+	$(VENV)/bin/pfc pack glyphs $@ --font $(EVIDENCE)/packages/emoji --heldout-font noto --heldout-font blob --identities 1600 \
 	  --images-per-identity 20 --size 32 --heldout-identities 400 --heldout-pairs 6000
 
 test: $(STAMP)-dev

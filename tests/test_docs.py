@@ -51,8 +51,8 @@ def table(page: str, header: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:stop]]
 
 
-def plot_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plot_objectives", DOCS / "images" / "plot_objectives.py")
+def script(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, DOCS / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -290,7 +290,7 @@ def _slopes(objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.usefixtures("own_register")
 def test_every_objective_is_drawn(tmp_path: Path) -> None:
     objectives.register("own", objectives.CosFace)
-    files = plot_module().main(tmp_path / "images")
+    files = script("images/plot_objectives.py").main(tmp_path / "images")
     expected = {f"objective-{name}.svg" for name in objectives.names()} | {"objectives-together.svg"}
     assert "objective-own.svg" in expected
     assert {file.name for file in files} == expected
@@ -303,7 +303,9 @@ def test_every_objective_is_drawn(tmp_path: Path) -> None:
 
 def test_the_drawn_slopes_are_those_of_the_losses() -> None:
     target, negatives = _grid()
-    loss, by_target, push = plot_module().slopes(objectives.CosFace(scale=20.0), target, negatives)
+    loss, by_target, push = script("images/plot_objectives.py").slopes(
+        objectives.CosFace(scale=20.0), target, negatives
+    )
     expected_loss, pull, expected_push = _slopes(objectives.CosFace(scale=20.0))
     assert torch.equal(loss, expected_loss)
     assert torch.equal(-by_target, pull)
@@ -320,3 +322,40 @@ def test_links_and_pictures_lead_somewhere(page: str) -> None:
             headings = re.findall(r"^#+ (.+)$", (DOCS / (file or page)).read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in [heading.lower().replace(" ", "-") for heading in headings], link
     assert max(len(line) for line in text.split("\n")) <= 120
+
+
+def test_the_tables_of_the_evidence_are_those_of_its_results() -> None:
+    tables = script("evidence/tables.py")
+    page = (DOCS / "evidence.md").read_text(encoding="utf-8")
+    assert tables.filled(page) == page, "python docs/evidence/tables.py"
+    shown = re.findall("<!-- table: (.*) -->", page)
+    assert sorted(shown) == sorted(path.stem for path in (DOCS / "evidence").glob("*.csv"))
+    for name in tables.PICTURES:
+        assert f"images/evidence-{name}.svg" in page
+        assert "</svg>" in tables.picture(name)
+
+
+def test_results_of_more_seeds_are_taken_beside_those_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = script("evidence/tables.py")
+    lines = (DOCS / "evidence" / "rates.csv").read_text(encoding="utf-8").splitlines()
+    seeds = lines[0].split(",").index("seed")
+    more = [line.split(",") for line in lines[1:] if line.split(",")[seeds] == "0"]
+    for cells in more:
+        cells[seeds] = "77"
+    folder = tmp_path / "runs" / "rates"
+    folder.mkdir(parents=True)
+    extra = [",".join([*cells, "left out"]) for cells in more]
+    (folder / "results.csv").write_text("\n".join([f"{lines[0]},unknown", *extra]) + "\n", encoding="utf-8")
+    (tmp_path / "runs" / "others").mkdir()
+    (tmp_path / "runs" / "others" / "results.csv").write_text("seed\n1\n", encoding="utf-8")
+    (tmp_path / "rates.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    before = tables.rows_of("rates")
+    tables.take(tmp_path / "runs")
+    after = tables.rows_of("rates")
+    assert [row for row in after if row["seed"] != 77] == before
+    assert len(after) == len(before) + len(more)
+    assert not any("unknown" in row for row in after)
+    assert sorted(path.name for path in tmp_path.glob("*.csv")) == ["rates.csv"]

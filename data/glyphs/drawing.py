@@ -37,7 +37,7 @@ def draw_glyph(photograph: Photograph, *, size: int, quality: int) -> tuple[int,
     drawn = _picture(photograph.path, side) if coloured else _printed(photograph, side, generator)
     drawn = drawn.transform(drawn.size, Image.Transform.AFFINE, _affine(generator, side), Image.Resampling.BILINEAR)
     drawn = drawn.filter(ImageFilter.GaussianBlur(generator.uniform(0.0, 0.015) * side)).reduce(_OVERSAMPLING)
-    light = np.asarray(drawn, dtype=np.float32).reshape(size, size, -1) / np.float32(255)
+    light = np.frombuffer(drawn.tobytes(), dtype=np.uint8).reshape(size, size, -1) / np.float32(255)
     picture = Image.fromarray(_light(light[..., -1:], generator, light[..., :-1] if coloured else None))
     if photograph.spoilt == "blurred":
         picture = picture.filter(ImageFilter.GaussianBlur(generator.uniform(0.04, 0.09) * size))
@@ -59,17 +59,14 @@ def _printed(photograph: Photograph, side: int, generator: np.random.Generator) 
 
 
 def _picture(path: str, side: int) -> Image.Image:
-    """The picture in the middle: mode RGBA, side × side pixels, the colours times their opacity."""
+    """The picture in the middle: mode RGBa (colours times their opacity), side × side pixels."""
     with Image.open(path) as file:
         picture = file.convert("RGBA")
     largest = round(side * _EM)
     picture = ImageOps.contain(picture, (largest, largest), Image.Resampling.LANCZOS)
-    values = np.asarray(picture, dtype=np.float32)
-    values = np.concatenate([values[..., :3] * (values[..., 3:] / 255), values[..., 3:]], axis=2)
     canvas = Image.new("RGBA", (side, side))
-    corner = ((side - picture.width) // 2, (side - picture.height) // 2)
-    canvas.paste(Image.fromarray(values.round().astype(np.uint8), "RGBA"), corner)
-    return canvas
+    canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return canvas.convert("RGBa")
 
 
 @lru_cache(maxsize=64)

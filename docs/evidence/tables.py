@@ -1,11 +1,12 @@
 """Writes the tables and pictures of docs/evidence.md from the results that lie beside this file, one for each sweep.
 
 python docs/evidence/tables.py                  # from the results that are here
-python docs/evidence/tables.py runs/evidence    # takes those of the sweeps in that folder first
+python docs/evidence/tables.py runs/evidence    # takes those of the sweeps in that folder first, and shows its data
 """
 
 import base64
 import csv
+import io
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
+from pfc.data.records.dataset import RecordDataset
 from pfc.engine.evaluation.figures import title
 from pfc.engine.report import figures
 from pfc.engine.report.sweep import Row, interval, points_of, write_rows
@@ -35,6 +38,11 @@ COSTS = {"processor_seconds": "processor s", "peak_mib": "MiB"}
 # Lines of rates.yaml that stand beside a table's own: which of its points, and how they are called.
 BESIDE: dict[str, list[tuple[dict[str, str], str]]] = {
     "batch": [({"objective": "d_softmax"}, "sample_rate {head.sample_rate}")],
+    "tuning": [
+        ({"objective": "softmax", "head.sample_rate": "1.0"}, "softmax s 16"),
+        ({"objective": "cosface", "head.sample_rate": "1.0"}, "cosface s 16 m 0.2"),
+    ],
+    "updates": [({"objective": "softmax", "head.sample_rate": "1.0"}, "adamw, all classes")],
     "shift": [
         ({"objective": objective, "head.sample_rate": rate}, "{objective} {head.sample_rate}, as it is")
         for objective in ("softmax", "cosface")
@@ -60,19 +68,27 @@ PICTURES = ("rates",)
 
 
 def take(folder: Path) -> None:
-    """Copies the results of the sweeps in ``folder`` here, without what no table needs."""
+    """Copies the results of the sweeps in ``folder`` here, without what no table needs; runs of others stay."""
     for results in sorted(folder.glob("*/results.csv")):
         if not (ROOT / "configs" / "evidence" / f"{results.parent.name}.yaml").is_file():
             continue
         axes = sweep_of(results.parent.name).axes
         kept = {"set", "step", "seed", "images", "images_per_second", *axes, *COSTS}
         kept |= {f"{field}{ending}" for _, field in FIGURES for ending in ("", "_low", "_high", "_std")}
-        with results.open(encoding="utf-8", newline="") as file:
-            rows = [
-                {name: value for name, value in row.items() if name in kept and value} for row in csv.DictReader(file)
-            ]
-        rows.sort(key=lambda row: (*(list(labels).index(row[axis]) for axis, labels in axes.items()), int(row["seed"])))
-        write_rows(HERE / f"{results.parent.name}.csv", rows)
+        place = HERE / results.name.replace("results", results.parent.name)
+        found: dict[tuple[str, ...], dict[str, str]] = {}
+        for path in (place, results):
+            if path.is_file():
+                with path.open(encoding="utf-8", newline="") as file:
+                    for row in csv.DictReader(file):
+                        found[tuple(row[key] for key in (*axes, "seed", "set"))] = {
+                            name: value for name, value in row.items() if name in kept and value
+                        }
+
+        def order(row: Mapping[str, str], axes: Mapping[str, list[str]] = axes) -> tuple[int, ...]:
+            return (*(labels.index(row[axis]) for axis, labels in axes.items()), int(row["seed"]))
+
+        write_rows(place, sorted(found.values(), key=order))
 
 
 def sweep_of(name: str) -> Sweep:
@@ -184,6 +200,21 @@ def picture(name: str) -> str:
     return base64.b64decode(uri.partition(",")[2]).decode()
 
 
+def samples(sets: Path) -> Image.Image:
+    """Ten images of two identities of each set, a row for each, of ``make evidence``'s sets."""
+    names = ("print/train", "print/heldout", "print/hand", "emoji/train", "emoji/heldout")
+    side = 52
+    picture = Image.new("RGB", (20 * side, len(names) * side), "white")
+    for row, name in enumerate(names):
+        dataset = RecordDataset.open(sets / name)
+        labels = dataset.labels()
+        chosen = [place for label in (3, 151) for place in np.flatnonzero(labels == label)[:10].tolist()]
+        for column, place in enumerate(chosen):
+            with Image.open(io.BytesIO(bytes(dataset.read(place)[1]))) as image:
+                picture.paste(image.resize((side - 2, side - 2), Image.Resampling.NEAREST), (column * side, row * side))
+    return picture
+
+
 def filled(page: str) -> str:
     """The page with its tables."""
 
@@ -196,6 +227,7 @@ def filled(page: str) -> str:
 if __name__ == "__main__":
     if sys.argv[1:]:
         take(Path(sys.argv[1]))
+        samples(ROOT / "work" / "evidence").save(HERE.parent / "images" / "evidence-data.png", optimize=True)
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     for one in PICTURES:
         (HERE.parent / "images" / f"evidence-{one}.svg").write_text(picture(one), encoding="utf-8")
