@@ -21,7 +21,7 @@ WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 
 
 GLYPHS  = work/glyphs
 EVIDENCE = work/evidence
-SWEEPS  = rates batch tuning stop shift growing updates noise tail emoji
+SWEEPS  = rates length batch tuning stop shift growing updates noise tail emoji
 # What npm packages ship: handwriting, and emoji of five vendors (NAME PACKAGE FOLDER).
 HANDS   = ma-shan-zheng@5.3.1 zhi-mang-xing@5.3.0 long-cang@5.3.0 liu-jian-mao-cao@5.3.0
 EMOJI   = noto,emoji-datasource-google@16.0.0,img/google/64 blob,emoji-datasource-google@3.0.0,img/google/64 \

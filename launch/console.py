@@ -37,7 +37,7 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], *, whole: 
     for row in rows:
         table.add_row(*row)
     console = Console()
-    (console if console.is_terminal and not whole else Console(width=200)).print(table, soft_wrap=whole)
+    (console if console.is_terminal and not whole else Console(width=10_000)).print(table, soft_wrap=whole)
 
 
 def complete_run(incomplete: str) -> list[str]:

@@ -208,7 +208,7 @@ def samples(sets: Path) -> Image.Image:
     for row, name in enumerate(names):
         dataset = RecordDataset.open(sets / name)
         labels = dataset.labels()
-        chosen = [place for label in (3, 151) for place in np.flatnonzero(labels == label)[:10].tolist()]
+        chosen = [place for label in (29, 151) for place in np.flatnonzero(labels == label)[:10].tolist()]
         for column, place in enumerate(chosen):
             with Image.open(io.BytesIO(bytes(dataset.read(place)[1]))) as image:
                 picture.paste(image.resize((side - 2, side - 2), Image.Resampling.NEAREST), (column * side, row * side))

@@ -38,6 +38,14 @@ def cells(text: str) -> list[list[str]]:
     return [[cell for cell in line.split("  ") if cell.strip()] for line in text.splitlines() if line.strip()]
 
 
+def test_a_wide_table_is_whole_where_it_is_piped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write_run(tmp_path / f"a_run_with_a_rather_long_name_{number}", steps=5) for number in range(12)]
+    assert main(["compare", *map(str, runs)]) == 0
+    out = capsys.readouterr().out
+    assert all(run.name in out for run in runs)
+    assert "…" not in out
+
+
 def test_runs_are_compared_by_results_and_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = write_run(tmp_path / "a" / "one")
     second = write_run(tmp_path / "a" / "two", rate=0.02, steps=20, skipped_steps=3)
