@@ -87,14 +87,14 @@ def test_the_cosines_told_are_those_of_onnx_runtime(folder: Path, run_dir: Path,
 def test_the_average_of_the_weights_is_exported(averaged: Path, tmp_path: Path, capsys):
     assert main(["export", str(averaged), str(tmp_path / "model.onnx")]) == 0
     assert "over 96 random images, as none of the run's evaluation sets can be read here" in capsys.readouterr().out
-    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     model, config = load_backbone(averaged)
     (checkpoint,) = (averaged / "checkpoints").glob("step-*")
     plain = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
     (plain / "config.yaml").write_text((plain / "config.yaml").read_text().replace("ema: 0.9", "ema: null"))
     assert config.backbone.ema == 0.9
     found = run_onnx(tmp_path / "model.onnx", images, 4).float()
-    torch.testing.assert_close(found, model(images).detach(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found, model(images).detach(), rtol=1e-3, atol=1e-3)  # of 300 batches at most 4e-4
     assert not torch.allclose(found, load_backbone(plain)[0](images), rtol=1e-2, atol=1e-2)
 
 
