@@ -1,6 +1,6 @@
 # make demo    pack a small real data set, train on two CPU ranks, evaluate, write the report
 # make evidence-small  what sampling the classes costs, in half an hour on two cores; make evidence: all tables of
-#              docs/evidence.md, in twelve hours
+#              docs/evidence.md, in about eight hours
 # make test    run the tests
 # make test-gpu  what only a GPU can show, in under ten minutes, with a table at the end (docs/devices.md)
 # make lint    ruff and pyright

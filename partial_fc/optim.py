@@ -18,7 +18,7 @@ from .head import PartialFC
 from .kernels.rounding import Rounding
 from .kernels.row_step import RowStep
 from .kernels.rows import block_rows, computed_dtype
-from .row_gradient import GradientSum, NoGradient, RowGradient, StagedGradient
+from .row_gradient import GradientSum, RowGradient, StagedGradient
 from .row_update import apply
 from .storage import CENTERS, TakenRows
 
@@ -105,10 +105,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                 copies = [one for one in gradients if isinstance(one, StagedGradient)]
                 if copies:
                     self._read_again(copies, torch.cat([one.taken.places for one in copies]).unique())
-            if self.dense:
-                gradients = [*gradients, NoGradient(self.head.weight)]
             tensors = [self.head.weight.data, *self._row_state().values()]
-            apply(gradients, tensors, self, factor, broken, self._rounding(), self.head.sub_centers)
+            apply(gradients, tensors, self, factor, broken, self._rounding(), self.head.sub_centers, dense=self.dense)
 
     def _step_copy(self, gradients: list[StagedGradient], factor: Tensor, broken: Tensor) -> None:
         """Steps a copy of the rows, which is then written back."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .kernels import UnitGradient
-from .kernels.rows import OwnClasses, SampledRows, computed_dtype
+from .kernels.rows import OwnClasses, SampledRows
 from .storage import TakenRows
 
 
@@ -103,25 +103,6 @@ class StagedGradient:
         self.rows.weight, self.rows.index = taken.parts[0], slots.to(self.rows.device)
 
 
-class NoGradient:
-    """Zeros for all rows of a shard's centers ``weight`` [N, D]: with it a step's sum has every row."""
-
-    index = None
-    inverse = None
-    needs_rows = False
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-
-    def __len__(self) -> int:
-        return len(self.weight)
-
-    def raw_block(self, start: int, stop: int, rows: Tensor | None) -> Tensor:
-        return torch.zeros(
-            stop - start, self.weight.shape[1], dtype=computed_dtype(self.weight.dtype), device=self.weight.device
-        )
-
-
 def project(values: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
     """From (∂loss/∂ŵ)/‖w‖ [n, D] to ∂loss/∂w, in place, for the rows w [n, D] with their inverse norms [n, 1]."""
     # Through w ↦ ŵ: g' − (g'·ŵ) ŵ with g' = (∂loss/∂ŵ)/‖w‖, without a normalised copy.
@@ -141,19 +122,20 @@ class GradientSum:
     Args:
         gradients: of the passes.
         size: rows of a block; ``raw_block`` is called for [0, size), [size, 2·size) and so on.
+        every: of how many rows it is, where it has all of the shard's, those without a gradient too.
     """
 
     inverse = None
     needs_rows = True
     index: Tensor | None
 
-    def __init__(self, gradients: Sequence[RowGradient], size: int) -> None:
+    def __init__(self, gradients: Sequence[RowGradient], size: int, every: int | None = None) -> None:
         self.gradients = gradients
         self.size = size
         indices = [gradient.index for gradient in gradients]
         sampled = [index for index in indices if index is not None]
-        self.index = torch.cat(sampled).unique() if len(sampled) == len(indices) else None
-        self.length = max(map(len, gradients)) if self.index is None else len(self.index)
+        self.index = torch.cat(sampled).unique() if len(sampled) == len(indices) and every is None else None
+        self.length = every or (max(map(len, gradients)) if self.index is None else len(self.index))
         self.places = [  # of each gradient's rows among those of the sum; None where they are the same
             index if self.index is None or index is None else torch.searchsorted(self.index, index) for index in indices
         ]

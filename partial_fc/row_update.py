@@ -50,6 +50,8 @@ def apply(
     broken: Tensor,
     rounding: Rounding | None = None,
     sub_centers: int = 1,
+    *,
+    dense: bool = False,
 ) -> None:
     """One step.
 
@@ -61,9 +63,10 @@ def apply(
         broken: bool []; on a GPU, where the host does not know it, a step that is broken leaves all as it was.
         rounding: of tensors in bfloat16, None where there are none; without ids where these are the gradient's places.
         sub_centers: rows of a class, which are never in two blocks.
+        dense: whether rows without a gradient are stepped too.
     """
     gradient, *others = gradients
-    if isinstance(gradient, AppliesItself) and gradient.adds(others):
+    if not dense and isinstance(gradient, AppliesItself) and gradient.adds(others):
         gradient.apply(others, tensors, rule, factor, broken)
         return
     weight, *state = tensors
@@ -72,8 +75,8 @@ def apply(
     compiled = rule.step_rows if here and native.supports(weight) and weight.shape[1] > 1 else None
     number = 1.0 if compiled is None else float(factor)
     size = block_rows(weight, factor.device, sub_centers)
-    if others:
-        gradient = GradientSum(gradients, size)
+    if others or dense:
+        gradient = GradientSum(gradients, size, len(weight) if dense else None)
     if rounding is not None and rounding.ids is None and gradient.index is not None:
         rounding = replace(rounding, ids=gradient.index)
     for start in range(0, len(gradient), size):

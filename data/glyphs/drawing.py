@@ -37,7 +37,7 @@ def draw_glyph(photograph: Photograph, *, size: int, quality: int) -> tuple[int,
     drawn = _picture(photograph.path, side) if coloured else _printed(photograph, side, generator)
     drawn = drawn.transform(drawn.size, Image.Transform.AFFINE, _affine(generator, side), Image.Resampling.BILINEAR)
     drawn = drawn.filter(ImageFilter.GaussianBlur(generator.uniform(0.0, 0.015) * side)).reduce(_OVERSAMPLING)
-    light = np.frombuffer(drawn.tobytes(), dtype=np.uint8).reshape(size, size, -1) / np.float32(255)
+    light = np.frombuffer(drawn.tobytes(), np.uint8).reshape(size, size, -1).astype(np.float32) / np.float32(255)
     picture = Image.fromarray(_light(light[..., -1:], generator, light[..., :-1] if coloured else None))
     if photograph.spoilt == "blurred":
         picture = picture.filter(ImageFilter.GaussianBlur(generator.uniform(0.04, 0.09) * size))

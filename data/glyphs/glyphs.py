@@ -146,6 +146,9 @@ def pack_glyphs(
             raise UsageError(f"domain {name!r}: a name of small letters, digits and _, none of {', '.join(_OWN_NAMES)}")
     training_fonts, held_fonts = split_fonts(find_fonts(fonts), heldout_fonts)
     domain_fonts = {name: find_fonts(paths) for name, paths in (domains or {}).items()}
+    for name, found in domain_fonts.items():
+        if trained := {font.name for font in found} & {font.name for font in training_fonts}:
+            raise UsageError(f"domain {name}: {min(trained)} is trained on: name fonts that are not")
     characters, held_characters = choose_characters(
         training_fonts,
         [*held_fonts, *(font for fonts in domain_fonts.values() for font in fonts)],

@@ -9,7 +9,7 @@ import csv
 import io
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +17,7 @@ import numpy as np
 from PIL import Image
 
 from pfc.data.records.dataset import RecordDataset
-from pfc.engine.evaluation.figures import title
-from pfc.engine.report import figures
-from pfc.engine.report.sweep import Row, interval, points_of, write_rows
+from pfc.engine.report.sweep import Row, by_seed, interval, plot, points_of, select, told, write_rows
 from pfc.launch.sweep import Sweep, read_sweep
 
 HERE = Path(__file__).parent
@@ -68,21 +66,22 @@ PICTURES = ("rates",)
 
 
 def take(folder: Path) -> None:
-    """Copies the results of the sweeps in ``folder`` here, without what no table needs; runs of others stay."""
-    for results in sorted(folder.glob("*/results.csv")):
-        if not (ROOT / "configs" / "evidence" / f"{results.parent.name}.yaml").is_file():
+    """Copies the results of the page's sweeps in ``folder`` here, without what no table needs; those of others stay."""
+    for name in re.findall(r"<!-- table: (\w+) -->", PAGE.read_text(encoding="utf-8")):
+        results = folder / name / "results.csv"
+        if not results.is_file():
             continue
-        axes = sweep_of(results.parent.name).axes
+        axes = sweep_of(name).axes
         kept = {"set", "step", "seed", "images", "images_per_second", *axes, *COSTS}
         kept |= {f"{field}{ending}" for _, field in FIGURES for ending in ("", "_low", "_high", "_std")}
-        place = HERE / results.name.replace("results", results.parent.name)
+        place = HERE / f"{name}.csv"
         found: dict[tuple[str, ...], dict[str, str]] = {}
         for path in (place, results):
             if path.is_file():
                 with path.open(encoding="utf-8", newline="") as file:
                     for row in csv.DictReader(file):
                         found[tuple(row[key] for key in (*axes, "seed", "set"))] = {
-                            name: value for name, value in row.items() if name in kept and value
+                            key: value for key, value in row.items() if key in kept and value
                         }
 
         def order(row: Mapping[str, str], axes: Mapping[str, list[str]] = axes) -> tuple[int, ...]:
@@ -103,19 +102,6 @@ def rows_of(name: str) -> list[Row]:
             {key: value if key in ("set", *axes) else float(value) for key, value in row.items() if value}
             for row in csv.DictReader(file)
         ]
-
-
-def select(rows: Iterable[Row], point: Mapping[str, str]) -> list[Row]:
-    return [row for row in rows if all(row[axis] == label for axis, label in point.items())]
-
-
-def by_seed(rows: Iterable[Row], figure: tuple[str, str]) -> dict[float, float]:
-    name, field = figure
-    return {row["seed"]: row[field] for row in rows if row["set"] == name and field in row}
-
-
-def told(values: Sequence[float]) -> str:
-    return f"{np.mean(values):.4f}" + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "") if values else "–"
 
 
 class Line(NamedTuple):
@@ -147,7 +133,7 @@ def lines_of(name: str) -> list[Line]:
 def table(name: str) -> str:
     """A sweep's table in Markdown, with what it was measured over."""
     lines = lines_of(name)
-    shown = [one for one in FIGURES if any(by_seed(line.rows, one) for line in lines)]
+    shown = [one for one in FIGURES if any(by_seed(line.rows, *one) for line in lines)]
     compared = any(line.base for line in lines)
     heads = [axis.removeprefix("head.") for axis in sweep_of(name).axes]
     for one in shown:
@@ -156,16 +142,16 @@ def table(name: str) -> str:
     for line in lines:
         row = list(line.labels)
         for one in shown:
-            values = by_seed(line.rows, one)
+            values = by_seed(line.rows, *one)
             row.append(told(list(values.values())))
             if compared and one == LEADING:
-                other = by_seed(line.base, one)
+                other = by_seed(line.base, *one)
                 pairs = [values[seed] - other[seed] for seed in values if seed in other]
                 row.append(f"{np.mean(pairs):+.4f} ± {interval(pairs):.4f}" if len(pairs) > 1 else "")
         cells.append([*row, *(f"{np.median([run[cost] for run in line.rows]):,.0f}" for cost in COSTS)])
     written = ["| " + " | ".join(row) + " |" for row in cells]
     written.insert(1, "|" + "---|" * len(cells[0]))
-    seeds = sorted({len(by_seed(line.rows, shown[0])) for line in lines})
+    seeds = sorted({len(by_seed(line.rows, *shown[0])) for line in lines})
     note = f"Mean ± standard deviation over {' to '.join(map(str, seeds))} seeds"
     if compared:
         note += "; differences of the same seeds ± half of their 95 % interval"
@@ -186,17 +172,7 @@ def table(name: str) -> str:
 
 def picture(name: str) -> str:
     """The leading figure over the last axis, as SVG."""
-    axes, rows = sweep_of(name).axes, rows_of(name)
-    *others, across = axes
-    lines: dict[str, list[tuple[int, float, float]]] = {}
-    for point in points_of(rows, axes):
-        values = list(by_seed(select(rows, point), LEADING).values())
-        place = list(axes[across]).index(point[across])
-        lines.setdefault(", ".join(point[axis] for axis in others), []).append(
-            (place, float(np.mean(values)), interval(values))
-        )
-    called = title(LEADING[1]) or LEADING[1]
-    uri = figures.with_intervals(lines, axes[across], across.removeprefix("head."), called)
+    uri = plot(rows_of(name), sweep_of(name).axes, *LEADING)
     return base64.b64decode(uri.partition(",")[2]).decode()
 
 

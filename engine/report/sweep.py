@@ -107,13 +107,13 @@ def table(
     lines: list[tuple[str, ...]] = [(*heads, "seconds", "MiB")]
     for point in points_of(rows, axes):
         cells = [*point.values()]
-        mine = _at(rows, point)
+        mine = select(rows, point)
         cells.append(str(len({row["seed"] for row in mine})))
         for name, field in shown:
-            values = _values(mine, name, field)
-            cells.append(_told(list(values.values())))
+            values = by_seed(mine, name, field)
+            cells.append(told(list(values.values())))
             if against:
-                base = _values(_at(rows, {**point, **against}), name, field)
+                base = by_seed(select(rows, {**point, **against}), name, field)
                 pairs = [values[seed] - base[seed] for seed in values if seed in base]
                 itself = all(point[axis] == label for axis, label in against.items())
                 cells.append("" if itself or not pairs else _difference(pairs))
@@ -130,16 +130,18 @@ def points_of(rows: Sequence[Row], axes: Mapping[str, Sequence[str]]) -> list[di
     return [dict(zip(axes, labels, strict=True)) for labels in order]
 
 
-def _at(rows: Sequence[Row], point: Point) -> list[Row]:
+def select(rows: Sequence[Row], point: Point) -> list[Row]:
+    """Those of a point."""
     return [row for row in rows if all(str(row[axis]) == label for axis, label in point.items())]
 
 
-def _values(rows: Sequence[Row], name: str, field: str) -> dict[int, float]:
+def by_seed(rows: Sequence[Row], name: str, field: str) -> dict[int, float]:
     """Seed → figure."""
     return {row["seed"]: row[field] for row in rows if row["set"] == name and field in row}
 
 
-def _told(values: Sequence[float]) -> str:
+def told(values: Sequence[float]) -> str:
+    """Mean ± standard deviation."""
     if not values:
         return "–"
     return f"{np.mean(values):.4f}" + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
@@ -148,6 +150,19 @@ def _told(values: Sequence[float]) -> str:
 def _difference(pairs: Sequence[float]) -> str:
     mean, half = float(np.mean(pairs)), interval(pairs)
     return f"{mean:+.4f}" + (f" [{mean - half:+.4f}, {mean + half:+.4f}]" if len(pairs) > 1 else "")
+
+
+def plot(rows: Sequence[Row], axes: Mapping[str, Sequence[str]], name: str, field: str) -> str:
+    """A figure of a set over the last axis, one line for each point of the others; data URI of an SVG."""
+    *others, across = axes
+    lines: dict[str, list[tuple[int, float, float]]] = {}
+    for point in points_of(rows, axes):
+        values = list(by_seed(select(rows, point), name, field).values())
+        if values:
+            label = ", ".join(point[axis] for axis in others) or name
+            place = list(axes[across]).index(point[across])
+            lines.setdefault(label, []).append((place, float(np.mean(values)), interval(values)))
+    return figures.with_intervals(lines, axes[across], across, title(field) or field)
 
 
 def write_page(
@@ -159,18 +174,9 @@ def write_page(
     failed: Sequence[tuple[str, str]] = (),
 ) -> None:
     """The table, and a plot of every figure over the last axis, one line for each point of the others."""
-    *others, across = axes
     drawn = []
     for name, field in shown:
-        lines: dict[str, list[tuple[int, float, float]]] = {}
-        for point in points_of(rows, axes):
-            values = list(_values(_at(rows, point), name, field).values())
-            if values:
-                label = ", ".join(point[axis] for axis in others) or name
-                place = list(axes[across]).index(point[across])
-                lines.setdefault(label, []).append((place, float(np.mean(values)), interval(values)))
-        called = title(field) or field
-        drawn.append(TitledFigure(f"{called}, {name}", figures.with_intervals(lines, axes[across], across, called)))
+        drawn.append(TitledFigure(f"{title(field) or field}, {name}", plot(rows, axes, name, field)))
     tiles = [
         Tile(f"{len({(tuple(point.values())) for point in points_of(rows, axes)})}", "points"),
         Tile(f"{len({row['seed'] for row in rows})}", "seeds"),

@@ -244,6 +244,8 @@ def test_the_held_out_characters_in_fonts_of_another_kind(pack: Callable, fonts:
     assert len(read_pairs(summary.out / "brush.bin").same) == 40
     search = read_protocol(summary.out / "brush.csv")
     assert search.images[0] == "brush#0"
+    with pytest.raises(UsageError, match="domain brush: Bold Sans is trained on"):
+        pack(domains={"brush": [fonts / "b.ttf"]})
     drawn = [RecordDataset.open(summary.out / part) for part in ("heldout", "brush")]
     assert bytes(drawn[0].read(0)[1]) != bytes(drawn[1].read(0)[1])
 
