@@ -147,6 +147,8 @@ def pack_glyphs(
     training_fonts, held_fonts = split_fonts(find_fonts(fonts), heldout_fonts)
     domain_fonts = {name: find_fonts(paths) for name, paths in (domains or {}).items()}
     for name, found in domain_fonts.items():
+        if not found:
+            raise UsageError(f"domain {name}: no font in what was named: name font files, or a folder that has some")
         if trained := {font.name for font in found} & {font.name for font in training_fonts}:
             raise UsageError(f"domain {name}: {min(trained)} is trained on: name fonts that are not")
     characters, held_characters = choose_characters(

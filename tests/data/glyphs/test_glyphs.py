@@ -283,6 +283,7 @@ def test_characters_that_all_fonts_share_come_first_and_hangul_last(fonts: Path)
         ({"fewest_images": 7}, "fewest_images is 7: it takes 1 to 6"),
         ({"split": 1.5}, "split is 1.5: a share of the images"),
         ({"domains": {"train": []}}, "domain 'train'"),
+        ({"domains": {"hand": [Path(__file__).parent]}}, "domain hand: no font in what was named"),
         ({"domains": {"a/b": []}}, "domain 'a/b'"),
     ],
 )
